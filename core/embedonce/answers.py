@@ -156,6 +156,8 @@ class Held:
     """Unix time at which the oldest entry was stored; None if the tier cannot tell."""
     newest: float | None = None
     """Unix time at which the newest entry was stored; None if the tier cannot tell."""
+    unmeasured: str | None = None
+    """The reason why ``bytes``, ``oldest`` and ``newest`` were not measured, or None."""
     current: bool | None = None
     """Whether the scope is one of those that the cache uses now; None if the cache has no provider."""
 

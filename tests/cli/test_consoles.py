@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -130,3 +131,60 @@ def test_a_stream_of_another_kind_is_tolerated(monkeypatch: pytest.MonkeyPatch) 
         say("a lost message")
         assert not sys.stderr.isatty()
     assert sys.stderr is stream
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows, arguments are Unicode, not bytes")
+class TestArgumentsThatAreTexts:
+    ASCII: ClassVar = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    """Settings with which Python decodes arguments as ASCII."""
+
+    @pytest.fixture
+    def run(self, names: Path, process: Process) -> Callable[..., tuple[int, str, str]]:
+        def run(*arguments: str, **env: str) -> tuple[int, str, str]:
+            started = process(*arguments, env={**os.environ, "COLUMNS": "120", **env})
+            out, err = started.communicate(timeout=100)
+            assert "Traceback" not in err
+            return started.returncode, out, err
+
+        return run
+
+    def test_a_text_has_the_same_key_in_every_locale(self, run: Callable[..., tuple[int, str, str]]) -> None:
+        keys = [json.loads(run("explain", "é", "--json", **env)[1])["key"] for env in ({}, self.ASCII)]
+        assert keys[0] == keys[1]
+
+    def test_a_text_can_be_forgotten_in_every_locale(self, run: Callable[..., tuple[int, str, str]]) -> None:
+        Path("one.txt").write_text("é", "utf-8")
+        assert run("embed", "one.txt", "--out", "one.npy")[0] == 0
+        assert json.loads(run("explain", "é", "--json")[1])["found"] == "disk"
+        assert run("forget", "é", **self.ASCII)[0] == 0
+        assert json.loads(run("explain", "é", "--json")[1])["found"] is None
+
+    @pytest.mark.parametrize("env", [{}, ASCII])
+    @pytest.mark.parametrize(
+        "before",
+        [
+            ["explain"],
+            ["forget"],
+            ["forget", "--file", "one.jsonl", "--field"],
+            ["explain", "a text", "--task"],
+            ["embed", "é.jsonl", "--out", "one.npy", "--task"],
+            ["embed", "é.jsonl", "--out", "one.npy", "--field"],
+            ["embed", "é.jsonl", "--out", "one.npy", "--keep"],
+            ["embed", "é.jsonl", "--out", "one.npy", "--delimiter"],
+            ["embed", "é.jsonl", "--out", "one.npy", "--quote"],
+            ["purge", "--yes", "--model"],
+            ["purge", "--yes", "--version"],
+            ["purge", "--yes", "--namespace"],
+            ["purge", "--yes", "--scope"],
+        ],
+    )
+    def test_bytes_that_are_not_utf_8_are_refused(
+        self,
+        run: Callable[..., tuple[int, str, str]],
+        before: list[str],
+        env: dict[str, str],
+    ) -> None:
+        code, out, err = run(*before, os.fsdecode(b"caf\xe9"), **env)
+        assert (code, out) == (2, "")
+        assert "must be UTF-8" in err
+        assert "caf" not in err

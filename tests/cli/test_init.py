@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,24 @@ def test_the_sentence_transformers_provider_works_with_a_model(command: Any, fol
     checked = command("check")
     assert (checked.code, checked.err) == (0, "")
     assert "384 dimensions" in checked.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+@pytest.mark.parametrize("extra", [[], ["--provider", "openai"], ["--json"]])
+def test_a_file_that_would_not_be_used_when_found_is_announced(command: Any, folder: Path, extra: list[str]) -> None:
+    folder.chmod(0o777)
+    done = command("init", *extra)
+    assert done.code == 0
+    assert "every user may write to its folder" in done.err
+    assert "--config" in done.err
+    if "--json" not in extra:
+        assert "embedonce check --config embedonce.toml" in done.out
+    assert command("check").code == 2
+    if not extra:
+        assert command("check", "--config", "embedonce.toml").code == 0
+
+
+def test_a_file_that_is_used_when_found_needs_no_note(command: Any, folder: Path) -> None:
+    done = command("init")
+    assert (done.code, done.err) == (0, "")
+    assert "--config" not in done.out

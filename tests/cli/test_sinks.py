@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,41 @@ def test_the_earlier_output_stays_if_finish_fails(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write(out)
     assert len(read(out)[0]) == 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="requires fork")
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_between_two_renames_leaves_no_index_of_another_matrix(tmp_path: Path, renames: int) -> None:
+    out, index = tmp_path / "out.npy", tmp_path / "out.index.jsonl"
+    write(out, rows=3)
+    child = os.fork()
+    if child == 0:
+        kill_after_renames(renames, open_sink(out))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    rows = len(np.load(out))
+    assert rows == (3 if renames < 2 else len(VECTORS))
+    assert not index.exists() or len(index.read_bytes().splitlines()) == rows
+    write(out)
+    assert len(read(out)[0]) == 10
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, index.name}
+
+
+def kill_after_renames(count: int, sink: Any) -> None:
+    """Write another output, and kill this process in place of the rename number ``count``."""
+    real, done = os.replace, []
+
+    def replace(old: Any, new: Any) -> None:
+        if len(done) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(new)
+        real(old, new)
+
+    try:
+        os.replace = replace  # type: ignore[assignment]
+        sink.write(PASSAGES, VECTORS)
+        sink.finish(5)
+    finally:
+        os._exit(1)
 
 
 def test_names_that_differ_in_case_have_different_indexes(tmp_path: Path) -> None:

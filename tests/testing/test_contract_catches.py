@@ -29,7 +29,7 @@ from embedonce_shelf import (
 from embedonce_single import CommitsRarelyBackend, ForgetsWhenClosedBackend, KeepsItsLockBackend, SingleBackend
 from embedonce_wire import EndsTheConnectionOfItsChild, Server, SharesItsConnectionAfterAFork, WireBackend
 
-from embedonce.contracts import Capabilities, Embedded, Limits, time_left
+from embedonce.contracts import Capabilities, Embedded, Limits, StoredSize, time_left
 from embedonce.errors import PartialAnswer, TextRefused
 from embedonce.testing import (
     BackendContract,
@@ -334,6 +334,53 @@ class CountsEverything(DictBackend):
 
     def count(self, prefix):
         return len(self._store)
+
+
+class Measures(DictBackend):
+    """Has a right `measure`."""
+
+    def measure(self, prefix):
+        sizes = [len(value) for key, (value, _) in self._store.items() if key.startswith(prefix)]
+        date = 1_700_000_000.0 if sizes else None
+        return StoredSize(bytes=sum(sizes), oldest=date, newest=date)
+
+
+class MeasuresEverything(Measures):
+    """Measures the whole store, whatever the prefix."""
+
+    def measure(self, prefix):
+        return super().measure("")
+
+
+class MeasuresInMilliseconds(Measures):
+    """Returns the dates of `measure` in milliseconds."""
+
+    def measure(self, prefix):
+        size = super().measure(prefix)
+        return replace(size, newest=size.newest and size.newest * 1000)
+
+
+class MeasuresBackwards(Measures):
+    """Takes the newest date for the oldest."""
+
+    def measure(self, prefix):
+        size = super().measure(prefix)
+        return replace(size, oldest=size.newest and size.newest + 1)
+
+
+class MeasuresPerEntry(Measures):
+    """Returns the size of one value instead of the size of all values."""
+
+    def measure(self, prefix):
+        size = super().measure(prefix)
+        return replace(size, bytes=size.bytes and 64)
+
+
+class MeasuresInADict(Measures):
+    """Returns a dict from `measure`."""
+
+    def measure(self, prefix):
+        return {"bytes": super().measure(prefix).bytes}
 
 
 class AddsOver(DictBackend):
@@ -798,6 +845,11 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_scan_goes_on_while_keys_are_deleted", ScansALiveDict),
     ("test_scan_holds_up_no_writer_and_misses_nothing_that_stays", ScansALiveDict),
     ("test_count_agrees_with_what_is_there", CountsEverything),
+    ("test_measure_tells_the_size_of_a_scope", MeasuresEverything),
+    ("test_measure_tells_the_size_of_a_scope", MeasuresPerEntry),
+    ("test_measure_tells_the_size_of_a_scope", MeasuresInMilliseconds),
+    ("test_measure_tells_the_size_of_a_scope", MeasuresBackwards),
+    ("test_measure_tells_the_size_of_a_scope", MeasuresInADict),
     ("test_add_stores_what_is_absent_alone", AddsOver),
     ("test_an_added_key_has_one_winner", AddsInTwoSteps),
     ("test_an_added_key_has_one_winner_among_processes", AddsUnderALockShelfBackend),
@@ -1091,6 +1143,27 @@ class OwesTokens(Changes):
         return Embedded(vectors, tokens=-1)
 
 
+class ChecksOnALoop(CountingProvider):
+    """Has a coroutine function as `check`, which never runs."""
+
+    async def check(self):
+        raise RuntimeError("the API key is missing")
+
+
+class ChecksTooMuch(CountingProvider):
+    """Raises in `check` for a key that has an unusual form, although the service accepts the key."""
+
+    def check(self):
+        raise RuntimeError("the API key does not begin with sk-")
+
+
+class AnswersTheCheck(CountingProvider):
+    """Returns False from `check` instead of raising an error."""
+
+    def check(self):
+        return False
+
+
 class NamesEachCall(Changes):
     """Names a different model in each answer."""
 
@@ -1178,6 +1251,9 @@ BROKEN_PROVIDERS: list[tuple[str, Callable[[], Any]]] = [
     ("test_two_instances_describe_one_space", AnotherSpaceEveryTime),
     ("test_the_dimensions_are_as_described", SaysSeven),
     ("test_tasks_that_differ_have_different_spaces", OneSpaceForTwoTasks),
+    ("test_check_accepts_a_provider_that_can_be_called", ChecksOnALoop),
+    ("test_check_accepts_a_provider_that_can_be_called", ChecksTooMuch),
+    ("test_check_accepts_a_provider_that_can_be_called", AnswersTheCheck),
     ("test_one_vector_per_text", AnswersAHundred),
     ("test_vectors_are_finite_floats", HalfAnIdea),
     ("test_every_text_has_its_own_vector", AllTheSame),

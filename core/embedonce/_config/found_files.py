@@ -65,6 +65,14 @@ def get_table(data: Any) -> Any:
     return data
 
 
+def find_distrust(file: Path) -> str:
+    """Return the reason why an existing file is not used unless it is named, or "" if it is used when it is found."""
+    try:
+        return _find_distrust(file, os.stat(file))
+    except OSError:  # the file or its folder was changed meanwhile
+        return ""
+
+
 def relative_name(file: Path) -> str:
     """Return a file's path, relative to the current folder if the file is in or below that folder."""
     try:

@@ -33,11 +33,14 @@ async def measure(port: Port, tier: LiveTier, scope: str, keys: Sequence[str], c
     Raises:
         TierError: the tier failed.
     """
+    unmeasured = None
     if hasattr(tier.backend, "measure"):
         prefix = f"{KEY_PREFIX}{scope}."
         size: StoredSize = await tier.calls.call_strictly(port, lambda: tier.backend.measure(prefix), listing=True)
     elif tier.capabilities.scope == "process":  # reading an entry may change which entry is evicted next
-        size = StoredSize()
+        size, unmeasured = StoredSize(), "its backend cannot measure"
+    elif len(keys) > MAX_READ:
+        size, unmeasured = StoredSize(), f"more than {MAX_READ:,} entries, and its backend cannot measure"
     else:
         size = await _measure_values(port, tier, keys)
     dimensions = _read_dimensions(card) or size.dimensions
@@ -52,6 +55,7 @@ async def measure(port: Port, tier: LiveTier, scope: str, keys: Sequence[str], c
         bytes=size.bytes,
         oldest=size.oldest,
         newest=size.newest,
+        unmeasured=unmeasured,
     )
 
 
@@ -61,9 +65,7 @@ def _read_dimensions(card: Card | None) -> int | None:
 
 
 async def _measure_values(port: Port, tier: LiveTier, keys: Sequence[str]) -> StoredSize:
-    """Read the values of some keys and measure them. If there are too many, measure nothing."""
-    if len(keys) > MAX_READ:
-        return StoredSize()
+    """Read the values of some keys and measure them."""
     values = await tier.peek(port, keys)
     entries = list(tier.decode(values, dtype="int8", dimensions=None).entries.as_dict().values())
     dates = [entry.created for entry in entries]

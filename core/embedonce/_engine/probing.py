@@ -23,18 +23,20 @@ PROBES: Final = 16
 PROBE_SECONDS: Final = 60.0
 """Time to live of a probe, in case this process is killed before it deletes the probe."""
 
+PROBE_VECTOR: Final = freeze(np.arange(1, 9, dtype=np.float32))
+
 NOT_DELETABLE: Final = "no probe was written, because it cannot delete"
 READ_ONLY: Final = 'read-only (write = "none")'
 
 
 async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -> tuple[bool | None, str]:
-    """Return whether a tier can be written to, and a remark. None means that this was not tried.
+    """Return whether a tier stores, returns and deletes probes, and a remark. None means that this was not tried.
 
-    A probe is not in any scope, so it is neither listed nor counted. It never remains in the tier. A bounded tier in
-    this process gets no probe unless it is empty, because the probe could evict an entry.
+    A probe is not in any scope, so it is neither listed nor counted. A probe that cannot be deleted expires. A bounded
+    tier in this process gets no probe unless it is empty, because the probe could evict an entry.
 
     Raises:
-        TierError: the tier failed, or it does not return what was written.
+        TierError: the tier failed, does not return what was written, or does not delete it.
     """
     if tier.writer.mode == "none":
         return None, READ_ONLY
@@ -46,10 +48,16 @@ async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -
     token = secrets.token_hex(8)
     keys = [f"{PROBE_KEY}{token}{number:x}" for number in range(PROBES)]
     try:
-        return await _write_and_read(port, tier, keys, clock)
-    finally:
+        written = await _write(port, tier, keys, clock)
+        await _check_values(port, tier, written)
+    except BaseException as error:
         with suppress(TierError):
             await tier.erase(port, keys)
+        if isinstance(error, TierError) and isinstance(error.__cause__, TierBusy):
+            return None, "no probe was written, because it is busy"
+        raise
+    # A node that did not store its probes is probably lost, so its probes, if there are any, are left to expire.
+    return True, await _delete(port, tier, written)
 
 
 async def _is_empty(port: Port, tier: LiveTier) -> bool:
@@ -59,12 +67,10 @@ async def _is_empty(port: Port, tier: LiveTier) -> bool:
     return count == 0
 
 
-async def _write_and_read(
-    port: Port, tier: LiveTier, keys: Sequence[str], clock: Callable[[], float]
-) -> tuple[bool | None, str]:
+async def _write(port: Port, tier: LiveTier, keys: Sequence[str], clock: Callable[[], float]) -> Sequence[str]:
+    """Write a probe under each key, and return the keys that the tier stored."""
     now = clock()
-    vector = freeze(np.arange(1, 9, dtype=np.float32))
-    entries = {key: Entry(vector, now, expires=now + PROBE_SECONDS) for key in keys}
+    entries = {key: Entry(PROBE_VECTOR, now, expires=now + PROBE_SECONDS) for key in keys}
     values = tier.codec.encode(entries)
     try:
         for chunk in tier.calls.split_into_chunks(keys):
@@ -72,17 +78,36 @@ async def _write_and_read(
             await tier.calls.call_strictly(port, partial(tier.backend.set_many, part, PROBE_SECONDS))
     except TierError as error:
         cause = error.__cause__
-        if isinstance(cause, TierBusy):
-            return None, "no probe was written, because it is busy"
         if not isinstance(cause, PartialAnswer) or not set(keys) - set(cause.failed):
             raise
-        keys = [key for key in keys if key not in cause.failed]
-    decoded = tier.decode(await _read(port, tier, keys), dtype="float32", dimensions=vector.size)
+        return [key for key in keys if key not in cause.failed]
+    return keys
+
+
+async def _check_values(port: Port, tier: LiveTier, keys: Sequence[str]) -> None:
+    decoded = tier.decode(await _read(port, tier, keys), dtype="float32", dimensions=PROBE_VECTOR.size)
     if not decoded.entries:
         raise TierError("a probe that was written cannot be read", tier.name)
-    if any(not np.array_equal(entry.vector, vector) for entry in decoded.entries.as_dict().values()):
+    if any(not np.array_equal(entry.vector, PROBE_VECTOR) for entry in decoded.entries.as_dict().values()):
         raise TierError("a probe that was written is read with another value", tier.name)
-    return True, ""
+
+
+async def _delete(port: Port, tier: LiveTier, keys: Sequence[str]) -> str:
+    """Delete the probes, check that they are gone, and return a remark, which is usually empty.
+
+    Raises:
+        TierError: the tier cannot delete, or it still returns a probe.
+    """
+    try:
+        await tier.erase(port, keys)
+        left = await _read(port, tier, keys)
+    except TierError as error:
+        if isinstance(error.__cause__, TierBusy):
+            return f"a probe was not deleted, because it is busy; it expires within {PROBE_SECONDS:.0f} s"
+        raise TierError(f"a probe that was written cannot be deleted ({error})", tier.name) from error.__cause__
+    if left:
+        raise TierError("a probe that was deleted can still be read", tier.name)
+    return ""
 
 
 async def _read(port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:

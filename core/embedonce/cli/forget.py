@@ -10,7 +10,7 @@ import typer
 from embedonce._messages import format_count
 from embedonce.errors import EraseIncomplete, SpaceError
 
-from .options import ConfigOption, JsonOption, read_stdin
+from .options import ConfigOption, JsonOption, TextArgument, decode_argument, read_stdin
 from .output import FAILED, Refused, describe_os_error, emit, say, write
 
 if TYPE_CHECKING:
@@ -38,13 +38,19 @@ WINDOW = 1024
 
 
 def forget(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text.", show_default=False)] = None,
+    text: TextArgument = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Remove the texts of this file.", show_default=False)
     ] = None,
     stdin: Annotated[bool, typer.Option("--stdin", help="Read one text from standard input.")] = False,
     field: Annotated[
-        str, typer.Option("--field", metavar="NAME", help="The field or column with the text in the records of FILE.")
+        str,
+        typer.Option(
+            "--field",
+            metavar="NAME",
+            callback=decode_argument,
+            help="The field or column with the text in the records of FILE.",
+        ),
     ] = "text",
     config: ConfigOption = None,
     json: JsonOption = False,

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from embedonce._config.found_files import FILE, PYPROJECT
+from embedonce._config.found_files import FILE, PYPROJECT, find_distrust
 from embedonce._messages import find_closest, join_words, quote
 
 from .init_sections import PROVIDERS, TIERS, format_install_command, render_file
 from .options import JsonOption
-from .output import Refused, emit, write
+from .output import Refused, emit, say, write
 
 EPILOG = """
 Examples:
@@ -63,13 +63,19 @@ def init(
         raise Refused(f"{file} already exists; replace it with --force") from None
     except OSError as error:
         raise Refused(f"cannot write {file}: {error.strerror}") from None
+    distrust = find_distrust(file) if file.name == FILE else ""
+    if distrust:
+        say(
+            f"note: embedonce uses {file} only if you name it, because {distrust}. "
+            f"Name it with --config or EMBEDONCE_CONFIG, or move it to a folder that only you may write to"
+        )
     sections = [PROVIDERS[provider], *(TIERS[name] for name in tiers)]
     extras = sorted(section.extra for section in sections if section.extra)
     variables = [variable for section in sections for variable in section.variables]
     if json:
         emit({"file": str(file), "provider": provider, "tiers": list(tiers), "extras": extras, "variables": variables})
     else:
-        write("\n".join(_describe_next_steps(file, extras, variables)))
+        write("\n".join(_describe_next_steps(file, extras, variables, is_found=file == Path(FILE) and not distrust)))
 
 
 def _check_name(option: str, name: str, names: Collection[str], table: str) -> None:
@@ -92,10 +98,9 @@ def _sort_tiers(names: Sequence[str]) -> list[str]:
     return [name for name in TIERS if name in names]
 
 
-def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[str]) -> list[str]:
+def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[str], *, is_found: bool) -> list[str]:
     """Return the lines that tell the user what to install, what to set and which command to try."""
-    # If the file does not have the default name, embedonce check finds the file only with --config.
-    check = "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
+    check = "embedonce check" if is_found else f"embedonce check --config {shlex.quote(str(file))}"
     if not extras and not variables:
         return [f"wrote {file}; now try: {check}"]
     steps = [f"wrote {file}"]

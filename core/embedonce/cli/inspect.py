@@ -14,7 +14,7 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .options import ConfigOption, JsonOption, TaskOption, read_stdin
+from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
 from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ embedonce check --provider
 
 embedonce check --config production.toml --json
 
-A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer or does not store the
-probe, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
+A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer, if one of these steps
+fails, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
 money. Warnings about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
@@ -139,7 +139,7 @@ def check(
     unwritten = [check.tier for check in checks if check.writes is False]
     for verb, tiers in (
         ("did not answer", [tier for tier in failed_tiers if tier not in unwritten]),
-        ("cannot be written to", unwritten),
+        ("failed to store, return or delete a probe", unwritten),
     ):
         if tiers:
             say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
@@ -228,7 +228,7 @@ def _format_dimensions(space: Mapping[str, Any]) -> str:
 
 
 def explain(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text.", show_default=False)] = None,
+    text: TextArgument = None,
     stdin: Annotated[bool, typer.Option("--stdin", help="Read the text from standard input.")] = False,
     task: TaskOption = "document",
     config: ConfigOption = None,
@@ -279,6 +279,8 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         for tier, folder in folders.items():
             write_line(f"{tier}  {folder}")
         show(_make_contents_table(held) if held else "The tiers are empty.")
+    for tier, reason in dict.fromkeys((one.tier, one.unmeasured) for one in held if one.unmeasured):
+        say(f"note: tier {tier!r}: bytes and dates not measured: {reason}")
     for tier, error in errors.items():
         say(f"tier {tier!r}: {error}")
     if errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, TypeAlias
 
@@ -23,10 +24,36 @@ JsonOption: TypeAlias = Annotated[
 ]
 
 
-def _check_task_option(task: str) -> str:
+def decode_argument(value: str | None) -> str | None:
+    """Return an argument that is a text and not the name of a file, as the user typed it.
+
+    Python decodes arguments like names of files. In the C locale, for example, it turns each byte beyond ASCII into a
+    lone surrogate.
+
+    Raises:
+        typer.BadParameter: the bytes of the argument are not UTF-8.
+    """
+    if value is None or value.isascii():
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(value).decode()
+        except UnicodeError:
+            raise typer.BadParameter("must be UTF-8") from None
+    return value
+
+
+def _check_task_option(task: str) -> str | None:
     if not task:
         raise typer.BadParameter('must not be empty; use "document" or "query"')
-    return task
+    return decode_argument(task)
+
+
+TextArgument: TypeAlias = Annotated[
+    str | None, typer.Argument(metavar="TEXT", help="The text.", callback=decode_argument, show_default=False)
+]
 
 
 TaskOption: TypeAlias = Annotated[

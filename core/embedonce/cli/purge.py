@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ import typer
 from embedonce._messages import format_count
 
 from .inspect import CARD
-from .options import ConfigOption, JsonOption
+from .options import ConfigOption, JsonOption, decode_argument
 from .output import Refused, emit, format_value, say, write
 
 if TYPE_CHECKING:
@@ -35,18 +36,32 @@ until that process ends.
 """
 
 
+_text_option = partial(typer.Option, callback=decode_argument)
+
+
 def purge(
     scope: Annotated[
         str | None,
-        typer.Option("--scope", metavar="SCOPE", help="The scope with this ID, 16 hex digits, as stats shows it."),
+        typer.Option(
+            "--scope",
+            metavar="SCOPE",
+            callback=decode_argument,
+            help="The scope with this ID, 16 hex digits, as stats shows it.",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="All scopes of this model.")] = None,
+    model: Annotated[str | None, _text_option("--model", metavar="MODEL", help="All scopes of this model.")] = None,
     version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="All scopes of this key version.")
+        str | None,
+        _text_option("--version", metavar="VERSION", help="All scopes of this key version."),
     ] = None,
     namespace: Annotated[
         str | None,
-        typer.Option("--namespace", metavar="NAME", help='All scopes of this namespace; "" is the default namespace.'),
+        typer.Option(
+            "--namespace",
+            metavar="NAME",
+            callback=decode_argument,
+            help='All scopes of this namespace; "" is the default namespace.',
+        ),
     ] = None,
     unused: Annotated[
         bool,

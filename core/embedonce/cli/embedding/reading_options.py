@@ -7,6 +7,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from embedonce.cli.options import decode_argument
+
 from .csv_records import NO_QUOTE
 from .decoding import find_encoding
 from .formats import Format
@@ -22,11 +24,12 @@ def check_delimiter(value: str | None) -> str | None:
     Raises:
         typer.BadParameter: the value is not one character, or is a quote or a line end.
     """
+    value = decode_argument(value)
     if value is None:
         return None
     if value in TAB_NAMES:
         return "\t"
-    if len(value) != 1 or value in '"\r\n' or not _is_character(value):
+    if len(value) != 1 or value in '"\r\n':
         raise typer.BadParameter("must be one character, such as ';', or tab")
     return value
 
@@ -37,13 +40,10 @@ def check_quote(value: str | None) -> str | None:
     Raises:
         typer.BadParameter: the value is not one character, or is a line end.
     """
-    if value is not None and value != NO_QUOTE and (len(value) != 1 or value in "\r\n" or not _is_character(value)):
+    value = decode_argument(value)
+    if value is not None and value != NO_QUOTE and (len(value) != 1 or value in "\r\n"):
         raise typer.BadParameter('must be one character, such as "\'", or none')
     return value
-
-
-def _is_character(value: str) -> bool:
-    return not "\ud800" <= value <= "\udfff"
 
 
 def check_encoding(value: str | None) -> str | None:
@@ -71,15 +71,14 @@ def _check_globs(values: list[str] | None) -> list[str] | None:
     return values
 
 
-def _check_names(values: list[str] | None) -> list[str] | None:
-    if not all(values or ()):
-        raise typer.BadParameter("must be the name of a field, which is not empty")
-    return values
-
-
 def _check_field(value: str | None) -> str | None:
-    _check_names(None if value is None else [value])
-    return value
+    if value == "":
+        raise typer.BadParameter("must be the name of a field, which is not empty")
+    return decode_argument(value)
+
+
+def _check_names(values: list[str] | None) -> list[str] | None:
+    return None if values is None else [name for name in map(_check_field, values) if name is not None]
 
 
 def check_together(format: Format, delimiter: str | None, quote: str | None, paths: Sequence[str]) -> str | None:

@@ -1,9 +1,10 @@
 """Writing results: rows go to a hidden file, which gets the name of the output once the file is complete.
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
-first rename. The index is renamed first, and the matrix right after. If an error or a signal occurs between the two
-renames, the earlier index is restored. Only a ``kill -9`` between the renames can leave the new index beside the
-earlier matrix. The earlier matrix is never removed before the new matrix is in place.
+first rename. The earlier index is set aside first; then the matrix is renamed, and the index right after. So an index
+never lies beside the matrix of another run, even after a ``kill -9``: between the renames, there is no index. If an
+error or a signal occurs there, the earlier matrix and index are restored. The earlier matrix is never removed before
+the new matrix is in place.
 
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); line i of ``NAME.index.jsonl`` describes row i
@@ -199,11 +200,15 @@ class _Part:
 
     def rename(self) -> None:
         """Rename the file to its final name, and replace an earlier file."""
-        obstacle = _find_obstacle(self.final)  # check again, because a run may take hours
-        if obstacle:
-            raise SinkError(f"{self.final}: {obstacle}")
+        self.require_place()
         with self._add_path_to_errors():
             os.replace(self.path, self.final)
+
+    def require_place(self) -> None:
+        """Check again that only a regular file would be replaced, because a run may take hours."""
+        obstacle = _find_obstacle(self.final)
+        if obstacle:
+            raise SinkError(f"{self.final}: {obstacle}")
 
     @contextmanager
     def _add_path_to_errors(self) -> Iterator[None]:
@@ -274,14 +279,7 @@ class NpySink:
         self._matrix.file.write(make_npy_header(shape))
         self._matrix.sync()
         self._index.sync()
-        with _back_up(self._index.final) as backup:
-            try:
-                self._index.rename()
-                self._matrix.rename()
-            except BaseException:
-                if self._index.is_renamed and not self._matrix.is_renamed:
-                    os.replace(backup or self._index.final, self._index.final if backup else self._index.path)
-                raise
+        _rename_both(self._matrix, self._index)
         self._matrix.file.close()
         self._index.file.close()
 
@@ -290,22 +288,45 @@ class NpySink:
         self._index.abort()
 
 
-@contextmanager
-def _back_up(file: Path) -> Iterator[Path | None]:
-    """Keep a copy of a file until the end of the block; yield the path of the copy, or None if there is no file."""
-    backup = file.with_name(f".{file.name}.old")
-    backup.unlink(missing_ok=True)  # left behind by a killed run
-    if not file.exists():
-        yield None
-        return
+def _rename_both(matrix: _Part, index: _Part) -> None:
+    """Rename a matrix and its index. If this fails, restore the earlier files.
+
+    Without hard links, the matrix cannot be restored once it is replaced. Then it stays without an index.
+    """
+    index.require_place()
+    backups = [_get_backup_path(part.final) for part in (matrix, index)]
+    for backup in backups:
+        backup.unlink(missing_ok=True)  # left behind by a killed run
+    is_first = not matrix.final.exists()
+    with suppress(OSError):  # there is no earlier matrix, or the file system has no hard links
+        os.link(matrix.final, backups[0])
     try:
-        os.link(file, backup)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(file, backup)
-    try:
-        yield backup
+        with suppress(FileNotFoundError):
+            os.replace(index.final, backups[1])
+        matrix.rename()
+        index.rename()
+    except BaseException:
+        if not index.is_renamed:
+            _restore(matrix, index, backups, is_first=is_first)
+        raise
     finally:
-        backup.unlink(missing_ok=True)
+        for backup in backups:
+            backup.unlink(missing_ok=True)
+
+
+def _restore(matrix: _Part, index: _Part, backups: Sequence[Path], *, is_first: bool) -> None:
+    if matrix.is_renamed and is_first:
+        os.replace(matrix.final, matrix.path)
+    elif matrix.is_renamed and backups[0].exists():
+        os.replace(backups[0], matrix.final)
+    elif matrix.is_renamed:
+        return
+    if backups[1].exists():
+        os.replace(backups[1], index.final)
+
+
+def _get_backup_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def make_npy_header(shape: tuple[int, int]) -> bytes:

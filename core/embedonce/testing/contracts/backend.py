@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
+from embedonce.contracts import EXTRAS, Backend, Capabilities, StoredSize, deadline
 from embedonce.errors import PartialAnswer
 from embedonce.keys import CARD_PREFIX
 from embedonce.testing.proxy import FaultProxy, NetworkFault
@@ -49,6 +49,8 @@ OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
 LONG_LISTING = 1100
 """Number of keys in the test of a long listing."""
+LAST_DATE = 1e11
+"""A Unix time far in the future. The present time in milliseconds is larger."""
 MIN_READS = 5
 """Minimum number of reads that a test makes while other threads or processes are writing."""
 RECOVERY_CALLS = 10
@@ -435,6 +437,29 @@ class BackendContract(Contract):
             self._store(backend, range(3))
             counted = [backend.count(prefix) for prefix in (f"eo1.{SCOPE}.", f"eo1.{OTHER_SCOPE}.", "", "eo1.none")]
             assert counted == [7, 1, 8, 0], f"count of four prefixes must return [7, 1, 8, 0], got {counted}"
+
+    def test_measure_tells_the_size_of_a_scope(self) -> None:
+        with self._open() as backend:
+            if not hasattr(backend, "measure"):
+                pytest.skip('requires the optional method "measure"')
+            values, prefix = self._make_values(backend), f"eo1.{SCOPE}."
+            empty = _measure(backend, prefix)
+            assert (empty.bytes or 0, empty.oldest, empty.newest) == (0, None, None), (
+                f"measure of an empty store must have no bytes and no dates, got {empty}"
+            )
+            backend.set_many({key(number): values.sample(number) for number in range(4)}, None)
+            size = _measure(backend, prefix)
+            backend.set_many({key(number, OTHER_SCOPE): values.sample(number) for number in range(20)}, None)
+            assert _measure(backend, prefix) == size, (
+                "keys that do not start with the prefix changed what measure returns"
+            )
+            backend.set_many({key(number): values.sample(number) for number in range(4, 8)}, None)
+            larger = _measure(backend, prefix)
+            if size.bytes is not None:
+                assert larger.bytes is not None
+                assert 0 < size.bytes < larger.bytes, (
+                    f"measure returned {size.bytes} bytes for 4 values and {larger.bytes} bytes for 8"
+                )
 
     def test_add_stores_what_is_absent_alone(self) -> None:
         with self._open() as backend:
@@ -1154,6 +1179,21 @@ class BackendContract(Contract):
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
         """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
         require_samples(self._make_values(backend), found, expected)
+
+
+def _measure(backend: Any, prefix: str) -> StoredSize:
+    """Call ``measure``, and check the types and the dates of its result."""
+    size = backend.measure(prefix)
+    assert isinstance(size, StoredSize), f"measure must return a StoredSize, got {type(size).__name__}"
+    for name in ("bytes", "dimensions"):
+        number = getattr(size, name)
+        assert number is None or type(number) is int, f"StoredSize.{name} must be None or an int, got {number!r}"
+    dates = [date for date in (size.oldest, size.newest) if date is not None]
+    assert all(isinstance(date, int | float) and 0 < date < LAST_DATE for date in dates), (
+        f"the dates of measure must be Unix times in seconds, got {size.oldest!r} and {size.newest!r}"
+    )
+    assert dates == sorted(dates), "measure returned an oldest date that is later than the newest"
+    return size
 
 
 register_standard_tests(BackendContract)

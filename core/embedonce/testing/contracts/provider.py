@@ -121,6 +121,22 @@ class ProviderContract(Contract):
                     f"tasks {first!r} and {task!r} share a space, so their vectors must be equal; the vectors",
                 )
 
+    def test_check_accepts_a_provider_that_can_be_called(self) -> None:
+        with self._open() as opened:
+            if not hasattr(opened.provider, "check"):
+                pytest.skip('requires the optional method "check"')
+            try:
+                answer = opened.provider.check()
+            except Exception as error:
+                raise AssertionError(
+                    f"check raised {type(error).__name__}, although the provider can be called"
+                ) from error
+            if asyncio.iscoroutine(answer):
+                answer.close()
+                raise AssertionError("check must be a blocking method; the engine never awaits a coroutine of check")
+            assert answer is None, f"check must raise an error or return None, got {type(answer).__name__}"
+            opened.embed(self.texts[:1])
+
     # --- what the provider returns ------------------------------------------------------------
 
     def test_one_vector_per_text(self) -> None:
