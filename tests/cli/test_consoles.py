@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from embedonce.cli.output import say, tolerate_consoles
+from embedonce.cli.output import say, tolerate_broken_consoles
 
 Process = Callable[..., "subprocess.Popen[str]"]
 
@@ -123,7 +123,7 @@ def test_a_stream_of_another_kind_is_tolerated(monkeypatch: pytest.MonkeyPatch) 
 
     stream = Ascii()
     monkeypatch.setattr(sys, "stderr", stream)
-    with tolerate_consoles():
+    with tolerate_broken_consoles():
         say("tea \u0416")
         assert stream.getvalue() == "tea \\u0416\n"
         stream.close()

@@ -23,14 +23,14 @@ PROBES: Final = 16
 PROBE_SECONDS: Final = 60.0
 """Time to live of a probe, in case this process is killed before it deletes the probe."""
 
-NOT_DELETABLE: Final = "no probe was written, because it cannot delete"
+NOT_DELETABLE: Final = "no probe was written, because this tier cannot delete"
 READ_ONLY: Final = 'read-only (write = "none")'
 
 
 async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -> tuple[bool | None, str]:
     """Return whether a tier can be written to, and a remark. None means that this was not tried.
 
-    A probe is not in any scope, so it is neither listed nor counted. It never remains in the tier. A bounded tier in
+    A probe is not in any scope, so it is neither listed nor counted. It is deleted afterwards. A bounded tier in
     this process gets no probe unless it is empty, because the probe could evict an entry.
 
     Raises:
@@ -73,15 +73,15 @@ async def _write_and_read(
     except TierError as error:
         cause = error.__cause__
         if isinstance(cause, TierBusy):
-            return None, "no probe was written, because it is busy"
+            return None, "no probe was written, because this tier is busy; try again later"
         if not isinstance(cause, PartialAnswer) or not set(keys) - set(cause.failed):
             raise
         keys = [key for key in keys if key not in cause.failed]
     decoded = tier.decode(await _read(port, tier, keys), dtype="float32", dimensions=vector.size)
     if not decoded.entries:
-        raise TierError("a probe that was written cannot be read", tier.name)
+        raise TierError("a probe was written, but it is missing when it is read", tier.name)
     if any(not np.array_equal(entry.vector, vector) for entry in decoded.entries.as_dict().values()):
-        raise TierError("a probe that was written is read with another value", tier.name)
+        raise TierError("a probe was written, but it has another value when it is read", tier.name)
     return True, ""
 
 
