@@ -126,7 +126,7 @@ class MemoryBackend:
         return len(self.scan(prefix))
 
     def measure(self, prefix: str, /) -> StoredSize:
-        """Return the size and the dates of the entries whose keys start with ``prefix``. This counts as no use."""
+        """Return the size and the dates of the entries whose keys start with ``prefix``. This is not a use."""
         with _lock:
             entries = [entry for key, entry in self._held.items() if key.startswith(prefix)]
         dates = [entry.created for entry in entries]

@@ -1,7 +1,8 @@
 """Reads the answers of an endpoint before a vendor's client does.
 
 An answer may be small on the network and unpack to gigabytes, may point to another host, and may repeat a key. The
-guard makes an error of the first two, and removes keys from the third. It works with the clients of httpx and httpx2.
+hooks of this module, for an httpx client, raise an error for an answer that is too large and for a redirect, and remove
+keys from answers. The clients may be those of httpx or httpx2.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ BASE_BYTES = 64 * 1024
 BYTES_PER_NUMBER = 64
 """Bytes of an answer that are accepted for each number of each vector. JSON with indentation needs the most."""
 MAX_DIMENSIONS = 16_384
-"""Number of dimensions that is assumed if the configuration does not say it."""
+"""Number of dimensions that is assumed if the configuration does not set it."""
 MAX_ERROR_BYTES = 1024 * 1024
 """Bytes that are read of an answer with an error status."""
 MIN_SECRET = 6
-"""Number of characters below which a secret is not searched in answers, because ordinary words would be removed."""
+"""Minimum number of characters of a secret that is removed from answers. Removing a shorter one could remove ordinary
+words."""
 GRACES = 2
 """How often a step of an async attempt gets its timeout again because other tasks blocked the event loop. Giving the
 attempt up would mean paying for the same texts again."""
@@ -43,7 +45,7 @@ _texts: ContextVar[int] = ContextVar("embedonce_texts_of_request", default=1)
 
 @contextmanager
 def expect_vectors(texts: int) -> Iterator[None]:
-    """Say that the requests in the ``with`` block ask for the vectors of so many texts."""
+    """Record that each request in the ``with`` block asks for the vectors of at most ``texts`` texts."""
     token = _texts.set(texts)
     try:
         yield

@@ -305,9 +305,9 @@ class OpenAIProvider:
         return [self._api_key, *keys, *self._headers.values()]
 
     def _read(self, answer: Any, failure: openai.APIStatusError | None, texts: Sequence[str]) -> Embedded:
-        """Return the vectors of an answer. The caller is outside of its ``except`` block by now.
+        """Return the vectors of an answer. Call this function outside of an ``except`` block.
 
-        Therefore an error of the guard has no context: the client's exception would show where a redirect points.
+        Otherwise, the context of a guard's error would be the client's exception, which shows where a redirect points.
 
         Raises:
             TextRefused: the endpoint says that a text is too long.

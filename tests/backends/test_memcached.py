@@ -143,8 +143,8 @@ def test_invalid_servers_are_refused(servers: Any) -> None:
     ("server", "words"),
     [
         ("memcached://h:11211", "without a scheme"),
-        ("memcacheds://h:11211", "no TLS"),
-        ("user:hush@h:11211", "no login"),
+        ("memcacheds://h:11211", "does not support TLS"),
+        ("user:hush@h:11211", "does not support a login"),
         ("h:11211?timeout=1", "in the table of the tier"),
         ("h1:11211,h2:11211", "each node as an item"),
     ],

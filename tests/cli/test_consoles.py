@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from embedonce.cli.output import say, tolerate_consoles
+from embedonce.cli.output import say, tolerate_broken_consoles
 
 Process = Callable[..., "subprocess.Popen[str]"]
 
@@ -124,7 +124,7 @@ def test_a_stream_of_another_kind_is_tolerated(monkeypatch: pytest.MonkeyPatch) 
 
     stream = Ascii()
     monkeypatch.setattr(sys, "stderr", stream)
-    with tolerate_consoles():
+    with tolerate_broken_consoles():
         say("tea \u0416")
         assert stream.getvalue() == "tea \\u0416\n"
         stream.close()

@@ -88,11 +88,11 @@ def test_what_was_passed_over_is_named(command: Any, docs: Path) -> None:
     make_pdfs(docs)
     (docs / "c.bin").write_bytes(b"\0")
     done = command("embed", "docs", "--out", "out.npy")
-    assert "(no file was read; passed over: .pdf: 2, binary: 1)" in done.err
+    assert "(no file was read; skipped: .pdf: 2, binary: 1)" in done.err
     (docs / "a.txt").write_text("a text")
     done = command("embed", "docs", "--out", "out.npy")
     assert done.code == 0
-    assert "1 binary file skipped\npassed over: .pdf: 2\n" in done.out
+    assert "1 binary file skipped\nskipped: .pdf: 2\n" in done.out
 
 
 @pytest.mark.parametrize("allow", [[], ["--allow-empty"]])

@@ -337,7 +337,7 @@ def test_plain_text_has_no_fields_to_keep(tmp_path: Path) -> None:
     write(tmp_path, "b.jsonl", '{"text": "two", "id": 7}')
     reader = Reader([str(tmp_path)], keep=["id", "idd"])
     assert [one.kept for one in reader if isinstance(one, Passage)] == [(None, None), (7, None)]
-    assert reader.notes == ['no record has a value in the field "idd" of --keep']
+    assert reader.notes == ['note: no record has the field "idd" that keep names']
 
 
 def test_html_is_text_and_a_note_says_so(tmp_path: Path) -> None:

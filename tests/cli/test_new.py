@@ -132,7 +132,7 @@ def test_a_bad_name_is_refused(command: Any, folder: Path, name: str, wanted: st
 
 def test_only_a_backend_has_a_kind_of_store(command: Any, folder: Path) -> None:
     done = command("new", "provider", "shelf", "--kind", "network")
-    assert (done.code, done.err) == (2, "error: --kind is only for a backend\n")
+    assert (done.code, done.err) == (2, "error: --kind is valid only for a backend; remove it\n")
     assert command("new", "backend", "shelf", "--kind", "cloud").code == 2
     assert list(folder.iterdir()) == []
 

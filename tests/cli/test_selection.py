@@ -1,4 +1,4 @@
-"""Which files of a folder are read: patterns, .gitignore, links, and what is passed over."""
+"""Which files of a folder are read: patterns, .gitignore, links, and what is skipped."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_a_volume_of_kubernetes_is_read(tmp_path: Path) -> None:
     assert read_texts(tmp_path) == ["..2026_11_30/a.txt"]
 
 
-# --- what is passed over ----------------------------------------------------------------------
+# --- what is skipped ---------------------------------------------------------------------------
 
 
 def test_files_that_promise_text_are_counted_by_suffix(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_files_that_promise_text_are_counted_by_suffix(tmp_path: Path) -> None:
     assert list(reader) == []
     assert reader.skipped == {".pdf": 2, ".docx": 1, ".txt": 1, ".xz": 1, ".tar": 1}
     assert (reader.files, reader.binary, reader.bytes_read) == (0, 2, total)
-    assert read_reasons(tmp_path / "a.pdf") == [(None, ".pdf files cannot be read; convert it to text first")]
+    assert read_reasons(tmp_path / "a.pdf") == [(None, "cannot read .pdf files; convert the file to text first")]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.gz"])

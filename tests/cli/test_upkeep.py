@@ -67,9 +67,9 @@ class Store:
     [
         (Store(), True, True, ""),
         (Store(fail="raise"), False, False, "OSError: MISCONF the disk is full"),
-        (Store(fail="drop"), False, False, "a probe that was written cannot be read"),
+        (Store(fail="drop"), False, False, "a probe was written, but it is missing when it is read"),
         (Store(fail="node"), True, True, ""),
-        (Store(delete=False), True, None, "no probe was written, because it cannot delete"),
+        (Store(delete=False), True, None, "no probe was written, because this tier cannot delete"),
     ],
 )
 def test_check_writes_reads_and_deletes_a_probe(store: Store, ok: bool, writes: bool | None, detail: str) -> None:

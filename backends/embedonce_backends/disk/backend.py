@@ -167,8 +167,9 @@ class DiskBackend:
         After this has returned, no item is lost even if the process is killed.
 
         Raises:
-            DiskFull, ReadOnlyFile: as their names say.
-            LogTooLarge: a reader that does not end keeps SQLite's log from being emptied.
+            DiskFull: the disk has no space left.
+            ReadOnlyFile: the file or its folder is read-only.
+            LogTooLarge: SQLite's log has reached its limit, because a reader keeps it from being emptied.
         """
         for chunk in self._split_items(items):
             with self._open_transaction() as connection:
@@ -202,7 +203,7 @@ class DiskBackend:
         Raises:
             DataNotOverwritten: the keys are removed, but a reader still uses the log. The next write after the reader
                 has ended overwrites the data. Another call with the same keys also does, or raises this error again.
-            LogTooLarge: the log is twice as large as it may be, so that not even removing keys is possible.
+            LogTooLarge: the log is twice as large as its limit, so not even keys can be removed.
         """
         is_overwrite_needed = False
         for start in range(0, len(keys), CHUNK_KEYS):

@@ -1,7 +1,7 @@
 """SQLite's log (the file ``cache.db-wal``): it is emptied often, and its size is limited.
 
 Writes go into the log first. A checkpoint copies them into the main file, and can then empty the log, unless a reader
-still uses the log. A reader that stands still, such as a stopped process, would make the log grow forever.
+still uses the log. A stuck reader, such as a stopped process, would make the log grow forever.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Log:
             self._next_wait = 2 * size
 
     def make_room(self, connection: Connection, limit: int) -> None:
-        """Before a write, require that the log is not larger than ``limit`` bytes, or can be emptied.
+        """Before a write, empty the log if it is larger than ``limit`` bytes.
 
         Raises:
             LogTooLarge: the log is too large, and a reader still uses it.

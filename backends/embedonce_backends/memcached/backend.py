@@ -293,9 +293,9 @@ def _normalize_server(server: object, index: int) -> str:
 def _advise(server: str) -> str:
     """Return what is wrong with an invalid node, without quoting it, because it may contain a password."""
     if "@" in server:
-        return "; this tier has no login"
+        return "; this tier does not support a login"
     if re.match("(memcacheds|tls|ssl)://", server):
-        return "; this tier has no TLS"
+        return "; this tier does not support TLS"
     if "?" in server:
         return '; set max_connections and timeout in the table of the tier, not after a "?"'
     if "://" in server:

@@ -202,7 +202,7 @@ class PostgresBackend:
         if self._column == "bytea":
             return 'bytea (column = "bytea")'
         if found.extension is not None and not found.may_use_vectors:
-            return f"bytea: this role may not use pgvector ({self._make_vector_grant(found)})"
+            return f"bytea: this role may not use pgvector; an administrator must run {self._make_vector_grant(found)}"
         if found.extension is not None:
             return "bytea: the table was made without pgvector; run `embedonce migrate` to add the vector column"
         if found.available is not None:
@@ -214,7 +214,7 @@ class PostgresBackend:
         return list_grants(self._inspect_table(), self.schema, self.table, self._column)
 
     def _make_vector_grant(self, found: TableState) -> str:
-        return f'GRANT USAGE ON SCHEMA "{found.extension_schema}" TO this role'
+        return f'GRANT USAGE ON SCHEMA "{found.extension_schema}" TO ROLE, with the name of this role'
 
     def get_statements(self) -> Statements:
         """Return the statements for the table. The first call inspects the table, and makes it if it is missing."""
@@ -224,7 +224,8 @@ class PostgresBackend:
         if not found.table or (self._column == "vector" and not found.has_vectors):
             found = self._make_table()
         if self._column == "vector" and not found.may_use_vectors:
-            raise TierError(f'column = "vector": this role may not use pgvector; run {self._make_vector_grant(found)}')
+            grant = self._make_vector_grant(found)
+            raise TierError(f'column = "vector": this role may not use pgvector; an administrator must run {grant}')
         statements = self.known_statements = make_statements(found, self.schema, self.table, self._column)
         return statements
 

@@ -41,7 +41,7 @@ an error, so the message is all that there is. The names are those that psycopg 
 
 
 def name_connection_error(error: BaseException) -> BaseException:
-    """Name the error of a failed connection for its reason, if the reason is known."""
+    """Give the error of a failed connection the name of its reason, if the reason is known."""
     if type(error) is not psycopg.OperationalError:
         return error
     text = str(error)

@@ -120,9 +120,9 @@ def _make_default() -> Document:
     try:
         tiers.append({"type": "disk", "path": str(find_cache_path("vectors"))})
     except NoCacheFolder as error:
-        source += f"; memory alone, because {error}"
+        source += f"; memory tier only, because {error}"
         _warn_once(
-            f"no disk tier: {error}, so vectors are kept in memory alone, until the program ends; to keep them, set "
+            f"no disk tier: {error}, so vectors are kept only in memory, until the program ends; to keep them, set "
             "HOME or XDG_CACHE_HOME to a folder that can be written to, or write a configuration"
         )
     return Document({"provider": {"type": "ngram"}, "tiers": tiers}, source)

@@ -136,7 +136,7 @@ def _read_trusted(file: Path) -> bytes:
     """
     try:
         content, opened = _read_regular(file)
-        reason = _find_distrust(file, opened)
+        reason = _find_risk(file, opened)
     except FileNotFoundError:
         word = "is a broken symbolic link" if file.is_symlink() else "was removed while it was read"
         raise ConfigError([Problem(word, relative_name(file))]) from None
@@ -150,7 +150,7 @@ def _read_trusted(file: Path) -> bytes:
 def _refuse(file: Path, reason: str) -> ConfigError:
     name = shlex.quote(str(file))
     message = (
-        f"is not used, because it was found and not named, and {reason}. A configuration says where texts and secrets "
+        f"is not used, because you did not name it, and {reason}. A configuration says where texts and secrets "
         f"are sent. If you trust this file, name it: --config {name}, or EMBEDONCE_CONFIG={name}"
     )
     return ConfigError([Problem(message, relative_name(file))])
@@ -192,7 +192,7 @@ def _require_regular(file: Path, status: os.stat_result) -> None:
 # --- who may have written a file --------------------------------------------------------------
 
 
-def _find_distrust(file: Path, opened: os.stat_result) -> str:
+def _find_risk(file: Path, opened: os.stat_result) -> str:
     """Return the reason why somebody else may have written a file, or "" if only this user or root can have.
 
     Members of the owner's group count as trusted, because on many systems each user has a group of their own.
@@ -204,17 +204,17 @@ def _find_distrust(file: Path, opened: os.stat_result) -> str:
         return f"it belongs to {owner}"
     if opened.st_mode & stat.S_IWOTH:
         return "every user may write to it"
-    reason = _find_link_distrust(file)
+    reason = _find_link_risk(file)
     if reason:
         return reason
     for folder in dict.fromkeys((Path(os.path.realpath(file.parent)), Path(os.path.realpath(file)).parent)):
-        reason = _find_folder_distrust(folder, opened)
+        reason = _find_folder_risk(folder, opened)
         if reason:
             return reason
     return ""
 
 
-def _find_link_distrust(file: Path) -> str:
+def _find_link_risk(file: Path) -> str:
     """Return the reason why somebody else may have made one of the symbolic links that lead to a file, or ""."""
     for _ in range(40):  # the limit of Linux for links to links
         status = os.lstat(file)
@@ -224,13 +224,13 @@ def _find_link_distrust(file: Path) -> str:
         if owner:
             return f"the link {file} belongs to {owner}"
         file = Path(os.path.realpath(file.parent)) / os.readlink(file)
-        reason = _find_folder_distrust(Path(os.path.realpath(file.parent)), None)
+        reason = _find_folder_risk(Path(os.path.realpath(file.parent)), None)
         if reason:
             return reason
     return "it is a link to too many links"
 
 
-def _find_folder_distrust(folder: Path, opened: os.stat_result | None) -> str:
+def _find_folder_risk(folder: Path, opened: os.stat_result | None) -> str:
     """Return the reason why somebody else may have put a file into a folder, or "".
 
     A sticky folder such as /tmp does not keep others from adding a file. It does keep them from renaming a folder of

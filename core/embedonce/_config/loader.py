@@ -176,7 +176,7 @@ class _Loader:
         for where in find_remote_code(self._values.data):
             head, rest = self._split_path(where)
             name = f"{format_path(rest)} in {self._format_label(head)}"
-            self._add_problem(where, f"{name} runs code of others, so {ONLY_NAMED}")
+            self._add_problem(where, f"{name} runs code from the model's repository, so {ONLY_NAMED}")
 
     def _split_path(self, where: TomlPath) -> tuple[TomlPath, TomlPath]:
         """Split the path of a value into the path of its table and the rest."""

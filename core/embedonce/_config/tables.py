@@ -95,7 +95,7 @@ def _check_glob(value: object) -> str:
 
 def _check_field(value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise BadValue("must be the name of a field, which is not empty")
+        raise BadValue("must be the name of a field, and must not be empty")
     return value
 
 
@@ -110,15 +110,15 @@ class EmbedTable:
     fields: Annotated[
         Mapping[Glob, FieldName] | None,
         Doc(
-            "Fields or columns with the text, by patterns of file names; the first pattern that matches decides. The "
-            "option --field is used instead if it is given."
+            "Fields or columns with the text, by patterns of file names; the first pattern that matches decides. If "
+            "the option --field is given, it is used instead."
         ),
     ] = None
     keep: Annotated[
         Sequence[FieldName],
         Doc(
-            "Names of fields or columns whose values are written beside each vector. The option --keep is used instead "
-            "if it is given."
+            "Names of fields or columns whose values are written beside each vector. If the option --keep is given, it "
+            "is used instead."
         ),
     ] = ()
 

@@ -105,7 +105,7 @@ def _read_list(tiers: Any) -> list[Any]:
     return list(tiers)
 
 
-def _describe_no_backend(backend: Any) -> str:
+def _explain_wrong_backend(backend: Any) -> str:
     """Return why something is not a backend, and what to pass instead."""
     if isinstance(backend, type):
         return f"{backend.__name__} is a class; pass an instance of it, {backend.__name__}(...)"
@@ -129,7 +129,7 @@ def _find_problems(
     """
     caps = getattr(tier.backend, "capabilities", None)
     if isinstance(tier.backend, type) or not isinstance(caps, Capabilities):
-        yield None, _describe_no_backend(tier.backend)
+        yield None, _explain_wrong_backend(tier.backend)
         return
     if not isinstance(name, str):
         yield "name", f"a tier's name must be a str, got {type(name).__name__}"

@@ -25,7 +25,7 @@ PROBE_SECONDS: Final = 60.0
 
 PROBE_VECTOR: Final = freeze(np.arange(1, 9, dtype=np.float32))
 
-NOT_DELETABLE: Final = "no probe was written, because it cannot delete"
+NOT_DELETABLE: Final = "no probe was written, because this tier cannot delete"
 READ_ONLY: Final = 'read-only (write = "none")'
 
 
@@ -87,9 +87,9 @@ async def _write(port: Port, tier: LiveTier, keys: Sequence[str], clock: Callabl
 async def _check_values(port: Port, tier: LiveTier, keys: Sequence[str]) -> None:
     decoded = tier.decode(await _read(port, tier, keys), dtype="float32", dimensions=PROBE_VECTOR.size)
     if not decoded.entries:
-        raise TierError("a probe that was written cannot be read", tier.name)
+        raise TierError("a probe was written, but it is missing when it is read", tier.name)
     if any(not np.array_equal(entry.vector, PROBE_VECTOR) for entry in decoded.entries.as_dict().values()):
-        raise TierError("a probe that was written is read with another value", tier.name)
+        raise TierError("a probe was written, but it has another value when it is read", tier.name)
 
 
 async def _delete(port: Port, tier: LiveTier, keys: Sequence[str]) -> str:
@@ -103,10 +103,10 @@ async def _delete(port: Port, tier: LiveTier, keys: Sequence[str]) -> str:
         left = await _read(port, tier, keys)
     except TierError as error:
         if isinstance(error.__cause__, TierBusy):
-            return f"a probe was not deleted, because it is busy; it expires within {PROBE_SECONDS:.0f} s"
-        raise TierError(f"a probe that was written cannot be deleted ({error})", tier.name) from error.__cause__
+            return f"a probe was not deleted, because this tier is busy; it expires within {PROBE_SECONDS:.0f} s"
+        raise TierError(f"a probe was written, but it cannot be deleted ({error})", tier.name) from error.__cause__
     if left:
-        raise TierError("a probe that was deleted can still be read", tier.name)
+        raise TierError("a probe was deleted, but it can still be read", tier.name)
     return ""
 
 

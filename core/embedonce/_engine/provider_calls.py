@@ -67,7 +67,7 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
     except TimeoutError as error:
         hint = ""
         if isinstance(error, LoopBusy):
-            hint = "; other tasks blocked the event loop, run them in threads"
+            hint = ", because other tasks blocked the event loop; run work that blocks in a thread"
         elif timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # this is the provider's own error
         raise ProviderTimeout(

@@ -155,7 +155,7 @@ class LiveTier:
         done: str = await self.calls.call_strictly(port, self.backend.migrate, listing=True)
         if hasattr(self.backend, "list_grants"):
             grants = await self.calls.call_strictly(port, self.backend.list_grants)
-            done = f"{done}; a role that only uses it needs: {'; '.join(grants)}"
+            done = f"{done}; a role that only uses the table needs: {'; '.join(grants)}"
         return done
 
     async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ MAX_METADATA = 64 * 1024
 """Maximum size of an entry's metadata as compact JSON, in bytes."""
 
 MAX_DEPTH = 32
-"""Maximum number of objects and lists of an entry's metadata that are inside each other.
+"""Maximum number of levels of objects and lists in an entry's metadata. The metadata itself is the first level.
 
 Copying or comparing metadata that is nested hundreds of levels deep would raise RecursionError."""
 
@@ -53,13 +53,13 @@ def write_metadata(key: str, metadata: Metadata) -> bytes:
         raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got more")
     try:
         if not isinstance(metadata, Mapping) or depth > MAX_DEPTH or not _has_plain_keys(metadata):
-            raise TypeError("the metadata is no such object")
+            raise TypeError("invalid metadata")
         written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
         # Raise the error without its cause, because the message of the cause may show the metadata.
         raise TypeError(
-            f"{key}: metadata is not a JSON object whose keys are strings, with at most {MAX_DEPTH} objects and lists "
-            "inside each other"
+            f"{key}: metadata must be a JSON object whose keys are strings, with at most {MAX_DEPTH} levels of objects "
+            "and lists"
         ) from None
     if len(written) > MAX_METADATA:
         raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got {len(written)}")
@@ -74,9 +74,9 @@ def _has_plain_keys(value: Any) -> bool:
 
 
 def _measure_depth(value: Any) -> int | None:
-    """Return how many objects and lists are inside each other, or ``MAX_DEPTH + 1`` if there are more.
+    """Return the number of levels of objects and lists, or ``MAX_DEPTH + 1`` if there are more.
 
-    Return None if there are so many in all that the value is too large. This function does not recurse.
+    Return None if there are so many objects and lists that the value is too large. This function does not recurse.
     """
     level, depth, total = _list_containers([value]), 0, 0
     while level and depth <= MAX_DEPTH:

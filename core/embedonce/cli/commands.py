@@ -31,7 +31,7 @@ from .output import (
     reserve_stdout,
     say,
     say_config_error,
-    tolerate_consoles,
+    tolerate_broken_consoles,
 )
 
 EPILOG = """
@@ -69,7 +69,7 @@ class Commands(TyperGroup):
     """Turns errors into messages and exit codes, for all commands."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        with tolerate_consoles():
+        with tolerate_broken_consoles():
             return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:

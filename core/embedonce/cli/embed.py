@@ -25,7 +25,7 @@ from .embedding.reading_options import (
     KeepOption,
     QuoteOption,
     SplitOption,
-    check_together,
+    find_conflict,
 )
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, is_terminal, say, write
@@ -109,7 +109,7 @@ def embed(
     sink = _open_output(out, with_text, keep)
     try:
         _check_paths(paths, out)
-        if problem := check_together(format, delimiter, quote, paths):
+        if problem := find_conflict(format, delimiter, quote, paths):
             raise Refused(problem)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
@@ -316,7 +316,7 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     if summary.binary:
         yield f"{format_count(summary.binary, 'binary file')} skipped"
     if summary.skipped:
-        yield f"passed over: {describe_skipped(summary.skipped)}"
+        yield f"skipped: {describe_skipped(summary.skipped)}"
     if summary.out is not None:
         yield f"wrote {format_count(summary.rows, 'row')} of {summary.dimensions:,} dimensions to {summary.out}"
     if summary.index is not None:

@@ -25,9 +25,9 @@ embedonce forget --file customer-17.txt
 
 embedonce forget --stdin --json < one.txt
 
-The vectors are removed for every task. A file stands for each passage that `embedonce embed` reads from it, and for its
-whole content. For the whole content of a file or of standard input, a line end at the end is tried both as a part of
-the text and left out.
+With --file, the texts are each passage that `embedonce embed` reads from the file, and the whole content of the file.
+If the content of the file or of standard input ends with a line end, the vectors are removed for the text with this
+line end and for the text without it.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
 reach the memory tier of another process. The exit code is 1 if a tier was not reached.
@@ -40,9 +40,9 @@ WINDOW = 1024
 def forget(
     text: TextArgument = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="Remove the texts of this file.", show_default=False)
+        Path | None, typer.Option("--file", metavar="FILE", help="Forget the texts of this file.", show_default=False)
     ] = None,
-    stdin: Annotated[bool, typer.Option("--stdin", help="Read one text from standard input.")] = False,
+    stdin: Annotated[bool, typer.Option("--stdin", help="Read one text to forget from standard input.")] = False,
     field: Annotated[
         str,
         typer.Option(

@@ -62,7 +62,7 @@ embedonce stats
 embedonce stats --json
 
 A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
-has no value if the store cannot tell it.
+has no value if the value is unknown.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -94,7 +94,7 @@ def check(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Check the configuration, that the provider has its key, and that each tier answers and stores what it gets."""
+    """Check the configuration, the provider's API key, and that each tier answers and stores what is written to it."""
     from embedonce.config import warnings
 
     from .opened import list_secrets, load_config, open_cache
@@ -263,7 +263,7 @@ def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, 
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show the contents of the tiers: one row per tier and scope, with its model, size, age and use."""
+    """Show the contents of the tiers: one row per tier and scope, with its model, size and dates."""
     from .opened import list_folders, open_for_upkeep
 
     with open_for_upkeep(config) as (loaded, cache):

@@ -51,15 +51,15 @@ def new(
         typer.Option(
             "--kind",
             metavar="STORE",
-            help="Where a backend stores vectors: in a folder, or over a network, with a pool, a deadline and an async "
-            "client. Default: folder.",
+            help="Kind of store of a backend: folder, or network, for which the package has a connection pool, "
+            "deadlines and an async client. Default: folder.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a package with a small working plugin and its tests, as a start for your own plugin."""
     if store is not None and kind != "backend":
-        raise Refused("--kind is only for a backend")
+        raise Refused("--kind is valid only for a backend; remove it")
     _check_name(name)
     target = folder or Path(f"embedonce-{name}")
     try:

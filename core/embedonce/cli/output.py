@@ -37,7 +37,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def tolerate_consoles() -> Iterator[None]:
+def tolerate_broken_consoles() -> Iterator[None]:
     """Let no encoding of the output streams, and no broken standard error, end a command or change its exit code.
 
     A console may be ASCII or cp1252, and the name of a file may have any character, or bytes that are not text at all.

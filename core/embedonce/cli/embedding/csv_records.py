@@ -145,7 +145,7 @@ class _Records:
             yield Broken(self._source, 1, f"not a CSV header: {error}")
             return
         except _RecordTooLong:
-            yield self._describe_unclosed(1)
+            yield self._describe_unclosed(1, is_whole=False)
             return
         if header is None:
             return
@@ -182,7 +182,7 @@ class _Records:
                 yield self._describe_error(error, start)
                 continue
             except _RecordTooLong:
-                yield self._describe_unclosed(start)
+                yield self._describe_unclosed(start, is_whole=False)
                 return
             if row is None:
                 return
@@ -210,17 +210,19 @@ class _Records:
 
     def _describe_error(self, error: csv.Error, start: int) -> Broken:
         if str(error) == "unexpected end of data":
-            return self._describe_unclosed(start)
+            return self._describe_unclosed(start, is_whole=True)
         return Broken(self._source, start, f"not CSV: {error}", detail=self._describe_span(start))
 
     def _describe_span(self, start: int) -> str:
         return f" (lines {start} to {self._lines.number})" if self._lines.number > start else ""
 
-    def _describe_unclosed(self, start: int) -> Broken:
-        """Name the line in which the quote opens. What follows that line is not read."""
+    def _describe_unclosed(self, start: int, *, is_whole: bool) -> Broken:
+        """Name the line in which the quote opens. ``is_whole`` means that the record ends with the file."""
         opened = start + self._find_open_quote()
-        last = f"; lines {start} to {self._lines.number} are not read" if self._lines.number > start else ""
-        return Broken(self._source, opened, UNCLOSED, detail=last)
+        unread = f"; lines {start} to {self._lines.number} are not read" if self._lines.number > start else ""
+        if not is_whole:
+            unread = f"; line {start} and all lines after it are not read"
+        return Broken(self._source, opened, UNCLOSED, detail=unread)
 
     def _find_open_quote(self) -> int:
         """Return how many lines of the record come before the line with the quote that is not closed."""

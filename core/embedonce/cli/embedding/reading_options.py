@@ -81,12 +81,12 @@ def _check_names(values: list[str] | None) -> list[str] | None:
     return None if values is None else [name for name in map(_check_field, values) if name is not None]
 
 
-def check_together(format: Format, delimiter: str | None, quote: str | None, paths: Sequence[str]) -> str | None:
+def find_conflict(format: Format, delimiter: str | None, quote: str | None, paths: Sequence[str]) -> str | None:
     """Return what is wrong with options that are valid alone, or None."""
     if delimiter is not None and delimiter == quote:
         return "--delimiter and --quote must be different characters"
     if "-" in paths and format == "parquet":
-        return "Parquet cannot be read from standard input; give the path of a file"
+        return "cannot read Parquet from standard input; give the path of a file"
     return None
 
 
@@ -100,7 +100,7 @@ FieldOption: TypeAlias = Annotated[
         metavar="NAME",
         callback=_check_field,
         help="The field or column with the text. In JSON and Parquet, meta.title is the field title of the inner "
-        "object meta. Default: fields in the table embed of the configuration, then text.",
+        "object meta. Default: the option fields of the table embed in the configuration, otherwise text.",
         show_default=False,
     ),
 ]
@@ -111,7 +111,7 @@ KeepOption: TypeAlias = Annotated[
         metavar="NAME",
         callback=_check_names,
         help="Write the value of this field or column beside each vector, for example --keep id. Can be repeated. "
-        "Default: keep in the table embed of the configuration.",
+        "Default: the option keep of the table embed in the configuration.",
         show_default=False,
     ),
 ]

@@ -21,7 +21,7 @@ from .distinct import DistinctTexts
 from .failures import Failures
 from .pace import FACTOR, Pace
 from .passages import Passage, ReadItem
-from .summary import Summary, collect_causes, collect_tier_failures, describe_skipped, failed_to_store
+from .summary import Summary, collect_causes, collect_tier_failures, describe_skipped, has_stored_nothing
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
@@ -272,7 +272,7 @@ class Run:
         summary.trouble = collect_tier_failures(stats)
         summary.causes = collect_causes(stats)
         if summary.computed:
-            summary.unstored = [name for name in self._persistent_tiers if failed_to_store(stats.tiers[name])]
+            summary.unstored = [name for name in self._persistent_tiers if has_stored_nothing(stats.tiers[name])]
 
     # --- failures -----------------------------------------------------------------------------
 
@@ -309,12 +309,12 @@ def _count_computed_texts(stats: Stats) -> int:
 
 
 def describe_empty_input(reader: Reader) -> str:
-    """Return why there is no passage, and what was passed over."""
+    """Return why there is no passage, and what was skipped."""
     skipped = dict(reader.skipped)
     if reader.binary:
         skipped["binary"] = reader.binary
     found = f"{format_count(reader.files, 'file')} read" if reader.files else "no file was read"
-    return f"there is no passage to embed ({found}{f'; passed over: {describe_skipped(skipped)}' if skipped else ''})"
+    return f"there is no passage to embed ({found}{f'; skipped: {describe_skipped(skipped)}' if skipped else ''})"
 
 
 def split_windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

@@ -46,7 +46,7 @@ class Selection:
     """Finds the files to read. The entries of a folder are found in the order of their names, at every level.
 
     In folders, hidden files, linked folders, generated folders (``node_modules``), entries that ``.gitignore`` ignores
-    and links that lead out of the folder are passed over. ``include`` and ``exclude`` concern all files, except
+    and links that lead out of the folder are skipped. ``include`` and ``exclude`` apply to all files, except
     standard input.
     """
 
@@ -64,7 +64,7 @@ class Selection:
         self._exclude = compile_globs(exclude) if exclude else None
 
     def walk(self, skipped: Counter[str]) -> Iterator[Found | Broken]:
-        """Yield the files to read, and what cannot be read. Add the number of passed-over entries to ``skipped``."""
+        """Yield the files to read, and what cannot be read. Count skipped entries in ``skipped``."""
         for path in self._paths:
             if path == STDIN:
                 yield Found(path, path, is_argument=True)
@@ -123,7 +123,7 @@ class _Walk:
                 yield found
 
     def _list_entries(self, path: str, folder: _Entry) -> list[_Entry] | Broken:
-        """Return the entries of a folder that are not passed over because of their names."""
+        """Return the entries of a folder that are not skipped because of their names."""
         try:
             rules = (*folder.rules, *read_rules(path, folder.name))
         except OSError as error:
@@ -143,7 +143,7 @@ class _Walk:
         return entries
 
     def _find_reason(self, entry: _Entry, path: str) -> str | None:
-        """Return why an entry is passed over, None if it is not, or an empty string if nobody needs to know."""
+        """Return why an entry is skipped: None if it is not, an empty string if the reason is not reported."""
         name = entry.name.rpartition("/")[2]
         is_folder = os.path.isdir(path) and not os.path.islink(path)
         if name in GENERATED and os.path.isdir(path):

@@ -72,7 +72,7 @@ class Reader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of entries of folders that were passed over so far, by suffix (``.pdf``) or by reason.
+        """Number of entries of folders that were skipped so far, by suffix (``.pdf``) or by reason.
 
         A suffix is counted here only if the user may expect that files with this suffix are read.
         """
@@ -80,8 +80,8 @@ class Reader:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences that tell the user what is special about what was read so far."""
-        notes = [f'no record has a value in the field "{name}" of --keep' for name in self._unseen if self.files]
+        """Notes for the user about unusual input that was read so far."""
+        notes = [f'note: no record has the field "{name}" that keep names' for name in self._unseen if self.files]
         if self._has_markup:
             notes.append("note: HTML is read as text, so its tags are part of the passages")
         return notes
@@ -116,7 +116,7 @@ class Reader:
                 yield Broken(decode_path(found.path), None, describe_os_error(error))
 
     def _watch(self, items: Iterable[ReadItem]) -> Iterator[ReadItem]:
-        """Give each passage a value for each field to keep, and note which fields have values."""
+        """Give each passage a value for each field to keep, and record which fields exist."""
         if not self.keep:
             yield from items
             return
@@ -161,7 +161,7 @@ class Reader:
 
     def _refuse(self, file: Found, kind: FileKind) -> Iterator[ReadItem]:
         if file.is_argument:
-            reason = f"{kind.suffix} files cannot be read; convert it to text first"
+            reason = f"cannot read {kind.suffix} files; convert the file to text first"
             yield Broken(decode_path(file.path), None, reason)
             return
         self._skipped[kind.suffix] += 1
@@ -169,7 +169,7 @@ class Reader:
 
     def _read_parquet(self, file: Found, kind: FileKind, source: str, size: int) -> Iterator[ReadItem]:
         if kind.compression is not None:
-            yield Broken(source, None, "compressed Parquet files cannot be read; decompress it first")
+            yield Broken(source, None, "cannot read compressed Parquet files; decompress the file first")
             return
         self.files += 1
         yield from read_parquet(file.path, source, self._meter, self._choose_fields(file, kind), size)

@@ -79,11 +79,11 @@ def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 
 
-def failed_to_store(tier: TierStats) -> bool:
+def has_stored_nothing(tier: TierStats) -> bool:
     """Return whether a tier stored nothing although vectors were written to it."""
     return not tier.stored and bool(tier.errors or tier.dropped)
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:
-    """Return what was passed over, by suffix or reason, for example ``.pdf: 3, ignored by .gitignore: 20``."""
+    """Return what was skipped, by suffix or reason, for example ``.pdf: 3, ignored by .gitignore: 20``."""
     return ", ".join(f"{reason}: {number:,}" for reason, number in skipped.items())

@@ -1136,17 +1136,13 @@ class BackendContract(Contract):
     def _skip_without_lasting(self, backend: Any) -> None:
         scope = backend.capabilities.scope
         if scope == "process":
-            pytest.skip(
-                'requires the scope "single", "host" or "network"; a backend with the scope "process" is private'
-            )
+            pytest.skip('requires the scope "single", "host" or "network"; the scope "process" shares nothing')
         assert self._overrides("reopen"), f'the scope "{scope}" requires reopen(), which returns another client'
 
     def _skip_without_sharing(self, backend: Any) -> None:
         self._skip_without_lasting(backend)
         if backend.capabilities.scope == "single":
-            pytest.skip(
-                'requires the scope "host" or "network"; one process at a time has a store of the scope "single"'
-            )
+            pytest.skip('requires the scope "host" or "network"; the scope "single" allows one process at a time')
 
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)

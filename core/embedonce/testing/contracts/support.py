@@ -205,7 +205,7 @@ async def read_while_loop_is_blocked(twin: Any, keys: Sequence[str]) -> Mapping[
         return await call
     except TimeoutError:
         raise AssertionError(
-            "the twin took a blocked event loop for a timeout: "
+            "the async client reported a timeout, although only the event loop was blocked: "
             "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
         ) from None
 
