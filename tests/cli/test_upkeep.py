@@ -240,6 +240,21 @@ def test_stats_tells_vector_spaces_apart(command: Any, two_spaces: Path) -> None
     assert {"128", "384", "yes", "no"} <= set(shown.split())
 
 
+def test_stats_does_not_call_a_tier_empty_that_it_cannot_list(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(64)
+
+    def fail(backend: Any, *arguments: Any, **options: Any) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(DiskBackend, "scan", fail)
+    done = command("stats")
+    assert done.code == 1
+    assert "empty" not in done.out
+    assert "tier 'disk'" in done.err
+
+
 def test_stats_works_without_a_provider(command: Any, two_spaces: Path) -> None:
     Path("x.toml").write_text(CONFIG.format(64).partition("[[tiers]]")[2].join(("[[tiers]]", "")))
     held = command("stats", "--config", "x.toml", "--json").json["held"]

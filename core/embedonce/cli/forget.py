@@ -42,8 +42,8 @@ embedonce forget --file answers.csv --delimiter ';' --field answer
 embedonce forget --stdin --json < one.txt
 
 The vectors are removed for every task. A file stands for each passage that `embedonce embed` reads from it, with any
---split. Use the same --format, --delimiter, --quote and --encoding as for `embedonce embed`. For the whole content of a file or of standard input, a line end at the end is tried both as a part of
-the text and left out.
+--split. Use the same --format, --delimiter, --quote and --encoding as for `embedonce embed`. For the whole content of a
+file or of standard input, a line end at the end is tried both as a part of the text and left out.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
 reach the memory tier of another process. The exit code is 1 if a tier was not reached.
@@ -126,7 +126,7 @@ class _Source:
 
     file: Path
     field: str | None
-    fields: Mapping[str, str]
+    fields: Mapping[str, str] | None
     format: Format
     delimiter: str | None
     quote: str | None
