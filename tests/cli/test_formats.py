@@ -245,6 +245,34 @@ def test_a_truncated_file_yields_no_part_of_a_text(tmp_path: Path, suffix: str) 
         assert str(broken).startswith(f"{path}: truncated ")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.jsonl.gz", b'{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("a.json.gz", b'[{"text": "one"},\n{"text": "two"}]', ["one", "two"]),
+        ("a.csv.gz", b"text\none\ntwo\n", ["one", "two"]),
+        ("a.txt.gz", b"one\n\ntwo\n\nthree", ["one", "two"]),
+    ],
+)
+def test_a_small_file_is_read_up_to_the_damage(tmp_path: Path, name: str, content: bytes, texts: list[str]) -> None:
+    whole = compress(content, ".gz")
+    for damaged in (whole[:-8], whole + b"more"):
+        *items, broken = read_items(write(tmp_path, name, damaged))
+        assert [item.text for item in items if isinstance(item, Passage)] == texts
+        assert isinstance(broken, Broken)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.json"])
+def test_a_missing_byte_order_mark_fails_one_file(tmp_path: Path, name: str, encoding: str) -> None:
+    write(tmp_path, name, '{"text": "one"}\n'.encode(encoding + "-le"))
+    [item] = read_items(str(tmp_path), encoding=encoding)
+    assert str(item) == (
+        f"{tmp_path / name}: not {encoding}: the byte order mark is missing; "
+        f"use --encoding {encoding}-le or {encoding}-be"
+    )
+
+
 @needs("zstandard")
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:

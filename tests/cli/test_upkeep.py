@@ -240,6 +240,21 @@ def test_stats_tells_vector_spaces_apart(command: Any, two_spaces: Path) -> None
     assert {"128", "384", "yes", "no"} <= set(shown.split())
 
 
+def test_stats_does_not_call_a_tier_empty_that_it_cannot_list(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(64)
+
+    def fail(backend: Any, *arguments: Any, **options: Any) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(DiskBackend, "scan", fail)
+    done = command("stats")
+    assert done.code == 1
+    assert "empty" not in done.out
+    assert "tier 'disk'" in done.err
+
+
 def test_stats_works_without_a_provider(command: Any, two_spaces: Path) -> None:
     Path("x.toml").write_text(CONFIG.format(64).partition("[[tiers]]")[2].join(("[[tiers]]", "")))
     held = command("stats", "--config", "x.toml", "--json").json["held"]
@@ -329,6 +344,33 @@ def test_forget_reads_files_as_embed_does_and_as_a_whole(command: Any, folder: P
     with embedonce.open() as cache:
         found = cache.lookup(texts).sources
     assert found == ([None] * 4 if "two" in text else [None, "disk", None, None])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("t.txt", b"one\ntwo\n\nthree\n", ["--split", "line"]),
+        ("t.txt", b"\xef\xbb\xbfone\ntwo\n", ["--split", "file"]),
+        ("t.txt", "one\n\ntwo\n".encode("utf-16"), ["--split", "file"]),
+        ("t.tsv", b'id\ttext\n1\t"quoted"\n', ["--quote", "none"]),
+        ("t.csv", b"id;text\n1;one\n", ["--delimiter", ";"]),
+        ("t.csv", b"text,answer\none,two\n", []),
+        ("t.dat", b'{"text": "one"}\n', ["--format", "jsonl"]),
+        ("t.txt", b"caf\xe9", ["--encoding", "latin-1"]),
+    ],
+)
+def test_forget_removes_all_that_embed_stored(
+    command: Any, folder: Path, name: str, content: bytes, options: list[str]
+) -> None:
+    write_config(64)
+    if b"answer" in content:
+        with Path("embedonce.toml").open("a") as file:
+            file.write('\n[embed]\nfields = { "t.csv" = "answer" }\n')
+    Path(name).write_bytes(content)
+    assert command("embed", name, *options, "--out", "v.npy").code == 0
+    same = [] if "--split" in options else options
+    assert command("forget", "--file", name, *same).code == 0
+    assert command("stats", "--json").json["entries"] == 0
 
 
 def test_forget_reads_standard_input(command: Any, folder: Path) -> None:

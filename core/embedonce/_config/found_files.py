@@ -65,10 +65,10 @@ def get_table(data: Any) -> Any:
     return data
 
 
-def find_distrust(file: Path) -> str:
+def find_risk(file: Path) -> str:
     """Return the reason why an existing file is not used unless it is named, or "" if it is used when it is found."""
     try:
-        return _find_distrust(file, os.stat(file))
+        return _find_risk(file, os.stat(file))
     except OSError:  # the file or its folder was changed meanwhile
         return ""
 

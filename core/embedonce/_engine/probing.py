@@ -54,7 +54,7 @@ async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -
         with suppress(TierError):
             await tier.erase(port, keys)
         if isinstance(error, TierError) and isinstance(error.__cause__, TierBusy):
-            return None, "no probe was written, because it is busy"
+            return None, "no probe was written, because this tier is busy"
         raise
     # A node that did not store its probes is probably lost, so its probes, if there are any, are left to expire.
     return True, await _delete(port, tier, written)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +12,23 @@ import typer
 from embedonce._messages import format_count
 from embedonce.errors import EraseIncomplete, SpaceError
 
-from .options import ConfigOption, JsonOption, TextArgument, decode_argument, read_stdin
+from .embedding.formats import Format
+from .embedding.reading_options import (
+    DelimiterOption,
+    EncodingOption,
+    FieldOption,
+    FormatOption,
+    QuoteOption,
+    find_conflict,
+)
+from .embedding.texts import Split
+from .options import ConfigOption, JsonOption, TextArgument, read_stdin
 from .output import FAILED, Refused, describe_os_error, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
+
+    from .embedding.sources import Reader
 
 EPILOG = """
 Examples:
@@ -23,11 +37,14 @@ embedonce forget "one text"
 
 embedonce forget --file customer-17.txt
 
+embedonce forget --file answers.csv --delimiter ';' --field answer
+
 embedonce forget --stdin --json < one.txt
 
-With --file, the texts are each passage that `embedonce embed` reads from the file, and the whole content of the file.
-If the content of the file or of standard input ends with a line end, the vectors are removed for the text with this
-line end and for the text without it.
+The vectors are removed for every task. With --file, the texts are each passage that `embedonce embed` reads from the
+file, with any --split, and the whole content of the file. Use the same --format, --delimiter, --quote and --encoding as for
+`embedonce embed`. If the content of the file or of standard input ends with a line end, the vectors are removed for the
+text with this line end and for the text without it.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
 reach the memory tier of another process. The exit code is 1 if a tier was not reached.
@@ -43,26 +60,26 @@ def forget(
         Path | None, typer.Option("--file", metavar="FILE", help="Forget the texts of this file.", show_default=False)
     ] = None,
     stdin: Annotated[bool, typer.Option("--stdin", help="Read one text to forget from standard input.")] = False,
-    field: Annotated[
-        str,
-        typer.Option(
-            "--field",
-            metavar="NAME",
-            callback=decode_argument,
-            help="The field or column with the text in the records of FILE.",
-        ),
-    ] = "text",
+    field: FieldOption = None,
+    format: FormatOption = "auto",
+    delimiter: DelimiterOption = None,
+    quote: QuoteOption = None,
+    encoding: EncodingOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
     """Remove the vectors of a text from every tier, for every task. The output does not contain the text."""
-    from .opened import open_cache
+    from .opened import load_config, open_cache
 
     if sum((text is not None, file is not None, stdin)) != 1:
         raise Refused("forget requires exactly one of TEXT, --file and --stdin")
-    with open_cache(config) as cache:
+    if problem := find_conflict(format, delimiter, quote, ()):
+        raise Refused(problem)
+    loaded = load_config(config)
+    with open_cache(loaded) as cache:
         if file is not None:
-            windows, broken = _read_file(file, field)
+            source = _Source(file, field, loaded.embed.fields, format, delimiter, quote, encoding)
+            windows, broken = _read_file(source)
         else:
             windows, broken = [_add_without_line_end(read_stdin()) if text is None else [text]], 0
         erasing = _Erasing(cache)
@@ -104,36 +121,63 @@ class _Erasing:
         self.tasks = known
 
 
-def _read_file(file: Path, field: str) -> tuple[list[list[str]], int]:
+@dataclass(frozen=True)
+class _Source:
+    """A file with texts to forget, and how it is read."""
+
+    file: Path
+    field: str | None
+    fields: Mapping[str, str] | None
+    format: Format
+    delimiter: str | None
+    quote: str | None
+    encoding: str | None
+
+    def read(self, split: Split) -> Reader:
+        """Return the passages as `embedonce embed` reads them."""
+        from .embedding.sources import Reader
+
+        return Reader(
+            [str(self.file)],
+            split=split,
+            field=self.field,
+            fields=self.fields,
+            format=self.format,
+            delimiter=self.delimiter,
+            quote=self.quote,
+            encoding=self.encoding,
+        )
+
+    def read_whole(self) -> Reader:
+        """Return the whole content as one passage, even if the file has records."""
+        from .embedding.sources import Reader
+
+        return Reader([str(self.file)], split="file", format="text", encoding=self.encoding)
+
+
+def _read_file(source: _Source) -> tuple[list[list[str]], int]:
     """Return the texts of a file in windows, and the number of records that cannot be read."""
-    from .embedding.passages import MAX_PASSAGE, Passage
-    from .embedding.sources import Reader
+    from .embedding.passages import Passage
 
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_PASSAGE + 1)
+        source.file.open("rb").close()
     except OSError as error:
         raise Refused(f"--file {describe_os_error(error)}") from None
     texts: dict[str, None] = {}
     broken = 0
-    for item in Reader([str(file)], field=field):
+    for item in source.read("paragraph"):
         if isinstance(item, Passage):
             texts[item.text] = None
         else:
             broken += 1
             say(str(item))
-    if len(content) <= MAX_PASSAGE and _is_text(content):
-        texts |= dict.fromkeys(_add_without_line_end(content.decode()))
+    # What is broken here is broken above as well, or is not a passage for any option of embed.
+    texts |= dict.fromkeys(item.text for item in source.read("line") if isinstance(item, Passage))
+    for item in source.read_whole():
+        if isinstance(item, Passage):
+            texts |= dict.fromkeys(_add_without_line_end(item.text))
     listed = list(texts)
     return [listed[start : start + WINDOW] for start in range(0, len(listed), WINDOW)], broken
-
-
-def _is_text(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _add_without_line_end(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from embedonce._config.found_files import FILE, PYPROJECT, find_distrust
+from embedonce._config.found_files import FILE, PYPROJECT, find_risk
 from embedonce._messages import find_closest, join_words, quote
 
 from .init_sections import PROVIDERS, TIERS, format_install_command, render_file
@@ -63,10 +63,10 @@ def init(
         raise Refused(f"{file} already exists; replace it with --force") from None
     except OSError as error:
         raise Refused(f"cannot write {file}: {error.strerror}") from None
-    distrust = find_distrust(file) if file.name == FILE else ""
-    if distrust:
+    risk = find_risk(file) if file.name == FILE else ""
+    if risk:
         say(
-            f"note: embedonce uses {file} only if you name it, because {distrust}. "
+            f"note: embedonce uses {file} only if you name it, because {risk}. "
             f"Name it with --config or EMBEDONCE_CONFIG, or move it to a folder that only you may write to"
         )
     sections = [PROVIDERS[provider], *(TIERS[name] for name in tiers)]
@@ -75,7 +75,7 @@ def init(
     if json:
         emit({"file": str(file), "provider": provider, "tiers": list(tiers), "extras": extras, "variables": variables})
     else:
-        write("\n".join(_describe_next_steps(file, extras, variables, is_found=file == Path(FILE) and not distrust)))
+        write("\n".join(_describe_next_steps(file, extras, variables, is_found=file == Path(FILE) and not risk)))
 
 
 def _check_name(option: str, name: str, names: Collection[str], table: str) -> None:

@@ -278,7 +278,10 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         write_line = show if held else say  # without contents, the folders are only a hint where to look
         for tier, folder in folders.items():
             write_line(f"{tier}  {folder}")
-        show(_make_contents_table(held) if held else "The tiers are empty.")
+        if held:
+            show(_make_contents_table(held))
+        elif not errors:  # a tier that cannot be listed may have entries
+            show("The tiers are empty.")
     for tier, reason in dict.fromkeys((one.tier, one.unmeasured) for one in held if one.unmeasured):
         say(f"note: tier {tier!r}: bytes and dates not measured: {reason}")
     for tier, error in errors.items():

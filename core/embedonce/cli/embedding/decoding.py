@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from . import passages
 from .passages import TOO_LONG, Broken, Passage, ReadItem
+from .streams import Damaged
 
 Line: TypeAlias = tuple[int, str | None]
 """Number of a line (from 1) and its text with the line end; None instead of the text if the line is too long."""
@@ -62,6 +63,9 @@ def decode(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
     """Decode a file without its byte order mark. Invalid bytes become lone surrogates.
 
     In UTF-8, there is one surrogate per invalid byte, so that the position of the byte can be computed.
+
+    Raises:
+        Damaged: the encoding is utf-16 or utf-32, and the file has no byte order mark.
     """
     is_utf8 = encoding == "utf-8"
     # Only these three never decode valid bytes to a surrogate.
@@ -70,7 +74,11 @@ def decode(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
     # The decoders of these three remove the mark themselves. A second mark is part of the text.
     is_first = encoding not in ("utf-16", "utf-32", "utf-8-sig")
     for data, is_last in chain(((data, False) for data in chunks), [(b"", True)]):
-        text = decoder.decode(data, is_last)
+        try:
+            text = decoder.decode(data, is_last)
+        except UnicodeError:  # Invalid bytes are marked, so this is a fault of the whole file.
+            names = f"{encoding}-le or {encoding}-be"
+            raise Damaged(f"not {encoding}: the byte order mark is missing; use --encoding {names}") from None
         if not text:
             continue
         if is_first:

@@ -12,6 +12,7 @@ from . import passages
 from .decoding import make_passage, read_lines, strip_line_end
 from .fields import Wanted, read_object
 from .passages import TOO_LONG, Broken, ReadItem
+from .streams import Damaged
 
 BLANK = " \t\r\n"
 """White space in JSON."""
@@ -110,6 +111,8 @@ class _Values:
         """Place in ``_text`` where the part that is still to be read begins."""
         self._line = 1
         """Number of the line at ``_start``."""
+        self._damage: Exception | None = None
+        """Why nothing follows ``_text``."""
 
     def read(self) -> Iterator[ReadItem]:
         return self._read_array() if self._peek() == "[" else self._read_sequence()
@@ -158,13 +161,23 @@ class _Values:
         self._start = place
 
     def _read_more(self, size: int) -> bool:
-        """Append at least ``size`` characters to the rest of the text. Return False if the file has no more."""
+        """Append at least ``size`` characters to the rest of the text. Return False if the file has no more.
+
+        Damage to the file is raised by the call after the last characters, so that the objects in them are read.
+        """
+        if self._damage is not None:
+            raise self._damage
         parts = [self._text[self._start :]]
         has_more = False
-        while size > 0 and (part := next(self._chunks, None)) is not None:
-            has_more = True
-            parts.append(part)
-            size -= len(part)
+        try:
+            while size > 0 and (part := next(self._chunks, None)) is not None:
+                has_more = True
+                parts.append(part)
+                size -= len(part)
+        except (Damaged, OSError) as error:
+            if not has_more:
+                raise
+            self._damage = error
         self._text, self._start = "".join(parts), 0
         return has_more
 

@@ -175,10 +175,7 @@ class Reader:
         yield from read_parquet(file.path, source, self._meter, self._choose_fields(file, kind), size)
 
     def _read_stream(self, stream: BinaryIO, file: Found, kind: FileKind, source: str) -> Iterator[ReadItem]:
-        chunks = read_chunks(stream, self._meter, kind.compression)
-        head = b""
-        while len(head) < HEAD and (more := next(chunks, None)) is not None:
-            head += more
+        head, chunks = _read_head(read_chunks(stream, self._meter, kind.compression))
         encoding = self._encoding or detect_encoding(head)
         # A file without a known suffix counts as text, but a NUL shows that such a file is binary. Do not look for a
         # NUL if the user chose --format text, or if the file has records. There, a NUL breaks only one record.
@@ -207,6 +204,22 @@ class Reader:
             names.append(os.path.splitext(file.name)[0])
         matching = (field for globs, field in self._fields if any(map(globs.match_file, names)))
         return next(matching, "text")
+
+
+def _read_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Return the beginning of a file, and the rest. An error is raised by the rest, after what was read before it."""
+    head = b""
+    try:
+        while len(head) < HEAD and (more := next(chunks, None)) is not None:
+            head += more
+    except (Damaged, OSError) as error:
+        return head, _raise(error)
+    return head, chunks
+
+
+def _raise(error: Exception) -> Iterator[bytes]:
+    raise error
+    yield
 
 
 def _has_nul(head: bytes, encoding: str) -> bool:

@@ -19,7 +19,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Damaged(Exception):
-    """A compressed file cannot be read to its end. The message says why, without the content."""
+    """A file cannot be read to its end. The message says why, without the content."""
 
 
 class Meter:
