@@ -42,9 +42,9 @@ embedonce forget --file answers.csv --delimiter ';' --field answer
 embedonce forget --stdin --json < one.txt
 
 The vectors are removed for every task. With --file, the texts are each passage that `embedonce embed` reads from the
-file, with any --split, and the whole content of the file. Use the same --format, --delimiter, --quote and --encoding as for
-`embedonce embed`. If the content of the file or of standard input ends with a line end, the vectors are removed for the
-text with this line end and for the text without it.
+file, with any --split, and the whole content of the file. Use the same --format, --delimiter, --quote and --encoding as
+for `embedonce embed`. If the content of the file or of standard input ends with a line end, the vectors are removed for
+the text with this line end and for the text without it.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
 reach the memory tier of another process. The exit code is 1 if a tier was not reached.
