@@ -80,9 +80,10 @@ def _read_vector(embedding: Any) -> NDArray[Any] | None:
 
 def _read_code(answer: Any) -> int | str | None:
     """Return the status or the name of an error that the body of an answer contains, or None if it has none."""
-    for body in (answer.get("error"), answer) if isinstance(answer, dict) else ():
-        for name in ("code", "status", "type") if isinstance(body, dict) else ():
-            code = body.get(name)
+    bodies = [answer.get("error"), answer] if isinstance(answer, dict) else []
+    for body in bodies:
+        for name in ("code", "status", "type"):
+            code = body.get(name) if isinstance(body, dict) else None
             if isinstance(code, int | str) and not isinstance(code, bool) and code != "":
                 return code
     return None
