@@ -327,7 +327,7 @@ def test_on_error_raise_raises_tier_timeout_after_a_timeout() -> None:
 def test_the_default_timeout_depends_on_the_scope_of_the_backend(
     shipped_timeouts: Mapping[str, float | None],
 ) -> None:
-    assert shipped_timeouts == {"process": None, "host": 2.0, "network": 0.25}
+    assert shipped_timeouts == {"process": None, "single": 2.0, "host": 2.0, "network": 0.25}
 
 
 # --- what a read counts -----------------------------------------------------------------------
