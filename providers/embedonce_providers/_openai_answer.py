@@ -80,10 +80,10 @@ def _read_vector(embedding: Any) -> NDArray[Any] | None:
 
 def _read_code(answer: Any) -> int | str | None:
     """Return the status or the name of an error that the body of an answer contains, or None if it has none."""
-    bodies: list[Any] = [answer.get("error"), answer] if isinstance(answer, dict) else []
+    bodies = [answer.get("error"), answer] if isinstance(answer, dict) else []
     for body in bodies:
-        for name in ("code", "status", "type") if isinstance(body, dict) else ():
-            code = body.get(name)
+        for name in ("code", "status", "type"):
+            code = body.get(name) if isinstance(body, dict) else None
             if isinstance(code, int | str) and not isinstance(code, bool) and code != "":
                 return code
     return None
