@@ -106,7 +106,7 @@ async def test_a_postgres_role_that_may_not_delete_fails_the_check(postgres_serv
 
     parts = urlsplit(postgres_server.url)
     url = parts._replace(netloc=f"keeper@{parts.hostname}:{parts.port}").geturl()
-    backend = PostgresBackend(url=postgres_server.url, table="probes_kept", column="bytea")
+    backend: Any = PostgresBackend(url=postgres_server.url, table="probes_kept", column="bytea")
     with Cache(NgramProvider(), [Tier(backend, timeout=PATIENT)]) as cache:
         cache.migrate()
     with psycopg.connect(postgres_server.url, autocommit=True) as admin:
