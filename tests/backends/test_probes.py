@@ -95,7 +95,7 @@ def test_a_redis_user_who_may_not_delete_fails_the_check(redis_server: Any) -> N
     with open_as_redis_user(redis_server, "+@all", "-unlink", "-del") as url:
         check = check_redis(url)
     assert (check.ok, check.writes) == (False, False)
-    assert check.detail.startswith("a probe that was written cannot be deleted (NOPERM): ")
+    assert check.detail.startswith("a probe was written, but it cannot be deleted (NOPERM): ")
     assert "unlink" in check.detail
 
 
@@ -121,7 +121,7 @@ async def test_a_postgres_role_that_may_not_delete_fails_the_check(postgres_serv
             admin.execute("DROP ROLE keeper")
     for check in checks:
         assert (check.ok, check.writes) == (False, False)
-        assert check.detail.startswith("a probe that was written cannot be deleted (")
+        assert check.detail.startswith("a probe was written, but it cannot be deleted (")
         assert "permission denied" in check.detail
 
 
@@ -135,7 +135,7 @@ def test_a_tier_that_only_claims_to_delete_fails_the_check() -> None:
     with Cache(NgramProvider(), [Tier(KeepsEverything())]) as cache:
         (check,) = cache.check()
     assert (check.ok, check.writes) == (False, False)
-    assert check.detail == "a probe that was deleted can still be read"
+    assert check.detail == "a probe was deleted, but it can still be read"
 
 
 def test_a_scope_that_is_too_large_to_measure_says_so() -> None:
