@@ -110,7 +110,7 @@ def test_metadata_at_the_limits_is_stored_and_read() -> None:
         cache.fetch(texts, metadata=metadata)
         assert cache.fetch(texts).metadata == metadata
     assert plain_metadata(nest(MAX_DEPTH)) == nest(MAX_DEPTH)
-    with pytest.raises(TypeError, match="at most 32 objects"):
+    with pytest.raises(TypeError, match="at most 32 levels"):
         plain_metadata(nest(MAX_DEPTH + 1))
 
 

@@ -524,7 +524,7 @@ def test_a_paid_answer_is_read_beside_tasks_that_block_the_loop(clock: Clock) ->
 def test_a_provider_that_hangs_beside_tasks_that_block_the_loop_times_out(clock: Clock) -> None:
     async def serve() -> None:
         cache = Cache(TurnsProvider(None), [])
-        with pytest.raises(ProviderTimeout, match=r"within 1\.0 s; other tasks blocked the event loop"):
+        with pytest.raises(ProviderTimeout, match=r"within 1\.0 s, because other tasks blocked the event loop"):
             await run_beside(block_repeatedly(clock, 0.7), cache.aembed("text"))
         await cache.aclose()
 

@@ -608,7 +608,7 @@ for _ in range(100_000):
     ids=lambda metadata: type(metadata).__name__,
 )
 def test_metadata_that_is_not_json_is_refused_without_showing_it(metadata: Any) -> None:
-    with pytest.raises(TypeError, match=f"^{re.escape(key_of(7))}: metadata is not") as caught:
+    with pytest.raises(TypeError, match=f"^{re.escape(key_of(7))}: metadata must be") as caught:
         frame_of(key_of(7), Entry(freeze([1.0]), MADE, metadata=metadata))
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
