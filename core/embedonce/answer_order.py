@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import AnswerIncomplete, ProviderError
+from .errors import ProviderError
 
 
 def order_by_index(indexes: Sequence[object], count: int) -> list[int]:
@@ -22,11 +22,11 @@ def order_by_index(indexes: Sequence[object], count: int) -> list[int]:
     [1, 2, 0]
 
     Raises:
-        AnswerIncomplete: the number of items is not ``count``.
-        ProviderError: the indexes do not show which item belongs to which text.
+        ProviderError: the number of items is not ``count``, or the indexes do not show which item belongs to which
+            text.
     """
     if len(indexes) != count:
-        raise AnswerIncomplete(
+        raise ProviderError(
             f"expected one vector per text; texts: {count}, vectors received: {len(indexes)}; nothing was stored"
         )
     unnumbered = [position for position, index in enumerate(indexes) if index is None]

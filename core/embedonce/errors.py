@@ -70,14 +70,13 @@ class TextError(EmbedonceError, ValueError):
 class ProviderError(EmbedonceError):
     """The engine refused a provider's answer, or single vectors of it.
 
-    If the answer has the wrong number of vectors or of dimensions, none of its vectors is stored. (For the number, the
-    error is an :class:`AnswerIncomplete`.) If single rows are
+    If the answer has the wrong number of vectors or of dimensions, none of its vectors is stored. If single rows are
     missing, or have NaN, infinity, only zeros or a different length, only the texts of these rows get this error.
     """
 
 
-class AnswerIncomplete(ProviderError):
-    """An answer does not have one vector for each text, or it is an error although its status is 200.
+class ErrorInAnswer(ProviderError):
+    """An answer has the status 200, but its body is an error instead of vectors.
 
     One of the texts may be the reason, so the engine sends the texts in parts, as after an error of the provider.
     ``code`` is the status or the name of the error in the answer, or None if it has none.

@@ -22,7 +22,6 @@ from openai.types.create_embedding_response import Usage
 
 from embedonce import Cache, Embedded, Fetched, ProviderError
 from embedonce.answer_order import order_by_index
-from embedonce.errors import AnswerIncomplete
 from embedonce.vectors import Vector
 
 RAW_HEADER: Final = "X-Stainless-Raw-Response"
@@ -62,15 +61,14 @@ class Call:
         """Return an answer's vectors in the order of the inputs, and add the answer's tokens to the call's totals.
 
         Raises:
-            AnswerIncomplete: the answer does not have exactly one vector for each input.
-            ProviderError: the indexes do not show which vector belongs to which input, or a vector cannot be read.
+            ProviderError: the answer does not have exactly one vector, with the right index, for each input.
         """
         raw = None
         if isinstance(answer, LegacyAPIResponse):
             raw, answer = answer, answer.parse()
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list):
-            raise AnswerIncomplete(
+            raise ProviderError(
                 "the endpoint's answer contains no list of vectors, so nothing was stored; check base_url and the model"
             )
         order = order_by_index([getattr(item, "index", None) for item in data], inputs)

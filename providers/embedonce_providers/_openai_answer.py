@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embedonce import Embedded, ProviderError
 from embedonce.answer_order import order_by_index
-from embedonce.errors import AnswerIncomplete
+from embedonce.errors import ErrorInAnswer
 
 from ._reasons import describe_reason
 
@@ -38,9 +38,10 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     A text has None in place of a vector if the endpoint returned null or an embedding that cannot be read.
 
     Raises:
-        AnswerIncomplete: the answer is an error, or does not have one vector for each text.
-        ProviderError: the answer is invalid, it does not show which vector belongs to which text, or none of its
-            embeddings can be read. The message contains no text and none of the ``secrets``.
+        ErrorInAnswer: the answer is an error, or has no list of vectors.
+        ProviderError: the answer is invalid, does not have one vector for each text, does not show which vector belongs
+            to which text, or has no embedding that can be read. The message contains no text and none of the
+            ``secrets``.
     """
     try:
         answer = json.loads(content)
@@ -50,7 +51,7 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
         reason = describe_reason(answer, texts=texts, secrets=secrets)
-        raise AnswerIncomplete(
+        raise ErrorInAnswer(
             f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}", _read_code(answer)
         )
     items = [item if isinstance(item, dict) else {} for item in data]

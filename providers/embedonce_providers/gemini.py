@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce import Embedded, Limits, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
-from embedonce.errors import AnswerIncomplete
+from embedonce.errors import ProviderError
 from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import check_task
@@ -164,7 +164,7 @@ class GeminiProvider:
         Raises:
             TextRefused: a text is empty.
             google.genai.errors.APIError: the client failed.
-            AnswerIncomplete: the number of vectors in the answer is not the number of texts.
+            ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
         with self._clients.borrow() as client, expect_vectors(len(texts)):
@@ -228,7 +228,7 @@ class GeminiProvider:
         """Return the vectors of an answer. They have no indexes, so only their number can be checked."""
         embeddings = answer.embeddings or []
         if len(embeddings) != texts:
-            raise AnswerIncomplete(
+            raise ProviderError(
                 f"expected one vector per text; texts: {texts}, vectors received: {len(embeddings)}; nothing was stored"
             )
         vectors = [np.array(item.values) if item.values else None for item in embeddings]

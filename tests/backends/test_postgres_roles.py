@@ -148,7 +148,9 @@ def test_a_role_that_may_not_use_pgvector_stores_frames(place: Place, face: str)
         for backend in (owner, limited):
             found = backend.get_many(list(entries(1, 2, 3)))
             assert [int(found[key].vector[0]) for key in entries(1, 2, 3)] == [1, 2, 3]  # type: ignore[union-attr]
-        assert 'may not use pgvector; an administrator must run GRANT USAGE ON SCHEMA "extensions"' in limited.describe()
+        assert (
+            'may not use pgvector; an administrator must run GRANT USAGE ON SCHEMA "extensions"' in limited.describe()
+        )
     use_everything(place.url)
 
 

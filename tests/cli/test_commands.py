@@ -194,7 +194,8 @@ def test_stats_counts_entries_by_scope(command: Any, filled_folder: Path) -> Non
 def test_stats_of_empty_tiers(command: Any, folder: Path) -> None:
     command("init")
     assert command("stats").out == "The tiers are empty.\n"
-    assert command("stats", "--json").json == {"held": [], "entries": 0, "errors": {}}
+    folders = {"disk": str(folder / ".embedonce")}
+    assert command("stats", "--json").json == {"held": [], "entries": 0, "errors": {}, "folders": folders}
 
 
 def test_plugins_lists_the_installed_plugins(command: Any) -> None:

@@ -253,7 +253,7 @@ def test_without_a_configuration_it_reports_the_defaults(command: Any, folder: P
         (["docs", "nowhere", "--out", "out.npy"], "nowhere: no such file or folder"),
         (["docs/b.jsonl", "--out", "docs/b.jsonl"], "docs/b.jsonl: --out would overwrite this input"),
         (["-", "-", "--out", "out.npy"], "standard input (-) can be given only once"),
-        (["-", "--format", "parquet", "--out", "out.npy"], "Parquet cannot be read from standard input"),
+        (["-", "--format", "parquet", "--out", "out.npy"], "cannot read Parquet from standard input"),
         (["docs", "--out", "out.npy", "--config", "none.toml"], "none.toml"),
         (["docs", "--out", "out.npy", "--split", "word"], "--split"),
         (["docs"], "--out"),

@@ -73,7 +73,7 @@ def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path, monkey
     # test uses a lock of its own, because all memory tiers share one.
     monkeypatch.setattr(memory, "_lock", threading.RLock())
     for line in itertools.count():
-        tiers = [MemoryBackend(), Tier(DiskBackend(path=tmp_path / str(line)), timeout=60.0)]
+        tiers = [MemoryBackend(), Tier(DiskBackend(path=tmp_path / str(line)), timeout=0.5, lease="off")]
         with Cache(lengths, tiers, space={"model": "m"}) as cache:
             with suppress(KeyboardInterrupt), interrupted_at(line) as lines:
                 cache.embed_batch(TEXTS)

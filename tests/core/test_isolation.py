@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedonce import Cache, Embedded, Limits, ProviderError, Tier
-from embedonce.errors import AnswerIncomplete, TextRefused
+from embedonce.errors import ErrorInAnswer, TextRefused
 from embedonce.events import Computed
 from embedonce.functions import wrap
 from embedonce.testing import DictBackend
@@ -534,10 +534,12 @@ def test_an_iterator_of_rows_is_read_once() -> None:
         [None, None, None],
         [[0.0, 0.0]] * 3,
         [[1.0], [1.0, 2.0], [1.0, 2.0, 3.0]],
+        [GOOD, GOOD],
+        [GOOD] * 4,
         np.zeros((3, 0)),
     ],
 )
-def test_an_answer_without_valid_rows_fails_as_a_whole(answer: Any) -> None:
+def test_an_answer_without_valid_rows_or_with_a_wrong_count_fails_as_a_whole(answer: Any) -> None:
     calls: list[int] = []
 
     def embed(texts: list[str]) -> Any:
@@ -549,40 +551,6 @@ def test_an_answer_without_valid_rows_fails_as_a_whole(answer: Any) -> None:
     assert calls == [3]
 
 
-class ShortAnswer(PickyServer):
-    """Leaves out the vector of a text that starts with ``bad``."""
-
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        self.requests.append(list(texts))
-        return [[float(len(text)), 1.0] for text in texts if not text.startswith("bad")]
-
-
-@faces
-@pytest.mark.parametrize("bad", [{0}, {7}, {2, 5}])
-def test_a_text_whose_vector_is_missing_from_the_answer_fails_alone(bad: set[int], asynchronous: bool) -> None:
-    texts = [f"{'bad' if number in bad else 'good'} {'x' * number}" for number in range(8)]
-    server = ShortAnswer()
-    with open_cache(server, asynchronous) as cache:
-        fetched = fetch(cache, texts, asynchronous)
-        assert set(fetched.failed) == bad
-        assert {type(error) for error in fetched.failed.values()} == {AnswerIncomplete}
-        assert all(fetched.rows[i][0] == len(texts[i]) for i in range(8) if i not in bad)
-    assert len(server.requests) <= 1 + 6 * len(bad)
-
-
-def test_answers_that_always_have_the_wrong_number_of_vectors_cost_few_requests() -> None:
-    calls: list[int] = []
-
-    def embed(texts: list[str]) -> Any:
-        calls.append(len(texts))
-        return [GOOD] * (len(texts) + 1)
-
-    with Cache(embed, [MemoryBackend()], space=SPACE) as cache:
-        fetched = cache.fetch([str(number) for number in range(64)])
-        assert len(fetched.failed) == 64
-    assert len(calls) <= 4 * 6 + 1
-
-
 @faces
 @pytest.mark.parametrize(
     ("code", "is_searched"),
@@ -591,7 +559,7 @@ def test_answers_that_always_have_the_wrong_number_of_vectors_cost_few_requests(
 def test_the_code_of_an_error_in_an_answer_is_read_like_a_status(
     code: Any, is_searched: bool, asynchronous: bool
 ) -> None:
-    server = PickyServer(make_error=lambda: AnswerIncomplete("the answer contains an error", code))
+    server = PickyServer(make_error=lambda: ErrorInAnswer("the answer contains an error", code))
     with open_cache(server, asynchronous) as cache:
         assert len(fetch(cache, make_texts(64, set(range(64))), asynchronous).failed) == 64
     assert (len(server.requests) > 1) == is_searched

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedonce._messages import format_count
 from embedonce.contracts import Embedded
-from embedonce.errors import AnswerIncomplete, ProviderError
+from embedonce.errors import ProviderError
 from embedonce.vectors import (
     Block,
     Decoded,
@@ -37,8 +37,7 @@ def check_rows(
     row cannot be rounded.
 
     Raises:
-        AnswerIncomplete: there is not exactly one vector per text.
-        ProviderError: no vector is valid.
+        ProviderError: there is not exactly one vector per text, or no vector is valid.
     """
     if not isinstance(answer, np.ndarray):
         # An iterator is read once, because its rows may be read again.
@@ -99,9 +98,9 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
     ``who`` is the beginning of an error message, such as "provider 'x' returned" or "put was given".
 
     Raises:
-        AnswerIncomplete: there is not exactly one vector per text.
-        ProviderError: a vector is invalid. A vector is invalid if its dimensions are not the expected ones, if it
-            has no values or only zeros, or if a value is not a number, is not finite, or is beyond float32's range.
+        ProviderError: there is not exactly one vector per text, or a vector is invalid. A vector is invalid if its
+            dimensions are not the expected ones, if it has no values or only zeros, or if a value is not a number, is
+            not finite, or is beyond float32's range.
     """
     vectors = answer.vectors if isinstance(answer, Embedded) else answer
     if not isinstance(vectors, np.ndarray) and hasattr(vectors, "__next__"):
@@ -111,9 +110,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
     except TypeError:
         raise ProviderError(f"{who} {type(vectors).__name__}; expected one vector per text") from None
     if count != texts:
-        raise AnswerIncomplete(
-            f"{who} {format_count(count, 'vector')} for {format_count(texts, 'text')}; none was stored"
-        )
+        raise ProviderError(f"{who} {format_count(count, 'vector')} for {format_count(texts, 'text')}; none was stored")
     try:
         raw = np.asarray(vectors)
         if raw.dtype.kind not in "fiu":

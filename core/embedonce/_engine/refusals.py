@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from embedonce.errors import AnswerIncomplete, EmbedonceError, ProviderError, ReplayMiss, TextError, TextRefused
+from embedonce.errors import EmbedonceError, ErrorInAnswer, ProviderError, ReplayMiss, TextError, TextRefused
 
 from .durations import parse_duration
 
@@ -106,7 +106,7 @@ def find_cause(error: Exception, texts: Sequence[str] = ()) -> Cause:
     """
     if isinstance(error, TextRefused | TextError | ReplayMiss):
         return "text"
-    if isinstance(error, EmbedonceError) and not isinstance(error, AnswerIncomplete):
+    if isinstance(error, EmbedonceError) and not isinstance(error, ErrorInAnswer):
         # An invalid answer to a single text says nothing about the other texts.
         return "text" if type(error) is ProviderError and len(texts) == 1 else "call"
     status = read_status(error)
