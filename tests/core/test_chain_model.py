@@ -220,6 +220,6 @@ def test_a_chain_behaves_like_a_dict() -> None:
     run_state_machine_as_test(
         Chain,
         settings=settings(
-            max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=100, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

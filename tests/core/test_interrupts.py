@@ -100,7 +100,8 @@ def test_ctrl_c_leaves_no_call_and_no_write_behind() -> None:
         in_flight = InFlight(max_queued=10)
         with suppress(KeyboardInterrupt), interrupted_at(line, "flights.py") as lines:
             run_call(in_flight)
-        gc.collect()
+        if in_flight._writing:
+            gc.collect()  # tracked writes are held weakly
         assert not in_flight._calls, f"interrupted at line {line}"
         assert not in_flight._reading, f"interrupted at line {line}"
         assert not in_flight._writing, f"interrupted at line {line}"
