@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from optional import needs
 
 import embedonce
 from embedonce import Cache, Capabilities, Limits, Tier, VectorSpace
@@ -115,14 +117,17 @@ def test_a_probe_that_was_interrupted_expires(tmp_path: Path) -> None:
     backend.delete_many = lambda keys: None  # type: ignore[method-assign]
     with Cache(NgramProvider(), [backend]) as cache:
         cache.check()
-    with sqlite3.connect(tmp_path / "cache.db") as database:
+    with closing(sqlite3.connect(tmp_path / "cache.db")) as database:
         ((left, dated),) = database.execute("SELECT COUNT(*), COUNT(expire_time) FROM Cache").fetchall()
     assert left == dated > 0
 
 
 @pytest.mark.parametrize(
     ("provider", "variable"),
-    [("openai", "OPENAI_API_KEY"), ("gemini", "GEMINI_API_KEY")],
+    [
+        pytest.param("openai", "OPENAI_API_KEY", marks=needs("openai")),
+        pytest.param("gemini", "GEMINI_API_KEY", marks=needs("google.genai")),
+    ],
 )
 def test_check_fails_without_an_api_key(
     command: Any, monkeypatch: pytest.MonkeyPatch, provider: str, variable: str

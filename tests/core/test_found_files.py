@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from optional import needs
 
 import embedonce
 from embedonce import config
@@ -198,6 +199,7 @@ def test_the_search_ends_at_the_home_folder(here: Path, tmp_path: Path, monkeypa
     assert config.load().file == here.parent / "embedonce.toml"
 
 
+@needs("sentence_transformers")
 @pytest.mark.parametrize("options", ["trust_remote_code = true", "model_kwargs = { trust_remote_code = true }"])
 def test_remote_code_is_trusted_only_in_a_file_that_is_named(here: Path, options: str) -> None:
     text = PLAIN.replace('type = "ngram"', f'type = "sentence-transformers"\nmodel = "m"\n{options}')
