@@ -30,7 +30,7 @@ WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
-	@echo "make quick   test the core and the command line in under two minutes, without optional libraries"
+	@echo "make quick   test the core and the command line in in a few minutes, without optional libraries"
 	@echo "make test    lint, types, and all tests against the built wheel"
 	@echo "make pytest  only the tests, against the built wheel: make pytest PYTEST=tests/backends/test_disk.py"
 	@echo "make lint    only ruff"

@@ -16,6 +16,8 @@ import pytest
 
 from embedonce.cli.output import say, tolerate_broken_consoles
 
+pytestmark = pytest.mark.slow  # each test starts a process of its own
+
 Process = Callable[..., "subprocess.Popen[str]"]
 
 CONFIG = '[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "disk"\npath = "vectors.cache"\n'

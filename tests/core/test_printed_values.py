@@ -84,6 +84,7 @@ def test_equality(place):
 """
 
 
+@pytest.mark.slow
 def test_a_failed_assertion_of_pytest_shows_no_text(tmp_path: Path) -> None:
     file = tmp_path / "test_failing.py"
     file.write_text(FAILING.replace("FOLDER", repr(str(Path(__file__).parent))))
