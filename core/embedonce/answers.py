@@ -159,7 +159,7 @@ class Held:
     unmeasured: str | None = None
     """The reason why ``bytes``, ``oldest`` and ``newest`` were not measured, or None."""
     current: bool | None = None
-    """Whether the scope is one of those that the cache uses now; None if the cache has no provider."""
+    """Whether the cache uses this scope now; None if the cache has no provider."""
 
 
 @dataclass(frozen=True, slots=True)

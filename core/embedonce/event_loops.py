@@ -64,6 +64,9 @@ class async_deadline:
             return
         self._timer.cancel()
         self._thread = None  # a task that the block has started may outlive it and has its context
+        if error is None and not self._has_expired:  # most calls end here
+            self._period.__exit__()
+            return
         # A timer inside the block, such as the client's own, may fire just after a new period has begun.
         was_blocked = self._period.was_blocked() if self._has_expired else self._period.was_ever_blocked()
         self._period.__exit__()
