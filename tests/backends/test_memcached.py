@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from descriptors import without_descriptors
 from pymemcache.exceptions import MemcacheServerError
 from servers import MemcachedServer, find_program, send_memcached_line, wait_until
 
@@ -381,21 +382,12 @@ def test_a_value_that_is_too_large_is_the_cause(memcached_servers: list[str]) ->
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_missing_descriptors_are_the_cause(memcached_servers: list[str], host: str) -> None:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used: list[int] = []
-    with open_backend([f"{host}:{memcached_servers[0].rpartition(':')[2]}"]) as backend:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
-        try:
-            with suppress(OSError):
-                while True:
-                    used.append(os.open(os.devnull, os.O_RDONLY))
-            with pytest.raises(OSError, match="Too many open files") as caught:
-                backend.get_many([key_of(0)])
-        finally:
-            for descriptor in used:
-                os.close(descriptor)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with (
+        open_backend([f"{host}:{memcached_servers[0].rpartition(':')[2]}"]) as backend,
+        without_descriptors(),
+        pytest.raises(OSError, match="Too many open files") as caught,
+    ):
+        backend.get_many([key_of(0)])
     assert type(caught.value).__name__ == "EMFILE"
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import psycopg
 import pytest
+from descriptors import without_descriptors
 from psycopg import sql
 from servers import PgBouncerServer, PostgresServer
 
@@ -421,21 +422,13 @@ def test_the_message_of_libpq_gives_the_name(words: str, name: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
 def test_missing_descriptors_are_the_cause(postgres_server: PostgresServer, host: str) -> None:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used: list[int] = []
-    with open_backend(f"postgresql://postgres@{host}:{postgres_server.port}/postgres") as backend:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
-        try:
-            with suppress(OSError):
-                while True:
-                    used.append(os.open(os.devnull, os.O_RDONLY))
-            with deadline(PATIENT), pytest.raises(psycopg.OperationalError, match="Too many open files") as caught:
-                backend.get_many(["a"])
-        finally:
-            for descriptor in used:
-                os.close(descriptor)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with (
+        open_backend(f"postgresql://postgres@{host}:{postgres_server.port}/postgres") as backend,
+        without_descriptors(),
+        deadline(PATIENT),
+        pytest.raises(psycopg.OperationalError, match="Too many open files") as caught,
+    ):
+        backend.get_many(["a"])
     assert type(caught.value).__name__ == "EMFILE"
 
 

@@ -11,7 +11,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import redis
+from descriptors import without_descriptors
 from servers import (
     Certificates,
     RedisClusterServers,
@@ -423,24 +424,6 @@ def test_errors_of_tls_are_explained(tmp_path: Path, backends: Any) -> None:
             assert type(error).__name__ == "SSLCertVerificationError"
         with pytest.raises(TierTimeout, match="if this port has no TLS, write redis instead"), deadline(3.0):
             backends(url=f"rediss://127.0.0.1:{server.port}").get_many(["a"])
-
-
-@contextmanager
-def without_descriptors() -> Iterator[None]:
-    """Use up the descriptors that this process may open."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
-    try:
-        with suppress(OSError):
-            while True:
-                used.append(os.open(os.devnull, os.O_RDONLY))
-        yield
-    finally:
-        for descriptor in used:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
