@@ -224,10 +224,13 @@ class AsyncPool:
     async def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
-        for task in self._late:
+        late = tuple(self._late)
+        for task in late:
             task.cancel()
+        # A task that has just made its connection is not cancelled any more.
+        made = await asyncio.gather(*late, return_exceptions=True)
         idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection in (*idle, *(one for one in made if isinstance(one, AsyncConnection))):
             await connection.disconnect()
 
 
