@@ -38,7 +38,7 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     A text has None in place of a vector if the endpoint returned null or an embedding that cannot be read.
 
     Raises:
-        ErrorInAnswer: the answer is an error, or has no list of vectors.
+        ErrorInAnswer: the answer is an error, or has no vectors.
         ProviderError: the answer is invalid, does not have one vector for each text, does not show which vector belongs
             to which text, or has no embedding that can be read. The message contains no text and none of the
             ``secrets``.
@@ -48,8 +48,8 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     except (ValueError, RecursionError):
         raise ProviderError("the endpoint's answer is not JSON; check base_url") from None
     data = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(data, list):
-        what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
+    if not isinstance(data, list) or (texts and not data):
+        what = "an error" if isinstance(answer, dict) and answer.get("error") else "no vectors"
         reason = describe_reason(answer, texts=texts, secrets=secrets)
         raise ErrorInAnswer(
             f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}", _read_code(answer)

@@ -382,9 +382,11 @@ class Requests:
         """Return the scopes that the provider and the fallback use now, for every task that a space card names."""
         chain = self._chain
         stored = {task for card in cards if isinstance(task := card.get("task"), str) and task}
+        with self._lock:
+            known = {task for _, task in self._routes}
         own: set[str] = set()
         for source in self._list_sources():
-            for task in {*TASKS, *stored, *(known for _, known in self._routes)}:
+            for task in {*TASKS, *stored, *known}:
                 try:
                     # The route is not kept, because a store may contain any number of tasks.
                     route = self._routes.get((source, task)) or Route(source, task, chain.policy, chain.steps)
