@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 export PYTHON
+# Container images often set this variable. The tests start hundreds of processes, and without bytecode files each
+# process would compile every module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 INSTALL := ./.ci/install
 VENV := .venv

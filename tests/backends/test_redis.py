@@ -360,6 +360,7 @@ def test_the_cause_of_a_refused_write_is_the_first_word_of_the_reply(
                 cache.embed_batch([f"text {number}"])
             causes = cache.stats().tiers["far"].causes
             assert set(causes) == {word}
+        server.call("CONFIG", "SET", "save", "")  # a server that cannot save does not stop
         assert word in caplog.text
 
 

@@ -213,6 +213,7 @@ def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest
     assert done.code == 0, "it is disabled on purpose, not broken"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["schema"], ["plugins", "--json"], ["check", "--json"]])
 def test_output_printed_by_a_plugin_is_not_in_the_json_document(folder: Path, arguments: list[str]) -> None:
     info = folder / "site" / "loud-1.0.dist-info"
@@ -290,6 +291,7 @@ def test_with_a_closed_standard_input_purge_requires_yes(command: Any, filled_fo
     assert result.stderr.startswith("error: cannot ask for confirmation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "left"), [("y", 0), ("n", 2), ("", 2)])
 def test_on_a_terminal_purge_asks(
     command: Any, filled_folder: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
@@ -389,6 +391,7 @@ main()
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
 @pytest.mark.parametrize("name", ["check", "plugins", "schema"])
 def test_a_closed_output_causes_no_traceback(folder: Path, name: str) -> None:

@@ -189,6 +189,7 @@ def test_a_normalisation_step(command: Any, module: str) -> None:
     assert command("conformance", "casefold").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngram", "embedonce:ngram"])
 def test_a_plugin_by_name(command: Any, folder: Path, name: str) -> None:
     done = command("conformance", name, "-o", "dimensions=64", "--rounds", "2")

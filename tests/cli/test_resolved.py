@@ -120,6 +120,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "why"), BROKEN.items(), ids=range(len(BROKEN)))
 def test_a_broken_plugin_is_reported_and_does_no_harm(
     command: Any, config_file: Path, stranger: Any, code: str, why: str

@@ -161,6 +161,7 @@ def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: py
 
 
 # Python prints and discards a KeyboardInterrupt that is raised in the callback of a weak reference.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(12))
 def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path) -> None:
@@ -384,6 +385,7 @@ def test_background_writes_are_done_when_a_child_process_exits(method: str, tmp_
 # --- threads, time and memory -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thousands_of_tasks_do_not_need_thousands_of_threads(tmp_path: Path) -> None:
     provider = CountingProvider(delay=0.0005)
     most, before = 0, threading.active_count()

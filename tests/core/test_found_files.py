@@ -84,6 +84,7 @@ def test_an_unrelated_file_of_another_user_is_passed_by(here: Path, give_away: C
     assert config.load().file == here.parent / "embedonce.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedonce.toml", "pyproject.toml"])
 def test_what_is_not_a_regular_file_never_hangs(here: Path, name: str) -> None:
     code = "import embedonce.config as c\ntry: print(c.load().source)\nexcept Exception as e: print(e)"

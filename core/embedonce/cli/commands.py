@@ -6,7 +6,6 @@ import os
 from typing import Annotated, Any
 
 import typer
-from typer import rich_utils
 from typer.core import TyperCommand, TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
@@ -150,5 +149,7 @@ app.command(cls=Command, epilog=_conformance.EPILOG)(_conformance.conformance)
 def run() -> None:
     """Run the command line and exit with its code."""
     if os.environ.get("NO_COLOR"):
+        from typer import rich_utils  # typer itself imports it only for help, and it takes as long as our own modules
+
         rich_utils.COLOR_SYSTEM = None  # with NO_COLOR alone, rich would still write bold and dim text
     app(prog_name="embedonce")
