@@ -28,12 +28,12 @@ SOAK ?=
 # Two workers per core, because a test spends half of its time waiting for servers and timeouts.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked soak clean
+.PHONY: help install demo quick test lint types mypy pyright format wheel servers pytest bench bench-networked soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
-	@echo "make quick   test the core and the command line in in a few minutes, without optional libraries"
+	@echo "make quick   test the core and the command line in a few minutes, without optional libraries"
 	@echo "make test    lint, types, and all tests against the built wheel"
 	@echo "make pytest  only the tests, against the built wheel: make pytest PYTEST=tests/backends/test_disk.py"
 	@echo "make lint    only ruff"
@@ -70,7 +70,12 @@ lint:
 	$(LINT_VENV)/bin/ruff format --check .
 
 types: wheel
+	@$(MAKE) --no-print-directory --jobs=2 mypy pyright
+
+mypy:
 	$(TEST_BIN)/mypy
+
+pyright:
 	$(TEST_BIN)/pyright --pythonpath $(TEST_BIN)/python
 
 format:
