@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+from http_servers import Handler, HttpServer
 
 
 class Hub:
@@ -28,7 +29,7 @@ class Hub:
         }
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class HubHandler(Handler):
             disable_nagle_algorithm = True
             protocol_version = "HTTP/1.1"
 
@@ -38,20 +39,14 @@ class Hub:
             def do_HEAD(self) -> None:
                 hub._answer(self, body=False)
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = HttpServer(HubHandler)
+        self.url = self._server.url
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
     def _answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(request.path).path)

@@ -76,7 +76,7 @@ class ProviderError(EmbedonceError):
 
 
 class ErrorInAnswer(ProviderError):
-    """An answer has the status 200, but its body is an error instead of vectors.
+    """An answer has the status 200, but its body is an error or has no vectors.
 
     One of the texts may be the reason, so the engine sends the texts in parts, as after an error of the provider.
     ``code`` is the status or the name of the error in the answer, or None if it has none.

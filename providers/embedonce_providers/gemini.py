@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce import Embedded, Limits, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
-from embedonce.errors import ProviderError
+from embedonce.errors import ErrorInAnswer, ProviderError
 from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import check_task
@@ -164,6 +164,7 @@ class GeminiProvider:
         Raises:
             TextRefused: a text is empty.
             google.genai.errors.APIError: the client failed.
+            ErrorInAnswer: the answer has no vectors.
             ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
@@ -227,6 +228,8 @@ class GeminiProvider:
     def _read_answer(self, answer: types.EmbedContentResponse, texts: int) -> Embedded:
         """Return the vectors of an answer. They have no indexes, so only their number can be checked."""
         embeddings = answer.embeddings or []
+        if not embeddings:
+            raise ErrorInAnswer("the endpoint's answer has status 200 but contains no vectors; nothing was stored")
         if len(embeddings) != texts:
             raise ProviderError(
                 f"expected one vector per text; texts: {texts}, vectors received: {len(embeddings)}; nothing was stored"

@@ -160,8 +160,8 @@ def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: py
         assert pool.submit(cache.embed, "a").result(LONG_TIMEOUT)[0] == 1
 
 
-# Python prints and discards a KeyboardInterrupt that is raised in the callback of a weak reference.
 @pytest.mark.slow
+# Python prints and discards a KeyboardInterrupt that is raised in the callback of a weak reference.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(12))
 def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path) -> None:

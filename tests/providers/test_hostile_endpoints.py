@@ -6,15 +6,14 @@ import asyncio
 import gzip
 import json
 import logging
-import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from http_servers import Handler, HttpServer
 
 pytest.importorskip("openai")
 pytest.importorskip("google.genai")
@@ -39,7 +38,7 @@ class Endpoint:
         self.written = 0
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class EndpointHandler(Handler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 endpoint.paths.append(self.path)
@@ -59,17 +58,11 @@ class Endpoint:
 
             do_GET = do_POST
 
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.server = HttpServer(EndpointHandler)
+        self.url = self.server.url
 
     def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.close()
 
 
 @pytest.fixture
@@ -367,6 +360,21 @@ def test_an_error_with_status_200_fails_only_its_text(endpoint: Endpoint, body: 
     fetched = embed(make_openai(endpoint.url, encoding_format="float"), asynchronous, ["a", "b", "bad", "c", "d"])
     assert set(fetched.failed) == {2}
     assert isinstance(fetched.failed[2], ProviderError)
+
+
+@faces
+@pytest.mark.parametrize("body", [{"error": {"code": 400, "message": "no"}}, {"embeddings": None}, {"embeddings": []}])
+def test_an_answer_of_gemini_without_vectors_fails_only_its_text(
+    endpoint: Endpoint, body: Any, asynchronous: bool
+) -> None:
+    def answer_request(request: bytes) -> Iterator[bytes]:
+        texts = len(json.loads(request)["requests"])
+        yield json.dumps(body).encode() if b'"bad"' in request else answer(make_gemini, texts, 4)
+
+    endpoint.chunks = answer_request
+    fetched = embed(make_gemini(endpoint.url), asynchronous, ["a", "b", "bad", "c", "d"])
+    assert set(fetched.failed) == {2}
+    assert "contains no vectors" in str(fetched.failed[2])
 
 
 @pytest.mark.parametrize("code", [401, "invalid_api_key", 429])

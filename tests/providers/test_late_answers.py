@@ -6,11 +6,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from http_servers import Handler, HttpServer
 
 pytest.importorskip("openai")
 pytest.importorskip("google.genai")
@@ -35,7 +35,7 @@ class Endpoint:
         self.paused, self.go_on, self.done = threading.Event(), threading.Event(), threading.Event()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class EndpointHandler(Handler):
             def do_POST(self) -> None:
                 endpoint.requests += 1
                 self.rfile.read(int(self.headers["content-length"]))
@@ -49,18 +49,12 @@ class Endpoint:
                 self.wfile.write(whole[part:])
                 endpoint.done.set()
 
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.server = HttpServer(EndpointHandler)
+        self.url = self.server.url
 
     def close(self) -> None:
         self.go_on.set()
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.close()
 
 
 @pytest.fixture
