@@ -52,6 +52,11 @@ CALLS = 5
 """Number of calls during the fault."""
 KNOWN_COUNT = 12
 """Number of texts that are stored before the fault."""
+NEW_COUNT = 3
+"""Number of new texts in a call."""
+NEW_COUNT_OF_NODES = 24
+"""Number of new texts in a call to a store with separate nodes, so that each call has keys on every node. If a call had
+all its keys on one node, the tier would not fail as a whole, and each node would have timeouts of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +289,7 @@ class CellRun:
 
     def make_call_texts(self) -> list[str]:
         """Return stored and new texts for a read, and only new texts for a write."""
-        new = self.make_texts(3)
+        new = self.make_texts(NEW_COUNT if self.store.separate_nodes == 1 else NEW_COUNT_OF_NODES)
         return [*self.known[:5], *new, *self.known[5:]] if self.cell.operation == "read" else new
 
     def run_reads(self, caller: Caller) -> list[float]:

@@ -149,7 +149,7 @@ app.command(cls=Command, epilog=_conformance.EPILOG)(_conformance.conformance)
 def run() -> None:
     """Run the command line and exit with its code."""
     if os.environ.get("NO_COLOR"):
-        from typer import rich_utils  # typer itself imports it only for help, and it takes as long as our own modules
+        from typer import rich_utils  # typer imports it only for help, and the import takes a quarter of the start-up
 
         rich_utils.COLOR_SYSTEM = None  # with NO_COLOR alone, rich would still write bold and dim text
     app(prog_name="embedonce")
