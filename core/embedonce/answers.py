@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from decimal import Decimal
+from typing import Any, Literal
 
 from ._messages import format_count, quote_toml_key, strip_credentials
 from ._reprs import format_counts, make_html_table, shorten
 from .errors import Incomplete
 from .keys import Value, VectorSpace
+from .prices import Price
 from .vectors import Matrix, Metadata, Vector, matrix
 
 
@@ -79,6 +81,54 @@ class Fetched:
         size = "" if self.dimensions is None else f", {format_count(self.dimensions, 'dimension')}"
         title = f"Fetched: {format_count(len(self.rows), 'text')}{size}"
         return make_html_table(title, ("source", "texts", "seconds", "error"), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What it would cost to embed some texts: the result of ``estimate``. Equal texts count once, except in ``texts``.
+
+    The numbers of tokens are exact if ``method`` is ``"counted"``. Otherwise they are an estimate, which lies between
+    ``min_tokens`` and ``max_tokens`` with a probability of about 95 % if ``method`` is ``"measured"``.
+    """
+
+    texts: int
+    """Number of texts that were given."""
+    distinct: int
+    """Number of distinct texts: the sum of ``hits``, ``missing`` and ``invalid``."""
+    invalid: int
+    """Number of texts that cannot be embedded, because they are not valid Unicode or a normalisation step failed."""
+    hits: Mapping[str, int]
+    """By tier: number of texts that this tier has and that no faster tier has."""
+    missing: int
+    """Number of texts that no tier has, so that the provider would be asked for them."""
+    bytes: int
+    """Length of the missing texts in UTF-8, after normalisation."""
+    tokens: int
+    """Tokens of the missing texts."""
+    min_tokens: int
+    max_tokens: int
+    method: Literal["counted", "measured", "guessed"]
+    """How the tokens were found. ``"counted"``: by the provider's own tokenizer. ``"measured"``: from the length of the
+    missing texts, and the tokens and lengths of those texts that the tiers have. ``"guessed"``: from the length alone;
+    a text has at least one token per 16 bytes and at most one per byte."""
+    sample: int
+    """Number of texts with known tokens in the tiers, from which the estimate was made."""
+    seconds: float | None
+    """Expected duration; None if the tiers do not know how long similar texts took."""
+    price: Price | None
+    """Price of the provider's tokens, or None if it is unknown."""
+    errors: Mapping[str, str]
+    """The cause of the failure, for each tier that failed. Its texts count as missing if no other tier has them."""
+
+    @property
+    def money(self) -> Decimal | None:
+        """Price of the missing texts' tokens; None if the price is unknown."""
+        return None if self.price is None else self.price.of(self.tokens)
+
+    @property
+    def max_money(self) -> Decimal | None:
+        """Price of ``max_tokens`` tokens; None if the price is unknown."""
+        return None if self.price is None else self.price.of(self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from .errors import ConfigError
 from .events import Computed, Event, Stats, Stored
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
+from .prices import Price
 from .tasks import TASKS
-from .vectors import Dtype, Matrix, Metadata, Vector
+from .vectors import NO_WORK, Cost, Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:
     from typing import Self
@@ -49,6 +50,9 @@ class Cache(Requests):
         fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
             methods then raise the first provider's error. This option is required if the dimensions of the two
             providers differ.
+        price: the price of the provider's tokens, such as ``"0.02 USD / 1M tokens"``. With a price, statistics and
+            estimates show money.
+        fallback_price: the price of the fallback's tokens.
         drift: a guard that checks at intervals whether the provider still returns the vectors that are stored.
         max_wait: maximum number of seconds that a call waits for another call to embed the same text. After this time,
             the waiting call embeds the text itself.
@@ -73,6 +77,8 @@ class Cache(Requests):
         mode: Mode = "read-through",
         fallback: AnyProvider | None = None,
         fallback_fetch_only: bool = False,
+        price: Price | str | None = None,
+        fallback_price: Price | str | None = None,
         drift: DriftGuard | None = None,
         max_wait: float = 60.0,
         flush_timeout: float = 5.0,
@@ -84,8 +90,9 @@ class Cache(Requests):
         listeners = _check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
         steps = [_find_normalizer(name) for name in policy.normalize]
-        source = LiveProvider(wrap(provider, space), fallback=False)
-        second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True)
+        source = LiveProvider(wrap(provider, space), fallback=False, price=_read_price(price))
+        other_price = _read_price(fallback_price)
+        second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True, price=other_price)
         chain = RunningChain(
             tiers,
             policy=policy,
@@ -103,7 +110,11 @@ class Cache(Requests):
         chain.close_at_exit(self)
 
     def for_provider(
-        self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
+        self,
+        provider: AnyProvider | Callable[..., Any],
+        *,
+        space: VectorSpace | Mapping[str, Any] | None = None,
+        price: Price | str | None = None,
     ) -> Cache:
         """Return a cache with the same tiers for another provider, without a fallback.
 
@@ -115,7 +126,8 @@ class Cache(Requests):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        return _CacheOfSameTiers(self._chain, LiveProvider(wrap(provider, space), fallback=False))
+        source = LiveProvider(wrap(provider, space), fallback=False, price=_read_price(price))
+        return _CacheOfSameTiers(self._chain, source)
 
     # --- blocking methods --------------------------------------------------------------------
 
@@ -189,14 +201,19 @@ class Cache(Requests):
         task: Task = "document",
         *,
         metadata: Sequence[Metadata | None] | None = None,
+        costs: Sequence[Cost | None] | None = None,
     ) -> None:
         """Store vectors that you already have. A text that is already in a tier keeps its entry.
+
+        ``costs`` (one :class:`~embedonce.vectors.Cost` or None per text) says what it cost to compute the vectors, so
+        that their hits count as saved tokens and seconds.
 
         Raises:
             TextError: a text has a lone surrogate. Nothing is stored.
             ProviderError: the vectors have the wrong shape, or one of them has NaN, infinity or only zeros.
+            ValueError: ``metadata`` or ``costs`` do not have one valid item per text.
         """
-        run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
+        run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata, costs))
 
     def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
         """Remove the vectors of the texts from every tier, for one task or for all tasks.
@@ -359,9 +376,10 @@ class Cache(Requests):
         task: Task = "document",
         *,
         metadata: Sequence[Metadata | None] | None = None,
+        costs: Sequence[Cost | None] | None = None,
     ) -> None:
         """Async twin of :meth:`put`."""
-        await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata)
+        await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata, costs)
 
     async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
         """Async twin of :meth:`forget`."""
@@ -434,14 +452,20 @@ class Cache(Requests):
         """
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         requested, found, shared, passed_by = self._chain.engine.requests.read()
-        fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
+        spaces = self._chain.ledger.read()
+        fast_hits = self._chain.ledger.count_hot_hits()
+        saved = {
+            tier.name: sum((space.saved.get(tier.name, NO_WORK) for space in spaces.values()), NO_WORK)
+            for tier in self._chain.tiers
+        }
         return Stats(
-            tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
+            tiers={tier.name: tier.counters.stats(saved[tier.name]) for tier in self._chain.tiers},
             providers={source.name: source.stats() for source in sources},
             shared=shared,
             requested=requested + fast_hits,
             found=found + fast_hits,
             passed_by=passed_by,
+            spaces=spaces,
         )
 
     def count_passed_by(self) -> None:
@@ -539,6 +563,10 @@ def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> l
     if not callable(clock):
         raise ConfigError(f"clock must be a function that returns Unix time, got a {type(clock).__name__}")
     return functions
+
+
+def _read_price(price: Any) -> Price | None:
+    return price if price is None or isinstance(price, Price) else Price.parse(price)
 
 
 def _find_normalizer(name: str) -> Normalizer:

@@ -334,8 +334,10 @@ class Embedded:
 
     vectors: Vectors | Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
     """Shape (n, d), row i for text i. A row that is None has no vector: its text fails, and the others are stored."""
-    tokens: int | None = None
-    """Tokens charged for the call; None if the provider does not report them."""
+    tokens: int | Sequence[int | None] | None = None
+    """Tokens charged: for the whole call, or one number per text. None means that the provider does not report them.
+
+    A number for the whole call is apportioned among the texts by their length."""
     model: str | None = None
     """The name of the model according to the answer; None if the answer does not name it.
 
@@ -344,7 +346,7 @@ class Embedded:
     """
 
     def __repr__(self) -> str:
-        tokens = "" if self.tokens is None else f", tokens={self.tokens}"
+        tokens = f", tokens={self.tokens}" if isinstance(self.tokens, int) else ""
         # An invalid answer must be printable too, because the developer of a provider prints it to find the error.
         rows: Any = self.vectors
         if not hasattr(rows, "__len__") or (isinstance(rows, np.ndarray) and rows.ndim == 0):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal, TypeAlias
 
 from ._messages import format_count, quote_toml_key
 from ._reprs import format_percent, make_html_table
+from .keys import Value
+from .prices import Price
+from .vectors import NO_WORK, Work
+
+
+def sum_prices(items: Iterable[tuple[Price | None, Work]]) -> dict[str, Decimal]:
+    """Return the price of the tokens of all items whose price is known, by currency."""
+    sums: dict[str, Decimal] = {}
+    for price, work in items:
+        if price is not None:
+            sums[price.currency] = sums.get(price.currency, Decimal(0)) + price.of(work.tokens)
+    return sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +37,11 @@ class LookedUp:
     seconds: float = 0.0
     cause: str | None = None
     """Cause of ``errors``: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
+    scope: str = ""
+    saved: Work = NO_WORK
+    """The work that the hits have saved, according to the costs that are stored with the entries."""
+    price: Price | None = None
+    """The price of a token in this scope, or None if it is unknown. ``price.of(saved.tokens)`` is the money saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +69,9 @@ class Computed:
     tokens: int | None = None
     seconds: float = 0.0
     fallback: bool = False
+    scope: str = ""
+    price: Price | None = None
+    """The price of a token, or None if it is unknown. ``price.of(tokens)`` is the money spent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +105,8 @@ class TierStats:
     """Errors by cause: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
     drops: Mapping[str, int]
     """Dropped entries by cause: ``"too large"``, ``"queue full"`` or ``"skipped"`` (the breaker was open)."""
+    saved: Work = NO_WORK
+    """The work that the hits have saved."""
 
     @property
     def hit_rate(self) -> float | None:
@@ -104,6 +127,24 @@ class ProviderStats:
 
 
 @dataclass(frozen=True, slots=True)
+class SpaceStats:
+    """The work in one vector space since the cache was created: computed by the provider, and saved by hits."""
+
+    card: Mapping[str, Value]
+    """The space card: the provider, the model, the task, the version, the namespace and the other parts of the scope.
+    Empty for the scope ``"others"``, under which work is counted if there are more than 1,024 scopes."""
+    computed: Work
+    saved: Mapping[str, Work]
+    """By tier."""
+    price: Price | None = None
+
+    @property
+    def all_saved(self) -> Work:
+        """The work that the hits of all tiers have saved."""
+        return sum(self.saved.values(), NO_WORK)
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """The counters that ``Cache.stats`` returns, by the names of tiers and providers."""
 
@@ -118,6 +159,28 @@ class Stats:
     """Number of requested texts that some tier had."""
     passed_by: int = 0
     """Number of calls of a wrapped client that did not use the cache, because their answers cannot be cached."""
+    spaces: Mapping[str, SpaceStats] = field(default_factory=dict)
+    """The work in each vector space, by scope."""
+
+    @property
+    def computed(self) -> Work:
+        """The work that providers have done."""
+        return sum((space.computed for space in self.spaces.values()), NO_WORK)
+
+    @property
+    def saved(self) -> Work:
+        """The work that hits have saved."""
+        return sum((space.all_saved for space in self.spaces.values()), NO_WORK)
+
+    @property
+    def spent(self) -> Mapping[str, Decimal]:
+        """The price of the computed tokens, by currency, for the spaces whose price is known."""
+        return sum_prices((space.price, space.computed) for space in self.spaces.values())
+
+    @property
+    def money_saved(self) -> Mapping[str, Decimal]:
+        """The price of the saved tokens, by currency, for the spaces whose price is known."""
+        return sum_prices((space.price, space.all_saved) for space in self.spaces.values())
 
     @property
     def hit_rate(self) -> float | None:

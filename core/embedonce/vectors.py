@@ -3,7 +3,21 @@
 ``docs/frames.md`` has the layout of a frame, byte by byte.
 """
 
-from ._format.entries import Block, Dtype, Entries, Entry, Matrix, Metadata, Vector, freeze, freeze_rows, matrix
+from ._format.costs import MAX_SECONDS, MAX_TOKENS, NO_WORK, Cost, Work, apportion, is_valid_cost
+from ._format.entries import (
+    Block,
+    Columns,
+    Dtype,
+    Entries,
+    Entry,
+    Matrix,
+    Metadata,
+    Vector,
+    freeze,
+    freeze_rows,
+    make_entries,
+    matrix,
+)
 from ._format.frames import Decoded, decode_frames, encode_frames
 from ._format.metadata import MAX_DEPTH, MAX_METADATA, is_valid_metadata, plain_metadata
 from ._format.rounding import round_vectors
@@ -12,7 +26,12 @@ from ._format.sealing import SealedFrame, is_plain_frame, open_frame, seal_frame
 __all__ = [
     "MAX_DEPTH",
     "MAX_METADATA",
+    "MAX_SECONDS",
+    "MAX_TOKENS",
+    "NO_WORK",
     "Block",
+    "Columns",
+    "Cost",
     "Decoded",
     "Dtype",
     "Entries",
@@ -21,12 +40,16 @@ __all__ = [
     "Metadata",
     "SealedFrame",
     "Vector",
+    "Work",
+    "apportion",
     "decode_frames",
     "encode_frames",
     "freeze",
     "freeze_rows",
     "is_plain_frame",
+    "is_valid_cost",
     "is_valid_metadata",
+    "make_entries",
     "matrix",
     "open_frame",
     "plain_metadata",

@@ -13,13 +13,17 @@ from embedonce._messages import format_count
 from embedonce.contracts import Embedded
 from embedonce.errors import ProviderError
 from embedonce.vectors import (
+    MAX_SECONDS,
+    MAX_TOKENS,
     Block,
+    Columns,
     Decoded,
     Dtype,
     Entries,
     Entry,
     Matrix,
     freeze,
+    is_valid_cost,
     is_valid_metadata,
     round_vectors,
 )
@@ -159,9 +163,10 @@ def check_entries(
     decoded = Decoded()
     if isinstance(values, Entries):
         values = _take_valid_blocks(values, now, dtype, dimensions, decoded.entries)
-    if trusted and not _has_unexpected_entry(values, now, dtype, dimensions):
-        decoded.entries.add(values)
-        return decoded
+    if trusted and set(map(type, values.values())) <= {Entry}:
+        columns = Columns.of(values.values())
+        if _are_as_stored(columns, now, dtype, dimensions):
+            return Decoded(Entries(values, columns=columns))
     finite = _are_all_finite(values.values())
     for key, entry in values.items():
         if not _is_valid_entry(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
@@ -198,21 +203,27 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
         and (dimensions is None or rows.shape[1] == dimensions)
         and bool(np.isfinite(rows).all() and np.isfinite(block.created).all() and (block.expires > now).all())
         and (block.metadata is None or all(map(is_valid_metadata, block.metadata)))
+        and _has_valid_costs(block)
     )
 
 
-def _has_unexpected_entry(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
-    """Return whether any entry has expired, or has a type, dimensions or dtype that this cache does not store.
+def _has_valid_costs(block: Block) -> bool:
+    tokens, seconds = block.tokens, block.seconds
+    return (tokens is None or (tokens.dtype == np.int64 and bool((tokens <= MAX_TOKENS).all()))) and (
+        seconds is None or (seconds.dtype == np.float64 and not bool((seconds > MAX_SECONDS).any()))
+    )
 
-    If the result is False, the entries need no other check.
+
+def _are_as_stored(columns: Columns, now: float, dtype: Dtype, dimensions: int | None) -> bool:
+    """Return whether all entries have the dimensions and the dtype that this cache stores, and none has expired.
+
+    If the result is True, the entries need no other check.
     """
-    for entry in values.values():
-        if type(entry) is not Entry:
-            return True
-        vector, _, expires, _, kept = entry
-        if vector.size != dimensions or kept != dtype or (expires is not None and expires <= now):
-            return True
-    return False
+    return (
+        set(columns.dtypes) <= {dtype}
+        and set(map(len, columns.vectors)) <= {dimensions}
+        and all(expires is None or expires > now for expires in set(columns.expires))
+    )
 
 
 def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
@@ -228,6 +239,7 @@ def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
         and _is_date(entry.created)
         and (entry.expires is None or _is_date(entry.expires))
         and is_valid_metadata(entry.metadata)
+        and is_valid_cost(entry.tokens, entry.seconds)
     )
 
 

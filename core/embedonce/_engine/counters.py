@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
 
 from embedonce.events import TierStats
-
-
-class Tally:
-    """A count that many threads increment. ``add`` needs no lock, because it is one call into C."""
-
-    def __init__(self) -> None:
-        self.add: Callable[[], int] = itertools.count().__next__
-        self._reads = 0
-        self.renew_locks()
-
-    def renew_locks(self) -> None:
-        self._lock = threading.RLock()
-
-    def value(self) -> int:
-        with self._lock:
-            self._reads += 1
-            return self.add() - self._reads + 1
+from embedonce.vectors import Work
 
 
 class RequestCounters:
@@ -83,8 +66,6 @@ class Counters:
     """Counters of one tier. Every count is a number of texts."""
 
     def __init__(self) -> None:
-        self.single_hits = Tally()
-        """Hits of single texts on the fast path, which takes no lock."""
         self.renew_locks()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
@@ -97,7 +78,6 @@ class Counters:
         The locks are re-entrant, because a signal handler may use the cache.
         """
         self._lock = threading.RLock()
-        self.single_hits.renew_locks()
 
     def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
         with self._lock:
@@ -110,14 +90,16 @@ class Counters:
                 self._drops[cause] += counts["dropped"]
             self._seconds += seconds
 
-    def stats(self) -> TierStats:
+    def stats(self, saved: Work) -> TierStats:
+        """Return the counters of the tier. ``saved`` is the work that its hits have saved, on the fast path too."""
         with self._lock:
             counts = Counter(self._counts)
-            counts["hits"] += self.single_hits.value()
+            counts["hits"] = saved.texts
             names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
             return TierStats(
                 **{name: counts[name] for name in names},
                 seconds=self._seconds,
                 causes=dict(self._causes),
                 drops=dict(self._drops),
+                saved=saved,
             )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused, TierError
 from embedonce.events import Computed, Event
-from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
+from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
 
 from .call import PROVIDER, Answer, Call, copy_error
 from .checks import check_matrix, check_rows
@@ -22,8 +22,17 @@ from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight
 from .isolation import Patience, embed_chunk
 from .leases import Leases
+from .ledger import Ledger
 from .ports import Port
-from .provider_calls import call_at_rate, call_provider, cut_chunks, log_batch_limit, pause_after_failure, read_tokens
+from .provider_calls import (
+    call_at_rate,
+    call_provider,
+    cut_chunks,
+    log_batch_limit,
+    pause_after_failure,
+    read_tokens,
+    split_costs,
+)
 from .routes import Route
 from .served import ServedModels, read_served_model
 from .tiers import LiveTier
@@ -45,6 +54,7 @@ class Engine:
         dtype: Dtype,
         replay: bool,
         max_wait: float,
+        ledger: Ledger,
         emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:
@@ -56,6 +66,7 @@ class Engine:
         self._replay = replay
         self.leases = leases
         self._max_wait = max_wait
+        self._ledger = ledger
         self._emit = emit
         self._clock = clock
 
@@ -169,9 +180,7 @@ class Engine:
         for depth, tier in enumerate(self.tiers):
             if not keys:
                 break
-            read = await tier.read(
-                call.port, keys, task=answer.route.task, dtype=self.dtype, dimensions=answer.dimensions
-            )
+            read = await tier.read(call.port, keys, route=answer.route, dtype=self.dtype, dimensions=answer.dimensions)
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
@@ -180,11 +189,14 @@ class Engine:
             if read.unknown:
                 answer.failed_keys.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
-                answer.entries.add(read.entries)
-                answer.found.append((tier.name, read.entries))
+                answer.found.append((tier.name, list(read.entries)))
                 if answer.store and depth:
                     await self._promote(call, read.entries, self.tiers[:depth])
                 keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
+                if answer.entries:
+                    answer.entries.add(read.entries)
+                else:
+                    answer.entries = read.entries
         return keys
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
@@ -385,7 +397,7 @@ class Engine:
             read = await tier.read(
                 call.port,
                 list(flights),
-                task=answer.route.task,
+                route=answer.route,
                 dtype=self.dtype,
                 dimensions=answer.dimensions,
                 is_repeat=True,
@@ -473,35 +485,54 @@ class Engine:
         route = answer.route
         source = route.source
         start = time.perf_counter()
-        made = 0
-        tokens: int | None = None
+        made: Sequence[int] = ()
+        tokens: int | list[int | None] | None = None
         try:
             reply = await call_provider(call, list(texts))
-            tokens = read_tokens(reply)
+            tokens = read_tokens(reply, len(texts))
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
             matrix, bad = check_rows(reply, len(texts), dimensions=answer.dimensions, dtype=self.dtype, who=who)
             # A concurrent call may have set different dimensions.
             if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
                 check_matrix(matrix, len(matrix), dimensions=route.dimensions, who=who)
-            made = len(matrix)
+            made = [i for i in range(len(texts)) if i not in bad] if bad else range(len(texts))
         finally:
             seconds = time.perf_counter() - start
             answer.seconds[PROVIDER] += seconds
-            source.count(texts=made, failed=0, tokens=tokens or 0, seconds=seconds)
-            self._emit(
-                Computed(
-                    provider=source.name,
-                    task=route.task,
-                    texts=made,
-                    failed=len(texts) - made,
-                    tokens=tokens,
-                    seconds=seconds,
-                    fallback=source.fallback,
-                )
-            )
+            self._count_computed(route, made, len(texts) - len(made), tokens, seconds)
         created = self._clock()
-        return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)], bad
+        own_tokens, own_seconds = split_costs(tokens, seconds, texts)
+        if bad:
+            own_tokens, own_seconds = [own_tokens[i] for i in made], [own_seconds[i] for i in made]
+        return make_entries(freeze_rows(matrix), created, self.dtype, own_tokens, own_seconds), bad
+
+    def _count_computed(
+        self, route: Route, made: Sequence[int], failed: int, tokens: int | list[int | None] | None, seconds: float
+    ) -> None:
+        """Count a call of the provider. ``made`` has the positions of the texts that got a vector."""
+        source = route.source
+        if isinstance(tokens, list):
+            unknown = sum(tokens[i] is None for i in made)
+            known = [number for number in tokens if number is not None]
+            tokens = sum(known) if known else None
+        else:
+            unknown = len(made) if tokens is None else 0
+        source.count(texts=len(made), failed=0, tokens=tokens or 0, seconds=seconds)
+        self._ledger.count_computed(route.keyer.scope, Work(len(made), tokens or 0, seconds, unknown))
+        self._emit(
+            Computed(
+                provider=source.name,
+                task=route.task,
+                texts=len(made),
+                failed=failed,
+                tokens=tokens,
+                seconds=seconds,
+                fallback=source.fallback,
+                scope=route.keyer.scope,
+                price=source.price,
+            )
+        )
 
     async def _check_served_model(self, call: Call, reply: Any) -> None:
         name = read_served_model(reply)

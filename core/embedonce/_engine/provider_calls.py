@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
+
+import numpy as np
 
 from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded
 from embedonce.errors import LoopBusy, ProviderError, ProviderTimeout
+from embedonce.vectors import MAX_TOKENS, apportion
 
 from .batch_sizes import count_bytes
 from .call import Call
@@ -27,10 +31,41 @@ PROVIDER_GRACES = 2
 """How often a call gets its timeout again because the event loop was blocked. Giving a call up costs a paid answer."""
 
 
-def read_tokens(reply: Any) -> int | None:
-    """Return the number of tokens that a provider reports for its answer, or None if the provider reports no number."""
-    tokens = reply.tokens if isinstance(reply, Embedded) else None
-    return tokens if isinstance(tokens, int) and tokens >= 0 else None
+def read_tokens(reply: Any, count: int) -> int | list[int | None] | None:
+    """Return the tokens that a provider reports for its answer: one number, one number per text, or None.
+
+    A number that is not valid counts as unknown. Numbers per text that are not ``count`` numbers are not valid.
+    """
+    tokens: Any = reply.tokens if isinstance(reply, Embedded) else None
+    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes):
+        return list(map(_read_number, tokens)) if len(tokens) == count else None
+    return _read_number(tokens)
+
+
+def _read_number(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    number = operator.index(value)
+    return number if 0 <= number <= MAX_TOKENS else None
+
+
+def split_costs(
+    tokens: int | list[int | None] | None, seconds: float, texts: Sequence[str]
+) -> tuple[Sequence[int | None], Sequence[float]]:
+    """Return the tokens and the seconds of each text of a call.
+
+    The seconds, and a number of tokens for the whole call, are apportioned by the length of the texts in UTF-8.
+    """
+    weights = list(map(count_bytes, texts))
+    if not any(weights):
+        weights = [1] * len(texts)
+    each: Sequence[int | None]
+    if isinstance(tokens, int):
+        each = apportion(tokens, weights)
+    else:
+        each = [None] * len(texts) if tokens is None else tokens
+    pace = seconds / sum(weights)
+    return each, [pace * weight for weight in weights]
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:

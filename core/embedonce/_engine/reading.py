@@ -9,13 +9,15 @@ from typing import Any
 
 from embedonce.errors import TierError
 from embedonce.events import Event, LookedUp
-from embedonce.vectors import Dtype, Entries
+from embedonce.vectors import NO_WORK, Dtype, Entries
 
 from .backend_calls import BackendCalls, split_partial
 from .breaker import Breaker, BreakerChange
 from .codec import Codec
 from .counters import Counters
+from .ledger import Ledger
 from .ports import Port
+from .routes import Route
 
 MAX_PROBE_KEYS = 64
 """Maximum number of keys in a probe.
@@ -52,6 +54,7 @@ class TierReader:
         codec: Codec,
         counters: Counters,
         *,
+        ledger: Ledger,
         on_change: BreakerChange,
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
@@ -59,6 +62,7 @@ class TierReader:
         self._calls = calls
         self._codec = codec
         self._counters = counters
+        self._ledger = ledger
         self._on_change = on_change
         self._emit = emit
         self._has_listeners = has_listeners
@@ -75,12 +79,12 @@ class TierReader:
         port: Port,
         keys: Sequence[str],
         *,
-        task: str,
+        route: Route,
         dtype: Dtype,
         dimensions: int | None,
         is_repeat: bool = False,
     ) -> ReadResult:
-        """Read the keys, chunk by chunk, and check the values.
+        """Read the keys of a route, chunk by chunk, and check the values.
 
         With ``is_repeat``, no misses and no corrupt entries are counted, because the first read of these keys has
         already counted them.
@@ -104,7 +108,9 @@ class TierReader:
                     continue
                 try:
                     values = await calls.get(port, chunk)
-                    if len(values) > len(chunk) or not set(chunk).issuperset(values):  # drop unrequested keys
+                    # Most answers have all keys in order, and comparing lists is faster than making a set.
+                    if list(values) != chunk and (len(values) > len(chunk) or not set(chunk).issuperset(values)):
+                        # The backend returned keys that were not requested.
                         values = {key: values[key] for key in chunk if key in values}
                 except Exception as error:  # noqa: BLE001  (a backend may raise anything)
                     values = self._note_failure(chunk, read, error)
@@ -112,13 +118,13 @@ class TierReader:
                     breaker.record_success()
                     read.answered += len(chunk)
                 if values:
-                    read.corrupt += self._accept(values, read.entries, dtype, dimensions)
+                    self._accept(values, read, dtype, dimensions)
         except TierError:
-            self._count(read, task, start, is_repeat=is_repeat)
+            self._count(read, route, start, is_repeat=is_repeat)
             raise
         if dimensions is None:
             _drop_odd_dimensions(read)
-        self._count(read, task, start, is_repeat=is_repeat)
+        self._count(read, route, start, is_repeat=is_repeat)
         return read
 
     def _note_failure(self, chunk: Sequence[str], read: ReadResult, error: Exception) -> Mapping[str, Any]:
@@ -140,8 +146,8 @@ class TierReader:
         read.answered += len(chunk) - len(failed)
         return {key: found[key] for key in chunk if key in found and key not in read.unknown}
 
-    def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
-        """Add the valid values to ``entries``, and return how many are corrupt."""
+    def _accept(self, values: Mapping[str, Any], read: ReadResult, dtype: Dtype, dimensions: int | None) -> None:
+        """Add the valid values to the result, and count the corrupt ones."""
         decoded = self._codec.decode(values, dtype=dtype, dimensions=dimensions)
         # Only a space card has an empty vector. Under the key of a text, an empty vector is invalid.
         if dimensions is None and 0 in decoded.entries.sizes():
@@ -149,7 +155,12 @@ class TierReader:
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.add(self._codec.remove_previews(decoded.entries))
+        entries = self._codec.remove_previews(decoded.entries)
+        if read.entries:
+            read.entries.add(entries)
+        else:
+            read.entries = entries
+        read.corrupt += len(decoded.corrupt)
         if decoded.corrupt:
             self._calls.warnings.warn(
                 "corrupt",
@@ -157,21 +168,35 @@ class TierReader:
                 self._calls.name,
                 count=len(decoded.corrupt),
             )
-        return len(decoded.corrupt)
 
-    def _count(self, read: ReadResult, task: str, start: float, *, is_repeat: bool) -> None:
+    def _count(self, read: ReadResult, route: Route, start: float, *, is_repeat: bool) -> None:
         read.seconds = time.perf_counter() - start
-        hits = len(read.entries)
+        name, scope, hits = self._calls.name, route.keyer.scope, len(read.entries)
         counts = {
-            "hits": hits,
             "misses": 0 if is_repeat else read.answered - hits - read.corrupt,
             "errors": read.errors,
             "corrupt": 0 if is_repeat else read.corrupt,
             "skipped": read.skipped,
         }
         self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
+        saved = NO_WORK
+        if hits:
+            saved = read.entries.sum_costs()
+            self._ledger.count_saved(scope, name, saved)
         if self._has_listeners():
-            self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
+            self._emit(
+                LookedUp(
+                    tier=name,
+                    task=route.task,
+                    hits=hits,
+                    seconds=read.seconds,
+                    cause=read.cause,
+                    scope=scope,
+                    saved=saved,
+                    price=route.source.price,
+                    **counts,
+                )
+            )
 
     def _probe(self) -> None:
         """Start a background read of some keys that failed recently, and report the result to the breaker."""

@@ -14,13 +14,26 @@ from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import Value, card
+from embedonce.keys import Value
 from embedonce.tasks import TASKS, require_task
-from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
+from embedonce.vectors import (
+    MAX_SECONDS,
+    MAX_TOKENS,
+    Cost,
+    Dtype,
+    Entry,
+    Matrix,
+    Metadata,
+    Vector,
+    freeze_rows,
+    is_valid_cost,
+    plain_metadata,
+)
 
 from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
+from .ledger import HotHits
 from .ports import Port
 from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
@@ -73,27 +86,37 @@ class Requests:
 
         A hit must take less than a microsecond, so this method runs no coroutine, takes no lock and emits no event.
         """
-        get, count, routes = self._hot
+        get, routes = self._hot
         if type(text) is not str or type(task) is not str or task not in routes:
             return None
-        route = routes[task]
+        route, hits = routes[task]
         key = route.recent_keys.get(text)
         if key is None:
             key = route.key(text)
         try:
             entry = get(key)
-            if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
+            if entry is None:
                 return None
-            expires = entry.expires
+            vector, _, expires, _, dtype, tokens, seconds = entry
+            if dtype != self._dtype or vector.size != route.dimensions:
+                return None
             if expires is not None and not 0 < expires - self._clock() <= self._longest_life:
                 return None
         except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
-        count()
-        return entry.vector
+        hits.texts += 1
+        if tokens is None:
+            hits.unknown_tokens += 1
+        else:
+            hits.tokens += tokens
+        if seconds is None:
+            hits.unknown_seconds += 1
+        else:
+            hits.seconds += seconds
+        return vector
 
-    def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
-        """Return the ``get`` and the hit counter of the first tier, and the routes by task, for the fast path.
+    def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], dict[str, tuple[Route, HotHits]]]:
+        """Return, for the fast path, the ``get`` of the first tier, and the route and the hit counts of each task.
 
         If the first tier is not in this process, return no routes. Every call then takes the slow path. If there are
         listeners, do the same, because the fast path emits no events.
@@ -105,8 +128,9 @@ class Requests:
             if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
                 with self._lock:
                     routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
-                return first.backend.get, first.counters.single_hits.add, routes
-        return (lambda key: None), (lambda: 0), {}
+                hits = {task: chain.ledger.get_hot_hits(route.keyer.scope) for task, route in routes.items()}
+                return first.backend.get, {task: (route, hits[task]) for task, route in routes.items()}
+        return (lambda key: None), {}
 
     def _refresh_hot_path(self) -> None:
         self._hot = self._find_hot_tier()
@@ -128,7 +152,7 @@ class Requests:
                     route = self._routes[source, task] = Route(source, task, chain.policy, chain.steps)
                     self._limit_routes(source, task, route)
             if not isinstance(source.provider, NoProvider):
-                chain.add_card(route.keyer.scope, card(chain.policy, route.space))
+                chain.add_space(route)
             if hasattr(self, "_hot"):
                 self._refresh_hot_path()
         return route
@@ -161,7 +185,7 @@ class Requests:
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
                         self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
-            chain.add_card(current.keyer.scope, card(chain.policy, current.space))
+            chain.add_space(current)
             self._refresh_hot_path()
         return self._get_route(source, task)
 
@@ -294,11 +318,13 @@ class Requests:
         vectors: Vectors,
         task: Task,
         metadata: Sequence[Metadata | None] | None,
+        costs: Sequence[Cost | None] | None,
     ) -> None:
         engine = self._chain.engine
         if engine.can_change_space:
             await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task, metadata=metadata)
+        all_costs = _check_costs(costs, len(answer.keys))
         for error in answer.invalid.values():
             raise error
         who = "put was given"
@@ -311,8 +337,8 @@ class Requests:
             check_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
         created = self._clock()
         entries: dict[str, Entry] = {}
-        for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
-            entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
+        for key, row, cost in zip(answer.keys, freeze_rows(rows), all_costs, strict=True):
+            entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype, *cost))
         for keys in read_windows(entries, ITER_BATCH):
             window = Answer(answer.route, keys, [answer.texts_by_key()[key] for key in keys], store=True)
             await engine.put(port, window, entries)
@@ -474,6 +500,25 @@ def _map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | Non
         if item is not None and key not in by_key:
             by_key[key] = plain_metadata(item)
     return by_key
+
+
+def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
+    """Return one cost per text. An unknown cost has two parts that are None.
+
+    Raises:
+        ValueError: there is not one item per text, or an item is neither a cost nor None.
+    """
+    if costs is None:
+        return [Cost()] * count
+    if len(costs) != count:
+        raise ValueError(f"costs must have one item per text: got {len(costs)} for {format_count(count, 'text')}")
+    for i, cost in enumerate(costs):
+        if cost is not None and not (isinstance(cost, tuple) and len(cost) == 2 and is_valid_cost(*cost)):
+            raise ValueError(
+                f"costs: item {i} must be None or a Cost(tokens, seconds). Tokens are None or an int from 0 to "
+                f"{MAX_TOKENS}, seconds are None or a number from 0 to {MAX_SECONDS:g}"
+            )
+    return [Cost() if cost is None else Cost(*cost) for cost in costs]
 
 
 def read_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -19,16 +19,18 @@ from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
 from embedonce.events import Event
-from embedonce.keys import KEY_PREFIX, KeyPolicy, Value
+from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import Dtype
 
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
 from .leases import Leases
+from .ledger import Ledger
 from .plan import Engine
 from .ports import Port, Ports
 from .repeated_warnings import RepeatedWarnings
+from .routes import Route
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -112,6 +114,7 @@ class RunningChain:
         # A tier without a TTL may hold entries of a tier that has one.
         longest_ttl = max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
         self.ports = Ports()
+        self.ledger = Ledger([name for name, _ in chain])
         self.in_flight = InFlight(max_queued)
         self.tiers = [
             LiveTier(
@@ -121,6 +124,7 @@ class RunningChain:
                 longest_ttl=longest_ttl,
                 in_flight=self.in_flight,
                 ports=self.ports,
+                ledger=self.ledger,
                 cards=self.cards,
                 emit=self.emit,
                 has_listeners=lambda: bool(self.listeners),
@@ -146,6 +150,7 @@ class RunningChain:
             dtype=dtype,
             replay=self.replays,
             max_wait=max_wait,
+            ledger=self.ledger,
             emit=self.emit,
             clock=clock,
         )
@@ -176,7 +181,13 @@ class RunningChain:
         with self._lock:
             return list(self._caches)
 
-    def add_card(self, scope: str, card: dict[str, Value]) -> None:
+    def add_space(self, route: Route) -> None:
+        """Note the card and the price of a route's vector space."""
+        scope, described = route.keyer.scope, card(self.policy, route.space)
+        self.ledger.open_space(scope, described, route.source.price)
+        self._add_card(scope, described)
+
+    def _add_card(self, scope: str, card: dict[str, Value]) -> None:
         """Keep the space card of a scope, as long as a cache, a queued write or an in-process tier uses the scope."""
         if scope in self.cards:
             return
@@ -279,6 +290,7 @@ class RunningChain:
         for tier in self.tiers:
             tier.reset()
         self.engine.requests.renew_locks()
+        self.ledger.renew_lock()
         if self.engine.leases is not None:
             self.engine.leases.reset()
 

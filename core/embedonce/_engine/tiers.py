@@ -16,6 +16,7 @@ from .chain import Tier
 from .codec import Codec
 from .counters import Counters
 from .flights import InFlight
+from .ledger import Ledger
 from .ports import Port, Ports
 from .reading import TierReader
 from .writing import TierWriter
@@ -38,6 +39,7 @@ class LiveTier:
         longest_ttl: float | None,
         in_flight: InFlight,
         ports: Ports,
+        ledger: Ledger,
         cards: MutableMapping[str, dict[str, Value]],
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
@@ -59,6 +61,7 @@ class LiveTier:
             self.calls,
             self.codec,
             self.counters,
+            ledger=ledger,
             on_change=partial(self._note_change, "read"),
             emit=emit,
             has_listeners=has_listeners,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from .costs import MAX_SECONDS, MAX_TOKENS, NO_COST, Cost, is_valid_cost
 from .entries import (
     FLOAT32,
     LITTLE_ENDIAN,
@@ -35,20 +36,28 @@ HEADER = 64  # size in bytes
 START = struct.Struct("<QQ")
 _REST = struct.Struct("<IIdd16sQ")  # dimension, length of the metadata, created, expires, echo of the key, key ID
 MAGIC = int.from_bytes(b"EO1F", "little")
-_VERSION = 1
 _HAS_METADATA = 1
+# A frame of version 2 has the entry's cost after the header; a frame of version 1 has none. Every other part is equal.
+_WITHOUT_COST, _WITH_COST = 1, 2
+_COST = struct.Struct("<Qd")  # tokens, seconds
+_UNKNOWN_TOKENS = 2**64 - 1
+_COST_SIZES = {_WITHOUT_COST: 0, _WITH_COST: _COST.size}
+"""Size of the cost in bytes, by the version of the format."""
 
 # The codes are ordered from fine to coarse: a dtype is coarser than another dtype if its code is greater.
 _CODES: dict[Dtype, int] = {"float32": 1, "float16": 2, "int8": 3}
 _DTYPES: dict[int, Dtype] = {code: dtype for dtype, code in _CODES.items()}
 
 
-def _build_first_word(dtype: Dtype, flags: int = 0) -> int:
-    return MAGIC | _VERSION << 32 | _CODES[dtype] << 40 | flags << 48
+def _build_first_word(version: int, dtype: Dtype, flags: int) -> int:
+    return MAGIC | version << 32 | _CODES[dtype] << 40 | flags << 48
 
 
-_KNOWN_WORDS: dict[int, tuple[Dtype, int]] = {
-    _build_first_word(dtype, flags): (dtype, flags) for dtype in _CODES for flags in (0, _HAS_METADATA)
+_KNOWN_WORDS: dict[int, tuple[int, Dtype, int]] = {
+    _build_first_word(version, dtype, flags): (version, dtype, flags)
+    for version in _COST_SIZES
+    for dtype in _CODES
+    for flags in (0, _HAS_METADATA)
 }
 
 
@@ -70,11 +79,14 @@ def _hash_keys(keys: Sequence[str]) -> bytes:
 def encode_frames(items: Mapping[str, Entry]) -> dict[str, bytes]:
     """Return each entry as a frame for its key.
 
+    An entry whose cost is unknown becomes a frame of version 1, which every version of embedonce reads. Other entries
+    become frames of version 2.
+
     Each vector is written with the precision of its entry's ``dtype``. A vector that does not have this precision yet
     is rounded here. A vector that already has this precision is stored exactly, bit for bit.
 
     Raises:
-        ValueError: a vector or a date does not fit into a frame, the dtype is unknown, or the metadata has more
+        ValueError: a vector, a date or a cost does not fit into a frame, the dtype is unknown, or the metadata has more
             than :data:`MAX_METADATA` bytes; the message names the key.
         TypeError: metadata is not JSON; the message names the key.
     """
@@ -120,9 +132,24 @@ def _build_frame(key: str, entry: Entry, dimension: int, payload: bytes) -> byte
     metadata, flags = b"", 0
     if entry.metadata is not None:
         metadata, flags = write_metadata(key, entry.metadata), _HAS_METADATA
-    word = _build_first_word(entry.dtype, flags)
-    body = _REST.pack(dimension, len(metadata), entry.created, expires, _hash_key(key), 0) + metadata + payload
+    cost = _encode_cost(key, entry)
+    word = _build_first_word(_WITH_COST if cost else _WITHOUT_COST, entry.dtype, flags)
+    head = _REST.pack(dimension, len(metadata), entry.created, expires, _hash_key(key), 0)
+    body = b"".join((head, cost, metadata, payload))
     return START.pack(word, xxh3_64_intdigest(body, word)) + body
+
+
+def _encode_cost(key: str, entry: Entry) -> bytes:
+    """Return an entry's cost, or nothing if it is unknown."""
+    tokens, seconds = entry.tokens, entry.seconds
+    if tokens is None and seconds is None:
+        return b""
+    if not is_valid_cost(tokens, seconds):
+        raise ValueError(
+            f"{key}: tokens must be an int from 0 to {MAX_TOKENS} or None, and seconds a number from 0 to "
+            f"{MAX_SECONDS:g} or None"
+        )
+    return _COST.pack(_UNKNOWN_TOKENS if tokens is None else tokens, math.nan if seconds is None else seconds)
 
 
 def _are_valid_dates(created: float, expires: float) -> bool:
@@ -241,7 +268,7 @@ def _decode_batch(
     layout = _read_layout(words, size, wanted)
     if layout is None:
         return zip(keys, frames, strict=True)
-    dtype, start = layout
+    dtype, rest, start = layout
     good = _check_headers(words, keys, wanted.now)
     good &= words[:, 1] == _compute_checksums(frames, int(words[0, 0]))
     values, sound = unpack(np.frombuffer(buffer, np.uint8).reshape(count, size)[:, start:], dtype)
@@ -249,15 +276,19 @@ def _decode_batch(
     if wanted.dtype != dtype:
         values, fits = round_rows(values, wanted.dtype)
         good &= fits
+    tokens = seconds = None
+    if rest > HEADER:
+        tokens, seconds, valid = _read_costs(buffer, count, size)
+        good &= valid
     metadata = None
-    if start > HEADER:
+    if start > rest:
         metadata = [
-            read_metadata(frame[HEADER:start]) if is_good else None
+            read_metadata(frame[rest:start]) if is_good else None
             for frame, is_good in zip(frames, good.tolist(), strict=True)
         ]
         good &= [read is not None for read in metadata]
     dates = words[:, 3:5].view("<f8")
-    block = Block(keys, values, dates[:, 0], dates[:, 1], metadata, wanted.dtype)
+    block = Block(keys, values, dates[:, 0], dates[:, 1], metadata, wanted.dtype, tokens, seconds)
     if good.all():
         entries.add_block(block)
         return ()
@@ -266,20 +297,34 @@ def _decode_batch(
     return [pair for pair, is_good in zip(zip(keys, frames, strict=True), good.tolist(), strict=True) if not is_good]
 
 
-def _read_layout(words: NDArray[np.uint64], size: int, wanted: _Request) -> tuple[Dtype, int] | None:
-    """Return the dtype and the offset of the payload, as the first header describes them.
+def _read_layout(words: NDArray[np.uint64], size: int, wanted: _Request) -> tuple[Dtype, int, int] | None:
+    """Return the dtype and the offsets of the metadata and of the payload, as the first header describes them.
 
     Return None if frames with this header cannot be decoded as a block.
     """
     known = _KNOWN_WORDS.get(int(words[0, 0]))
     if known is None:
         return None
-    dtype, flags = known
+    version, dtype, flags = known
     length, dimension = divmod(int(words[0, 2]), 1 << 32)
     if _CODES[dtype] > _CODES[wanted.dtype] or not wanted.accepts(dimension) or not _is_metadata_length(length, flags):
         return None
-    start = HEADER + length
-    return (dtype, start) if size == start + payload_size(dtype, dimension) else None
+    rest = HEADER + _COST_SIZES[version]
+    start = rest + length
+    return (dtype, rest, start) if size == start + payload_size(dtype, dimension) else None
+
+
+def _read_costs(
+    buffer: bytes, count: int, size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the tokens and the seconds of frames of version 2 as columns of a block, and a mask of the valid costs."""
+    columns = np.ndarray((count, 2), np.dtype("<u8"), buffer, HEADER, strides=(size, 8)).copy()
+    tokens = columns[:, 0].astype(np.uint64, copy=False)
+    seconds = columns[:, 1].view("<f8").astype(np.float64)
+    unknown = tokens == _UNKNOWN_TOKENS
+    good = (tokens <= MAX_TOKENS) | unknown
+    good &= ((seconds >= 0) & (seconds <= MAX_SECONDS)) | np.isnan(seconds)
+    return tokens.view(np.int64), seconds, good
 
 
 def _is_metadata_length(length: int, flags: int) -> bool:
@@ -314,7 +359,7 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
     if word & 0xFFFFFFFF != MAGIC or xxh3_64_intdigest(frame[START.size :], word) != checksum:
         return "corrupt"
     version, code, flags = word >> 32 & 0xFF, word >> 40 & 0xFF, word >> 48
-    if version != _VERSION:
+    if version not in _COST_SIZES:
         return "missed"
     dtype = _DTYPES.get(code)
     if dtype is None or flags & ~_HAS_METADATA or len(frame) < HEADER:
@@ -322,17 +367,28 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
     dimension, length, created, expires, echo, key_id = _REST.unpack_from(frame, START.size)
     if echo != _hash_key(key) or key_id or not _are_valid_dates(created, expires) or not wanted.accepts(dimension):
         return "corrupt"
-    if len(frame) != HEADER + length + payload_size(dtype, dimension) or not _is_metadata_length(length, flags):
+    rest = HEADER + _COST_SIZES[version]
+    if len(frame) != rest + length + payload_size(dtype, dimension) or not _is_metadata_length(length, flags):
+        return "corrupt"
+    cost = NO_COST if version == _WITHOUT_COST else _decode_cost(frame)
+    if cost is None:
         return "corrupt"
     if expires <= wanted.now or code > _CODES[wanted.dtype]:
         return "missed"
-    metadata = read_metadata(frame[HEADER : HEADER + length]) if flags else None
+    metadata = read_metadata(frame[rest : rest + length]) if flags else None
     if flags and metadata is None:
         return "corrupt"
-    vector = _decode_vector(frame[HEADER + length :], dtype, dimension, wanted.dtype)
+    vector = _decode_vector(frame[rest + length :], dtype, dimension, wanted.dtype)
     if isinstance(vector, str):
         return vector
-    return Entry(vector, created, None if expires == NEVER else expires, metadata, wanted.dtype)
+    return Entry(vector, created, None if expires == NEVER else expires, metadata, wanted.dtype, *cost)
+
+
+def _decode_cost(frame: bytes) -> Cost | None:
+    """Return the cost in a frame of version 2, or None if it is invalid."""
+    tokens, seconds = _COST.unpack_from(frame, HEADER)
+    cost = Cost(None if tokens == _UNKNOWN_TOKENS else tokens, None if math.isnan(seconds) else seconds)
+    return cost if is_valid_cost(*cost) else None
 
 
 def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> Vector | _Rejection:
