@@ -19,6 +19,7 @@ from .events import Computed, Event, Stats, Stored
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
 from .prices import Price
+from .savings import FoundSavings
 from .tasks import TASKS
 from .vectors import NO_WORK, Cost, Dtype, Matrix, Metadata, Vector
 
@@ -265,6 +266,18 @@ class Cache(Requests):
         """
         return run_blocking(self._contents(self._chain.ports.blocking))
 
+    def savings(self, since: float = 0.0) -> FoundSavings:
+        """Return what all processes that share the tiers have computed and saved since a Unix time.
+
+        The records are of whole days in UTC, and of at most a year. A process writes its record about twice a minute
+        while it works, and when its cache is closed. This method first writes the record of this process.
+
+        A tier that fails is in ``errors`` of the result.
+        """
+        self._check_open()
+        self._chain.recorder.record()
+        return run_blocking(self._chain.recorder.read(self._chain.ports.blocking, since))
+
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
 
@@ -405,6 +418,12 @@ class Cache(Requests):
     async def acontents(self) -> list[Held]:
         """Async twin of :meth:`contents`."""
         return await self._contents(self._chain.ports.get_loop_port())
+
+    async def asavings(self, since: float = 0.0) -> FoundSavings:
+        """Async twin of :meth:`savings`."""
+        self._check_open()
+        await self._off_loop(self._chain.recorder.record)
+        return await self._chain.recorder.read(self._chain.ports.get_loop_port(), since)
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """Async twin of :meth:`list_metadata`."""

@@ -59,13 +59,11 @@ def split_costs(
     weights = list(map(count_bytes, texts))
     if not any(weights):
         weights = [1] * len(texts)
-    each: Sequence[int | None]
-    if isinstance(tokens, int):
-        each = apportion(tokens, weights)
-    else:
-        each = [None] * len(texts) if tokens is None else tokens
     pace = seconds / sum(weights)
-    return each, [pace * weight for weight in weights]
+    own_seconds = [pace * weight for weight in weights]
+    if tokens is None:
+        return [None] * len(texts), own_seconds
+    return apportion(tokens, weights) if isinstance(tokens, int) else tokens, own_seconds
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:
