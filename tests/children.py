@@ -74,3 +74,23 @@ def embed_and_hang(tiers: list[dict[str, Any]], log: str) -> None:
     """Embed the text "a" with a provider that logs the text and then hangs."""
     with config.open({"tiers": tiers}, provider=LoggingProvider(log, hang="a")) as cache:
         cache.embed("a")
+
+
+def embed_with_api(tiers: list[dict[str, Any]], base_url: str, seed: int) -> int:
+    """Embed texts of several lengths in a random order with OpenAI's client. Return the number of requested texts."""
+    provider = {
+        "type": "openai",
+        "model": "text-embedding-3-small",
+        "base_url": base_url,
+        "api_key": "any",
+        "price": "0.02 USD / 1M tokens",
+        "batch_size": 7,
+    }
+    texts = [f"text {i} " * (1 + i % 9) for i in range(200)]
+    with config.open({"provider": provider, "tiers": tiers}) as cache:
+        for round_number in range(3):
+            order = np.random.default_rng(10 * seed + round_number).permutation(len(texts))
+            cache.embed_batch([texts[i] for i in order])
+        for text in texts[:50]:
+            cache.embed(text)
+        return cache.stats().requested

@@ -28,7 +28,7 @@ from .errors import (
 from .events import Stats
 from .hookspecs import hookimpl
 from .keys import KeyPolicy, VectorSpace
-from .vectors import Entry, Matrix, Vector
+from .vectors import Cost, Entry, Matrix, Vector
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "CacheClosed",
     "Capabilities",
     "ConfigError",
+    "Cost",
     "DriftError",
     "DriftGuard",
     "Embedded",

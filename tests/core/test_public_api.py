@@ -55,7 +55,7 @@ def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
 
 
 def test_options_of_fetch_and_put_are_keyword_only() -> None:
-    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata"}}.items():
+    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata", "costs"}}.items():
         parameters = inspect.signature(getattr(Cache, name)).parameters.values()
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == options
 
@@ -152,7 +152,10 @@ def test_what_a_reader_sees() -> None:
         cache.embed_batch(["a", "b"])
         assert repr(cache.fetch(["a", "b", "c"])) == "<Fetched 3 texts of 3 dimensions: 2 from memory, 1 from provider>"
         assert repr(cache.lookup(["z"])) == "<Fetched 1 text of 3 dimensions: 1 missing>"
-        assert repr(cache.stats()) == "<Stats hit rate 33.3 % (memory 33.3 %), 3 computed, 0 failed, 0 shared>"
+        assert (
+            repr(cache.stats())
+            == "<Stats hit rate 33.3 % (memory 33.3 %), 3 computed, 0 failed, 0 shared, 2 tokens saved>"
+        )
         explained = cache.explain("a")
         assert repr(explained) == f"<Explanation found in memory: memory hit; scope {explained.scope}, task 'document'>"
     space = VectorSpace(provider="openai", model="text-embedding-3-small", dimensions=256)

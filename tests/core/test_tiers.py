@@ -503,7 +503,7 @@ def test_background_writes_survive_the_end_of_the_cache() -> None:
     cache = Cache(CountingProvider(), [tier], flush_timeout=LONG_TIMEOUT)
     cache.embed_batch(TEXTS)
     cache.close()
-    assert len(backend) == len(TEXTS) + 1  # the additional entry is the space card
+    assert len(backend) == len(TEXTS) + 2  # the additional entries are the space card and the record of savings
 
 
 def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:

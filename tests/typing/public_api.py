@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, assert_type
 
 import numpy as np
@@ -17,6 +18,7 @@ from embedonce import (
     CacheClosed,
     Capabilities,
     ConfigError,
+    Cost,
     DriftError,
     DriftGuard,
     Embedded,
@@ -52,8 +54,9 @@ from embedonce import (
 )
 from embedonce.answers import ChainWarning
 from embedonce.contracts import AnyProvider, EntryBackend, FrameBackend, Task
-from embedonce.events import Event, ProviderStats, TierStats
-from embedonce.vectors import Metadata
+from embedonce.events import Event, ProviderStats, SpaceStats, TierStats
+from embedonce.savings import FoundSavings
+from embedonce.vectors import Metadata, Work
 
 
 def opening(backend: FrameBackend, entries: EntryBackend, provider: AnyProvider) -> None:
@@ -64,7 +67,7 @@ def opening(backend: FrameBackend, entries: EntryBackend, provider: AnyProvider)
     guard = DriftGuard(action="refuse", every=60.0, tolerance=0.01)
     policy = KeyPolicy(normalize=["nfc"], version="v2", namespace="mine", hash="blake2b", secret=b"hush")
     cache = Cache(provider, tiers, key=policy, dtype="float16", mode="replay", fallback=provider, drift=guard)
-    assert_type(cache.for_provider(provider), Cache)
+    assert_type(cache.for_provider(provider, price="0.02 USD / 1M tokens"), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], space={"model": "m"}), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], [entries, backend], space={"model": "m"}), Cache)
     with cache as opened:
@@ -81,7 +84,7 @@ def embedding(cache: Cache, texts: list[str], names: tuple[str, ...]) -> None:
     assert_type(cache.fetch(texts, store=False, metadata=[None, {"page": 1}]), Fetched)
     assert_type(cache.lookup(texts), Fetched)
     assert_type(cache.put(texts, [[1.0, 2.0]], metadata=[{"page": 1}]), None)
-    assert_type(cache.put(texts, np.ones((1, 2), np.float64)), None)
+    assert_type(cache.put(texts, np.ones((1, 2), np.float64), costs=[Cost(tokens=3), None]), None)
     assert_type(cache.put(texts, cache.embed_batch(texts)), None)
     assert_type(cache.put(texts, [cache.embed(text) for text in texts]), None)
 
@@ -101,6 +104,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.aexplain("text"), Explanation)
     assert_type(await cache.acontents(), list[Held])
     assert_type(await cache.alist_metadata(), list[Metadata])
+    assert_type(await cache.asavings(since=0.0), FoundSavings)
     assert_type(await cache.acheck(), list[TierCheck])
     assert_type(await cache.acheck_providers(embed=True), list[ProviderCheck])
     assert_type(await cache.amigrate(), dict[str, str])
@@ -116,6 +120,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.normalize("text"), str)
     assert_type(cache.contents(), list[Held])
     assert_type(cache.list_metadata("query"), list[Metadata])
+    assert_type(cache.savings(), FoundSavings)
     assert_type(cache.check(), list[TierCheck])
     assert_type(cache.check_providers(), list[ProviderCheck])
     assert_type(cache.migrate(), dict[str, str])
@@ -149,6 +154,9 @@ def answers(fetched: Fetched, stats: Stats, explanation: Explanation, purged: Pu
     assert_type(stats.hit_rate, float | None)
     assert_type(stats.requested, int)
     assert_type(stats.found, int)
+    assert_type(stats.saved, Work)
+    assert_type(stats.money_saved, Mapping[str, Decimal])
+    assert_type(stats.spaces, Mapping[str, SpaceStats])
     assert_type(stats.tiers["memory"].hit_rate, float | None)
     assert_type(explanation.found, str | None)
     assert_type(explanation.as_dict(), dict[str, Any])
