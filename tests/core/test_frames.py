@@ -182,11 +182,10 @@ json_values = st.recursive(
 )
 metadatas = st.none() | st.dictionaries(st.text(max_size=8), json_values, max_size=3)
 dates = st.floats(allow_nan=False, allow_infinity=False)
-numbers_of_tokens = st.none() | st.integers(0, MAX_TOKENS)
-numbers_of_seconds = st.none() | st.floats(0, MAX_SECONDS)
+costs = st.tuples(st.none() | st.integers(0, MAX_TOKENS), st.none() | st.floats(0, MAX_SECONDS))
 entries = st.builds(
-    lambda seed, dimension, dtype, created, expires, metadata, tokens, seconds: entry_of(seed, dimension, dtype)._replace(
-        created=created, expires=expires, metadata=metadata, tokens=tokens, seconds=seconds
+    lambda seed, dimension, dtype, created, expires, metadata, cost: entry_of(seed, dimension, dtype)._replace(
+        created=created, expires=expires, metadata=metadata, tokens=cost[0], seconds=cost[1]
     ),
     st.integers(0, 99),
     st.sampled_from([0, 1, 3, 8, 8, 8, 384]),
@@ -194,8 +193,7 @@ entries = st.builds(
     dates | st.just(MADE),
     st.none() | st.just(NOW + 1) | dates,
     st.none() | metadatas,
-    st.none() | numbers_of_tokens,
-    st.none() | numbers_of_seconds,
+    costs | st.just((None, None)),
 )
 
 
@@ -337,7 +335,7 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "version 2 without a cost": ({"version": 2}, "corrupt"),
     "version 2 with half a cost": ({"version": 2, "raw_cost": bytes(8)}, "corrupt"),
     "version 1 with a cost": ({"version": 1, "tokens": 7}, "corrupt"),
-    "both parts of the cost are unknown": ({"raw_cost": page.UNKNOWN_TOKENS + page.UNKNOWN_SECONDS}, "entry"),
+    "both parts of the cost are unknown": ({"raw_cost": page.UNKNOWN + page.UNKNOWN}, "entry"),
     "tokens are the maximum": ({"tokens": MAX_TOKENS}, "entry"),
     "tokens are too large": ({"tokens": MAX_TOKENS + 1}, "corrupt"),
     "tokens have their highest bit": ({"tokens": 2**63}, "corrupt"),
@@ -348,8 +346,9 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "seconds are minus infinity": ({"seconds": -math.inf}, "corrupt"),
     "seconds are negative": ({"seconds": -1.0}, "corrupt"),
     "seconds are barely negative": ({"tokens": 7, "seconds": -5e-324}, "corrupt"),
-    "seconds are minus zero": ({"seconds": -0.0}, "entry"),
-    "seconds are another NaN": ({"raw_cost": bytes(8) + b"\x01" + bytes(5) + b"\xf0\xff"}, "entry"),
+    "seconds are minus zero": ({"seconds": -0.0}, "corrupt"),
+    "seconds are another NaN": ({"seconds": math.nan}, "corrupt"),
+    "seconds are a signalling NaN": ({"raw_cost": bytes(8) + struct.pack("<Q", 0x7FF0000000000001)}, "corrupt"),
     "dtype unknown": ({"dtype": "float8", "raw_payload": b"abcdefgh"}, "corrupt"),
     "encrypted": ({"flags": 2}, "corrupt"),
     "encrypted, with metadata": ({"flags": 3, "metadata": {}}, "corrupt"),
@@ -573,7 +572,7 @@ def test_random_bytes_are_corrupt(values: list[bytes]) -> None:
     assert sorted(decode_frames(frames, now=NOW).corrupt) == list(frames)
 
 
-COSTS = [bytes(16), bytes(8) + page.UNKNOWN_SECONDS, page.UNKNOWN_TOKENS + bytes(8), bytes(7) + b"\x01" + bytes(8)]
+COSTS = [bytes(16), bytes(8) + page.UNKNOWN, page.UNKNOWN + bytes(8), bytes(7) + b"\x01" + bytes(8)]
 
 
 @given(

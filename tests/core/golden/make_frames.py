@@ -18,8 +18,7 @@ from typing import Any
 import xxhash
 
 MAGIC = b"EO1F"
-UNKNOWN_TOKENS = bytes([255] * 8)
-UNKNOWN_SECONDS = bytes([0, 0, 0, 0, 0, 0, 0xF8, 0x7F])
+UNKNOWN = bytes([255] * 8)
 CODES = {"float32": 1, "float16": 2, "int8": 3}
 
 
@@ -65,8 +64,8 @@ def seal(start: bytes, body: bytes) -> bytes:
 def write_cost(tokens: int | None, seconds: float | None) -> bytes:
     if tokens is None and seconds is None:
         return b""
-    count = UNKNOWN_TOKENS if tokens is None else tokens.to_bytes(8, "little")
-    return count + (UNKNOWN_SECONDS if seconds is None else struct.pack("<d", seconds))
+    count = UNKNOWN if tokens is None else tokens.to_bytes(8, "little")
+    return count + (UNKNOWN if seconds is None else struct.pack("<d", seconds))
 
 
 def write_payload(vector: list[float], dtype: str) -> bytes:
