@@ -226,7 +226,7 @@ def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entr
     found_frames = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
     decoded = decode_frames(found_frames, now=-math.inf, dtype=dtype).entries
     replacements = _decode_metadata_columns(texts, previews), _decode_tokens(tokens), _decode_seconds(seconds)
-    if replacements != (None, None, None):
+    if any(column is not None for column in replacements):
         decoded = _replace_columns(decoded, keys, *replacements)
     entries.add(decoded)
     frames.update((key, found_frames[key]) for key in decoded.lacking(keys))
