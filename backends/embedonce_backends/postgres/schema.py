@@ -211,7 +211,7 @@ def list_grants(found: TableState, schema: str, table: str, column: Column) -> l
 
 
 def _list_create_statements(name: Composable) -> list[Composable]:
-    kinds = {**COLUMNS, **COST_COLUMNS}
+    kinds: dict[str, LiteralString] = {**COLUMNS, **COST_COLUMNS}
     columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in kinds.items())
     return [
         # With this toast_tuple_target, Postgres stores a vector of up to 2,000 dimensions inside its row. If Postgres
