@@ -23,12 +23,13 @@ from embedonce.vectors import Entry
 
 api = 1
 
-ENTRY_BYTES = 500
+ENTRY_BYTES = 550
 """Bytes that an entry takes in addition to its payload; ``max_bytes`` includes them.
 
 ``benchmarks/policies.py`` measures them as resident memory (CPython 3.11, Linux). The key takes 144 bytes, the array
-object 128, the slot in the queue 82, the tuple 80, and the allocation of the payload another 48. If the entry does
-not share the float object of its ``created`` with other entries, this object takes 32 more bytes.
+object 128, the slot in the queue 82, the tuple 96, the ``seconds`` 32, and the allocation of the payload another 48.
+If the entry does not share the float object of its ``created`` with other entries, this object takes 32 more bytes, and
+so does a number of tokens above 256.
 """
 
 # This lock guards the bookkeeping of every memory backend. A hit takes the lock only if its entry is on probation (see
@@ -68,7 +69,7 @@ class MemoryBackend:
         max_entries: Annotated[int, Gt(0), Doc("Hold at most this many entries.")] = 2048,
         max_bytes: Annotated[
             Annotated[Size, Gt(0)] | None,
-            Doc("Hold at most this many bytes: payload and metadata, plus 500 bytes per entry."),
+            Doc("Hold at most this many bytes: payload and metadata, plus 550 bytes per entry."),
         ] = None,
         policy: Annotated[
             Literal["segmented", "lru"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,20 @@ from embedonce import Cache, Incomplete, Tier
 from embedonce._engine.checks import check_entries
 from embedonce.contracts import Capabilities
 from embedonce.testing.fakes import CountingProvider, DictBackend
-from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames, freeze, round_vectors
+from embedonce.vectors import (
+    MAX_SECONDS,
+    MAX_TOKENS,
+    Block,
+    Columns,
+    Dtype,
+    Entries,
+    Entry,
+    Work,
+    decode_frames,
+    encode_frames,
+    freeze,
+    round_vectors,
+)
 from embedonce_backends.memory import MemoryBackend
 
 NOW = 1_750_000_000.0
@@ -45,7 +58,20 @@ def vector_of(number: int, dimension: int = 4) -> NDArray[np.float32]:
 
 # --- frames in a batch ------------------------------------------------------------------------
 
-HARMS = ("none", "flipped", "echo", "cut", "expired", "expiring", "nan", "metadata", "coarse", "wide", "foreign")
+HARMS = (
+    "none",
+    "flipped",
+    "echo",
+    "cut",
+    "expired",
+    "expiring",
+    "nan",
+    "metadata",
+    "cost",
+    "coarse",
+    "wide",
+    "foreign",
+)
 
 
 def make_frame(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
@@ -57,6 +83,8 @@ def make_frame(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
         entry = entry._replace(expires=NOW if harm == "expired" else NOW + 1)
     if harm == "metadata":
         entry = entry._replace(metadata={"number": number})
+    if harm == "cost":
+        entry = entry._replace(tokens=number, seconds=None if number % 3 else 0.5)
     if harm == "coarse":
         entry = entry._replace(dtype="int8")
     frame = encode_frames({key_of(number + 1000) if harm == "echo" else key: entry})[
@@ -217,6 +245,8 @@ def test_rows_of_different_dimensions_are_never_joined() -> None:
         {"created": np.zeros(3)},
         {"expires": np.zeros(1)},
         {"metadata": [None]},
+        {"tokens": np.zeros(3, np.int64)},
+        {"seconds": np.zeros(1)},
     ],
 )
 def test_a_block_with_columns_of_different_lengths_is_refused(columns: dict[str, Any]) -> None:
@@ -224,6 +254,77 @@ def test_a_block_with_columns_of_different_lengths_is_refused(columns: dict[str,
         block_of([1, 2], **columns)
     with pytest.raises(ValueError, match="2 keys"):
         Block([key_of(1), key_of(2)], np.zeros(2, np.float32), np.zeros(2), np.zeros(2))
+
+
+# --- costs ------------------------------------------------------------------------------------
+
+TOKENS, SECONDS = np.array([5, -1, 0, MAX_TOKENS]), np.array([0.5, math.nan, 0.0, MAX_SECONDS])
+COSTS = [(5, 0.5), (None, None), (0, 0.0), (MAX_TOKENS, MAX_SECONDS)]
+
+
+def costs_of(entries: Mapping[str, Entry]) -> list[tuple[int | None, float | None]]:
+    return [(entry.tokens, entry.seconds) for entry in entries.values()]
+
+
+def test_the_entries_of_a_block_have_its_costs() -> None:
+    block = block_of(range(4), tokens=TOKENS, seconds=SECONDS)
+    assert costs_of(block.entries()) == COSTS
+    assert {type(entry.tokens) for entry in block.entries().values()} == {int, type(None)}
+    assert costs_of(block_of(range(4), tokens=TOKENS).entries()) == [(tokens, None) for tokens, _ in COSTS]
+    assert costs_of(block_of(range(4), seconds=SECONDS).entries()) == [(None, seconds) for _, seconds in COSTS]
+    assert costs_of(block_of(range(4)).entries()) == [(None, None)] * 4
+
+
+def test_the_chosen_rows_of_a_block_keep_their_costs() -> None:
+    chosen = np.array([True, False, False, True])
+    assert costs_of(block_of(range(4), tokens=TOKENS, seconds=SECONDS).where(chosen).entries()) == [COSTS[0], COSTS[3]]
+    assert costs_of(block_of(range(4), seconds=SECONDS).where(chosen).entries()) == [(None, 0.5), (None, MAX_SECONDS)]
+    assert block_of(range(4)).where(chosen).tokens is None
+
+
+def test_unknown_costs_are_counted_and_not_added_up() -> None:
+    whole = Work(4, 5 + MAX_TOKENS, 0.5 + MAX_SECONDS, 1, 1)
+    block = block_of(range(4), tokens=TOKENS, seconds=SECONDS)
+    assert block.sum_costs() == whole
+    assert Columns.of(block.entries().values()).sum_costs() == whole
+    assert Entries(blocks=[block]).sum_costs() == whole
+    assert Entries(block.entries()).sum_costs() == whole
+    assert block_of(range(4), tokens=TOKENS).sum_costs() == Work(4, 5 + MAX_TOKENS, 0.0, 1, 4)
+    assert block_of(range(4)).sum_costs() == Work(4, 0, 0.0, 4, 4)
+    assert Entries().sum_costs() == Columns.of({}.values()).sum_costs() == Work()
+    assert {type(part) for part in block.sum_costs()} == {int, float}
+
+
+def test_the_costs_of_blocks_and_single_entries_are_added_up() -> None:
+    loose = {key_of(7): Entry(freeze(vector_of(7)), MADE, tokens=3), key_of(8): Entry(freeze(vector_of(8)), MADE)}
+    entries = Entries(loose, [block_of(range(4), tokens=TOKENS), block_of([5], seconds=np.array([2.0]))])
+    assert entries.sum_costs() == Work(7, 5 + MAX_TOKENS + 3, 2.0, 1 + 1 + 1, 4 + 2)
+
+
+def test_columns_are_used_only_while_they_describe_all_entries() -> None:
+    given = {key_of(n): Entry(freeze(vector_of(n)), MADE, tokens=n, seconds=0.5) for n in range(4)}
+    more = {key_of(9): Entry(freeze(vector_of(9)), MADE, tokens=90, seconds=0.5)}
+    changes: dict[str, tuple[Callable[[Entries], object], int]] = {
+        "none": (lambda entries: None, 6),
+        "set": (lambda entries: entries.update(more), 96),
+        "replace": (lambda entries: entries.update({key_of(3): more[key_of(9)]}), 93),
+        "delete": (lambda entries: entries.pop(key_of(3)), 3),
+        "add": (lambda entries: entries.add(more), 96),
+        "add entries": (lambda entries: entries.add(Entries(more, columns=Columns.of(more.values()))), 96),
+        "add a block": (lambda entries: entries.add_block(block_of([9], tokens=np.array([90]))), 96),
+        "clear": (lambda entries: entries.clear(), 0),
+    }
+    for name, (change, tokens) in changes.items():
+        entries = Entries(given, columns=Columns.of(given.values()))
+        change(entries)
+        assert entries.sum_costs().tokens == tokens, name
+        assert entries.sum_costs().texts == len(entries), name
+        keys = list(entries)
+        assert entries.matrix(keys, 4).tolist() == [entries[key].vector.tolist() for key in keys], name
+    empty = Entries()
+    empty.add(Entries(given, columns=Columns.of(given.values())))
+    assert empty.sum_costs().tokens == 6
+    assert empty.matrix(list(given), 4).tolist() == [vector_of(n).tolist() for n in range(4)]
 
 
 # --- blocks of a backend ----------------------------------------------------------------------
@@ -252,6 +353,56 @@ def test_the_block_of_a_backend_is_checked(change: str, corrupt: list[int], miss
     left = [n for n in range(4) if n not in (*corrupt, *missed)]
     assert decoded.entries.keys() == {key_of(n) for n in left}
     assert decoded.entries.matrix([key_of(n) for n in left], 4).tolist() == [vector_of(n).tolist() for n in left]
+
+
+INVALID_COSTS: dict[str, dict[str, Any]] = {
+    "negative tokens": {"tokens": -2},
+    "too many tokens": {"tokens": MAX_TOKENS + 1},
+    "negative seconds": {"seconds": -0.5},
+    "infinite seconds": {"seconds": math.inf},
+    "minus infinite seconds": {"seconds": -math.inf},
+    "too many seconds": {"seconds": 2 * MAX_SECONDS},
+}
+
+
+@pytest.mark.parametrize("name", INVALID_COSTS)
+def test_a_row_with_an_invalid_cost_is_corrupt_alone(name: str) -> None:
+    columns = {"tokens": np.array([5, -1, 0, 7]), "seconds": np.array([0.5, math.nan, 0.0, 7.0])}
+    for column, value in INVALID_COSTS[name].items():
+        columns[column][2] = value
+    decoded = check_entries(Entries(blocks=[block_of(range(4), **columns)]), now=NOW, dtype="float32", dimensions=4)
+    assert (decoded.corrupt, decoded.missed) == ([key_of(2)], [])
+    assert costs_of(decoded.entries) == [(5, 0.5), (None, None), (7, 7.0)]
+    assert encode_frames(decoded.entries).keys() == decoded.entries.keys()
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        *INVALID_COSTS.values(),
+        {"tokens": 1.0},
+        {"tokens": True},
+        {"tokens": "7"},
+        {"tokens": np.int64(7)},
+        {"seconds": math.nan},
+        {"seconds": "7"},
+        {"seconds": True},
+    ],
+    ids=str,
+)
+def test_an_entry_with_an_invalid_cost_is_corrupt_alone(cost: dict[str, Any]) -> None:
+    entries = {key_of(n): Entry(freeze(vector_of(n)), MADE, tokens=n, seconds=0.5) for n in range(4)}
+    entries[key_of(2)] = entries[key_of(2)]._replace(**cost)
+    decoded = check_entries(entries, now=NOW, dtype="float32", dimensions=4)
+    assert (decoded.corrupt, decoded.missed) == ([key_of(2)], [])
+    assert costs_of(decoded.entries) == [(0, 0.5), (1, 0.5), (3, 0.5)]
+
+
+def test_valid_costs_of_a_block_are_kept_whatever_their_type() -> None:
+    for tokens, seconds in ((TOKENS, SECONDS), (TOKENS.astype(">i8"), SECONDS.astype(">f8"))):
+        block = block_of(range(4), tokens=tokens, seconds=seconds)
+        decoded = check_entries(Entries(blocks=[block]), now=NOW, dtype="float32", dimensions=4)
+        assert costs_of(decoded.entries) == COSTS
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -47,7 +47,7 @@ def nest(levels: int, *, lists: bool = False) -> dict[str, Any]:
 def make_frame(key: str, vector: Any, metadata: bytes, *, created: float = 1.0, expires: float = math.inf) -> bytes:
     """Return a frame with any bytes as its metadata, as another program may write it."""
     values = np.asarray(vector, np.float32)
-    word = frames_module._build_first_word("float32", 1)
+    word = frames_module._build_first_word(1, "float32", 1)
     body = (
         frames_module._REST.pack(len(values), len(metadata), created, expires, xxh3_128_digest(key.encode()), 0)
         + metadata

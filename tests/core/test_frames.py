@@ -17,11 +17,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedonce.vectors import MAX_METADATA, Decoded, Dtype, Entry, decode_frames, encode_frames, freeze, round_vectors
+from embedonce.vectors import (
+    MAX_METADATA,
+    MAX_SECONDS,
+    MAX_TOKENS,
+    Decoded,
+    Dtype,
+    Entry,
+    decode_frames,
+    encode_frames,
+    freeze,
+    round_vectors,
+)
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "frames.md"
-GOLDEN: list[dict[str, Any]] = json.loads((HERE / "golden" / "frames-v1.json").read_text(encoding="utf-8"))
+GOLDEN: list[dict[str, Any]] = [
+    golden
+    for version in (1, 2)
+    for golden in json.loads((HERE / "golden" / f"frames-v{version}.json").read_text(encoding="utf-8"))
+]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 NOW = 1_750_000_000.0
 MADE = 1_700_000_000.5
@@ -99,6 +114,7 @@ def test_frames_of_released_versions_are_read_and_written_again(golden: dict[str
     )
     assert (entry.created, entry.expires) == (golden["created"], golden["expires"])
     assert (entry.metadata, entry.dtype) == (golden["metadata"], golden["dtype"])
+    assert (entry.tokens, entry.seconds) == (golden.get("tokens"), golden.get("seconds"))
     assert frame_of(golden["key"], entry) == frame
 
 
@@ -109,7 +125,8 @@ def test_the_examples_of_the_page_follow_its_text() -> None:
     created = float(re.findall(r"\*created\* is ([0-9.]+[0-9])", text)[0])
     (metadata,) = re.findall(r"with the metadata `(\{.*?\})`", text)
     (expires,) = re.findall(r"expiring at ([0-9.]+[0-9])", text)
-    float32, int8 = (
+    ((tokens, seconds),) = re.findall(r"([0-9]+) tokens and ([0-9.]+[0-9]) seconds", text)
+    float32, int8, with_cost = (
         bytes.fromhex("".join(line[4:] for line in block.splitlines()))
         for block in re.findall(r"```text\n(  0  45 .*?)```", text, re.DOTALL)
     )
@@ -119,6 +136,9 @@ def test_the_examples_of_the_page_follow_its_text() -> None:
     assert int8 == frame_of(key, Entry(array, created, float(expires), None, "int8"))
     assert int8 == write_frame(key, vector, created=created, expires=float(expires), dtype="int8")
     assert float32[64:91].decode() == metadata
+    cost: dict[str, Any] = {"tokens": int(tokens), "seconds": float(seconds)}
+    assert with_cost == frame_of(key, Entry(array, created, **cost))
+    assert with_cost == write_frame(key, vector, created=created, **cost)
 
 
 def test_the_table_of_the_page_has_no_gaps() -> None:
@@ -129,21 +149,28 @@ def test_the_table_of_the_page_has_no_gaps() -> None:
         assert int(start) == at
         assert widths.get(kind, int(size)) == int(size)
         at += int(size)
-    assert at == 64
+    assert at == 80
 
 
 float32s = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@given(values=st.lists(float32s, min_size=1, max_size=12), dtype=st.sampled_from(DTYPES))
-def test_frames_are_written_as_the_page_says(values: list[float], dtype: Dtype) -> None:
+@given(
+    values=st.lists(float32s, min_size=1, max_size=12),
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.none() | st.integers(0, MAX_TOKENS),
+    seconds=st.none() | st.floats(0, MAX_SECONDS),
+)
+def test_frames_are_written_as_the_page_says(
+    values: list[float], dtype: Dtype, tokens: int | None, seconds: float | None
+) -> None:
     try:
-        frame = frame_of(key_of(1), Entry(freeze(values), MADE, None, None, dtype))
+        frame = frame_of(key_of(1), Entry(freeze(values), MADE, None, None, dtype, tokens, seconds))
     except ValueError:
         with pytest.raises(ValueError, match=r"^row 0 "):
             round_vectors([values], dtype)
         return
-    assert frame == write_frame(key_of(1), values, created=MADE, dtype=dtype)
+    assert frame == write_frame(key_of(1), values, created=MADE, dtype=dtype, tokens=tokens, seconds=seconds)
 
 
 # --- round trips ------------------------------------------------------------------------------
@@ -155,9 +182,10 @@ json_values = st.recursive(
 )
 metadatas = st.none() | st.dictionaries(st.text(max_size=8), json_values, max_size=3)
 dates = st.floats(allow_nan=False, allow_infinity=False)
+costs = st.tuples(st.none() | st.integers(0, MAX_TOKENS), st.none() | st.floats(0, MAX_SECONDS))
 entries = st.builds(
-    lambda seed, dimension, dtype, created, expires, metadata: entry_of(seed, dimension, dtype)._replace(
-        created=created, expires=expires, metadata=metadata
+    lambda seed, dimension, dtype, created, expires, metadata, cost: entry_of(seed, dimension, dtype)._replace(
+        created=created, expires=expires, metadata=metadata, tokens=cost[0], seconds=cost[1]
     ),
     st.integers(0, 99),
     st.sampled_from([0, 1, 3, 8, 8, 8, 384]),
@@ -165,6 +193,7 @@ entries = st.builds(
     dates | st.just(MADE),
     st.none() | st.just(NOW + 1) | dates,
     st.none() | metadatas,
+    costs | st.just((None, None)),
 )
 
 
@@ -298,8 +327,28 @@ def test_a_coarser_entry_is_a_miss(stored: Dtype, asked: Dtype) -> None:
 FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "as it should be": ({}, "entry"),
     "version 0": ({"version": 0}, "missed"),
-    "version 2": ({"version": 2}, "missed"),
-    "version 2 of another dtype": ({"version": 2, "dtype": "float8", "raw_payload": b"abc"}, "missed"),
+    "version 3": ({"version": 3}, "missed"),
+    "version 3 with a cost": ({"version": 3, "tokens": 7}, "missed"),
+    "version 3 of another dtype": ({"version": 3, "dtype": "float8", "raw_payload": b"abc"}, "missed"),
+    "version 255": ({"version": 255}, "missed"),
+    "version 2": ({"tokens": 7, "seconds": 0.5}, "entry"),
+    "version 2 without a cost": ({"version": 2}, "corrupt"),
+    "version 2 with half a cost": ({"version": 2, "raw_cost": bytes(8)}, "corrupt"),
+    "version 1 with a cost": ({"version": 1, "tokens": 7}, "corrupt"),
+    "both parts of the cost are unknown": ({"raw_cost": page.UNKNOWN + page.UNKNOWN}, "entry"),
+    "tokens are the maximum": ({"tokens": MAX_TOKENS}, "entry"),
+    "tokens are too large": ({"tokens": MAX_TOKENS + 1}, "corrupt"),
+    "tokens have their highest bit": ({"tokens": 2**63}, "corrupt"),
+    "tokens are nearly unknown": ({"tokens": 2**64 - 2}, "corrupt"),
+    "seconds are the maximum": ({"seconds": MAX_SECONDS}, "entry"),
+    "seconds are too large": ({"seconds": math.nextafter(MAX_SECONDS, math.inf)}, "corrupt"),
+    "seconds are infinite": ({"seconds": math.inf}, "corrupt"),
+    "seconds are minus infinity": ({"seconds": -math.inf}, "corrupt"),
+    "seconds are negative": ({"seconds": -1.0}, "corrupt"),
+    "seconds are barely negative": ({"tokens": 7, "seconds": -5e-324}, "corrupt"),
+    "seconds are minus zero": ({"seconds": -0.0}, "corrupt"),
+    "seconds are another NaN": ({"seconds": math.nan}, "corrupt"),
+    "seconds are a signalling NaN": ({"raw_cost": bytes(8) + struct.pack("<Q", 0x7FF0000000000001)}, "corrupt"),
     "dtype unknown": ({"dtype": "float8", "raw_payload": b"abcdefgh"}, "corrupt"),
     "encrypted": ({"flags": 2}, "corrupt"),
     "encrypted, with metadata": ({"flags": 3, "metadata": {}}, "corrupt"),
@@ -389,18 +438,20 @@ def test_frames_of_the_same_size_with_different_layouts_are_decoded_correctly() 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metadata", [None, METADATA])
+@pytest.mark.parametrize("cost", [{}, {"tokens": 7}, {"seconds": 0.5}])
 def test_valid_frames_of_the_same_size_are_decoded_together(
-    dtype: Dtype, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+    dtype: Dtype, metadata: dict[str, Any] | None, cost: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata) for n in range(20)})
+    frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata, **cost) for n in range(20)})
     monkeypatch.delattr("embedonce._format.frames._decode_one")
     assert len(decode_frames(frames, now=NOW, dtype=dtype, dimensions=8).entries) == 20
 
 
-@pytest.mark.parametrize("size", range(0, 64, 7))
+@pytest.mark.parametrize("size", [*range(0, 64, 7), 48, 56, 63])
 def test_short_frames_with_a_valid_checksum(size: int) -> None:
-    start = b"EO1F" + bytes([1, 1, 0, 0])
-    assert decode_alone_and_in_batches("k", page.seal(start, bytes(size))[: 16 + size]) == "corrupt"
+    for version in (1, 2):
+        start = b"EO1F" + bytes([version, 1, 0, 0])
+        assert decode_alone_and_in_batches("k", page.seal(start, bytes(size))[: 16 + size]) == "corrupt"
 
 
 @pytest.mark.parametrize(
@@ -438,6 +489,10 @@ SAMPLES = {
     "float16": entry_of(3, 5, "float16"),
     "int8": entry_of(4, 5, "int8"),
     "int8, metadata": entry_of(5, 5, "int8", metadata=METADATA),
+    "float32, cost": entry_of(7, 5, tokens=12, seconds=0.25),
+    "float32, tokens": entry_of(7, 5, tokens=12),
+    "float16, cost, metadata": entry_of(8, 5, "float16", metadata=METADATA, tokens=0, seconds=0.0),
+    "int8, seconds": entry_of(9, 5, "int8", seconds=1e-9),
     "card": Entry(freeze([]), MADE, metadata={"model": "m"}),
     "of real size": entry_of(6, 384),
 }
@@ -517,15 +572,19 @@ def test_random_bytes_are_corrupt(values: list[bytes]) -> None:
     assert sorted(decode_frames(frames, now=NOW).corrupt) == list(frames)
 
 
+COSTS = [bytes(16), bytes(8) + page.UNKNOWN, page.UNKNOWN + bytes(8), bytes(7) + b"\x01" + bytes(8)]
+
+
 @given(
     values=st.lists(
         st.tuples(
-            st.sampled_from([1, 1, 1, 2]),
+            st.sampled_from([1, 1, 1, 2, 2, 3]),
             st.sampled_from([1, 1, 2, 3, 4]),
             st.sampled_from([0, 0, 1, 2]),
             st.sampled_from([0, 1, 4]),
             st.sampled_from([0, 0, 2]),
             st.binary(min_size=16, max_size=16) | st.just(struct.pack("<dd", MADE, math.inf)),
+            st.sampled_from([b"", b"", *COSTS]),
             st.binary(max_size=24) | st.sampled_from([b"{}" + bytes(4), bytes(16)]),
         ),
         min_size=6,
@@ -535,14 +594,13 @@ def test_random_bytes_are_corrupt(values: list[bytes]) -> None:
     dimensions=st.sampled_from([None, 1, 4]),
 )
 def test_random_contents_get_the_same_verdict_alone_and_in_a_batch(
-    values: list[tuple[int, int, int, int, int, bytes, bytes]], dtype: Dtype, dimensions: int | None
+    values: list[tuple[int, int, int, int, int, bytes, bytes, bytes]], dtype: Dtype, dimensions: int | None
 ) -> None:
     frames = {}
-    for number, (version, code, flags, dimension, length, when, rest) in enumerate(values):
+    for number, (version, code, flags, dimension, length, when, cost, rest) in enumerate(values):
         key = key_of(number)
-        body = (
-            struct.pack("<II", dimension, length) + when + page.xxhash.xxh3_128_digest(key.encode()) + bytes(8) + rest
-        )
+        body = struct.pack("<II", dimension, length) + when + page.xxhash.xxh3_128_digest(key.encode()) + bytes(8)
+        body += cost + rest
         frames[key] = page.seal(b"EO1F" + struct.pack("<BBH", version, code, flags), body)
     together = decode_frames(frames, now=NOW, dtype=dtype, dimensions=dimensions)
     for key, frame in frames.items():
@@ -572,6 +630,14 @@ def test_random_contents_get_the_same_verdict_alone_and_in_a_batch(
         Entry(freeze([1.0]), MADE, math.nan),
         Entry(freeze([1.0]), MADE, -math.inf),
         Entry(freeze([1.0]), MADE, metadata={"a": "x" * MAX_METADATA}),
+        Entry(freeze([1.0]), MADE, tokens=-1),
+        Entry(freeze([1.0]), MADE, tokens=MAX_TOKENS + 1),
+        Entry(freeze([1.0]), MADE, tokens=True),
+        Entry(freeze([1.0]), MADE, tokens=1.0),  # type: ignore[arg-type]
+        Entry(freeze([1.0]), MADE, seconds=-1.0),
+        Entry(freeze([1.0]), MADE, seconds=math.nan),
+        Entry(freeze([1.0]), MADE, seconds=math.inf),
+        Entry(freeze([1.0]), MADE, tokens=1, seconds=MAX_SECONDS + 1),
     ],
 )
 def test_the_error_names_the_key_of_an_entry_that_does_not_fit_a_frame(entry: Entry) -> None:

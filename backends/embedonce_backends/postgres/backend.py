@@ -27,7 +27,17 @@ from embedonce_backends._pages import limit_page_time
 from .connections import AsyncConnection, AsyncPool, Connection, Pool, has_rows, is_reusable, parse_url
 from .errors import CONFLICTS, Repetition, shorten_message
 from .rows import Item, decode_rows, encode_columns, encode_texts
-from .schema import Column, Run, Statements, TableState, inspect_table, list_grants, make_statements, make_table
+from .schema import (
+    Column,
+    Run,
+    Statements,
+    TableState,
+    add_cost_columns,
+    inspect_table,
+    list_grants,
+    make_statements,
+    make_table,
+)
 
 api = 1
 
@@ -38,6 +48,9 @@ SCAN_PAGE_KEYS = 5000
 SWEEP_EVERY = 1000
 """Number of written rows after which expired rows are deleted. The first write of a backend also deletes some
 expired rows."""
+ADD_COLUMNS_MS = 50
+"""Maximum milliseconds that the first call waits for the lock that adding columns needs. While it waits, other calls of
+all processes wait behind it."""
 SWEEP_FAILED = "could not delete expired rows (%s); retrying after later writes"
 BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
 """Starts a transaction whose statements each see what other transactions have committed. The statements of this backend
@@ -197,6 +210,12 @@ class PostgresBackend:
         found = self._inspect_table()
         if not found.table:
             return "no table yet"
+        vectors = self._describe_vectors(found)
+        if found.has_costs:
+            return vectors
+        return f"{vectors}; no columns for costs: run `embedonce migrate` to add them"
+
+    def _describe_vectors(self, found: TableState) -> str:
         if found.has_vectors and found.may_use_vectors and self._column != "bytea":
             return f"pgvector {found.extension}: float32 vectors in a vector column, all others in bytea"
         if self._column == "bytea":
@@ -223,6 +242,8 @@ class PostgresBackend:
         found = self._inspect_table()
         if not found.table or (self._column == "vector" and not found.has_vectors):
             found = self._make_table()
+        elif self._create and found.is_owner and not found.has_costs:
+            found = self._try_to_add_cost_columns(found)
         if self._column == "vector" and not found.may_use_vectors:
             grant = self._make_vector_grant(found)
             raise TierError(f'column = "vector": this role may not use pgvector; an administrator must run {grant}')
@@ -248,6 +269,24 @@ class PostgresBackend:
                 f"{missing}, and this role lacks the privileges to add what is missing: run `embedonce migrate` "
                 "with a role that has these privileges"
             ) from error
+        return self._inspect_table()
+
+    def _try_to_add_cost_columns(self, found: TableState) -> TableState:
+        """Add the columns for costs to a table of an earlier version, and return the new state of the table.
+
+        A failure is only logged, because the tier works without these columns.
+        """
+        try:
+            with self._open_transaction(lock_ms=ADD_COLUMNS_MS) as run:
+                add_cost_columns(run, self.schema, self.table)
+        except (psycopg.Error, TierError) as error:
+            log.warning(
+                "could not add the columns for costs to the table %s.%s (%s); run `embedonce migrate` to add them",
+                self.schema,
+                self.table,
+                type(error).__name__,
+            )
+            return found
         return self._inspect_table()
 
     # --- statements ---------------------------------------------------------------------------
@@ -282,13 +321,16 @@ class PostgresBackend:
         return self.known_statements is not None and self.known_statements.is_isolated
 
     @contextmanager
-    def _open_transaction(self) -> Iterator[Run]:
-        """Yield a function that runs statements inside one transaction; an exception rolls the transaction back."""
+    def _open_transaction(self, lock_ms: int = 0) -> Iterator[Run]:
+        """Yield a function that runs statements inside one transaction; an exception rolls the transaction back.
+
+        A statement fails if it waits for a lock for more than ``lock_ms`` milliseconds; 0 means no limit.
+        """
         connection = self._pool.take()
         try:
             _execute(connection, BEGIN)
-            # Making the table may wait for another process that makes it.
-            _execute(connection, b"SET LOCAL lock_timeout = 0")
+            # Making the table may wait for another process that makes it, so the server's own limits do not apply.
+            _execute(connection, b"SET LOCAL lock_timeout = %d" % lock_ms)
             _execute(connection, b"SET LOCAL statement_timeout = 0")
             yield partial(_execute, connection)
             _execute(connection, b"COMMIT")

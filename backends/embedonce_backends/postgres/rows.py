@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames
+from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames, is_valid_cost
 
 from .connections import Binary
 
@@ -30,20 +30,21 @@ PREVIEW = "text_preview"
 """Field of an entry's metadata that has a column of its own. The field is not stored if the option of the same name is
 off."""
 
-BYTEA, INT4, TEXT, FLOAT8 = 17, 23, 25, 701
+BYTEA, INT8, INT4, TEXT, FLOAT8 = 17, 20, 23, 25, 701
 """Ids (oid) of Postgres' built-in types. The ids of an extension's types differ between databases."""
 
 _ARRAY = struct.Struct(">iiIii")
 _EMPTY = struct.Struct(">iiI")
 _LENGTH = struct.Struct(">i")
 _NULL = _LENGTH.pack(-1)
+_LONG = struct.Struct(">q")
 _FLOAT = struct.Struct(">d")
 _VECTOR_HEADER = 4
 _DTYPES: Mapping[str, Dtype] = {"float32": "float32", "float16": "float16", "int8": "int8"}
 
 
 Row: TypeAlias = tuple[Any, ...]
-"""Row of a reply: key, embedding, frame, dtype, created, expires, metadata, text_preview."""
+"""Row of a reply: key, embedding, frame, dtype, created, expires, metadata, text_preview, tokens, seconds."""
 
 
 # --- to parameters ----------------------------------------------------------------------------
@@ -83,6 +84,9 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
     Entries that go into the vector column come first, then the other entries, then the items that are bytes. In this
     order, a column that is NULL in the last rows needs only a short array.
 
+    A frame has no metadata and no cost, because they have columns. Therefore it is of version 1, which earlier
+    versions of embedonce read. If the table has no columns for costs, the costs are not stored.
+
     Raises:
         ValueError: an entry does not fit into a row; the message names its key.
         TypeError: metadata is not JSON; the message names the entry's key.
@@ -93,10 +97,13 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
     for key, item in items.items():
         if not isinstance(item, Entry):
             plain[key] = item
-        elif vector_oid is not None and _fits_vector_column(item):
+            continue
+        if not is_valid_cost(item.tokens, item.seconds):
+            raise ValueError(f"{key}: tokens or seconds of the entry are outside their limits")
+        if vector_oid is not None and _fits_vector_column(item):
             vectors.setdefault(item.vector.size, []).append(key)
         else:
-            framed[key] = item._replace(metadata=None)
+            framed[key] = item._replace(metadata=None, tokens=None, seconds=None)
     first = [key for keys in vectors.values() for key in keys]
     entries: list[Entry] = [items[key] for key in (*first, *framed)]  # type: ignore[misc]
     frames = encode_frames(framed)
@@ -111,6 +118,8 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
         encode_numbers(entry.expires for entry in entries),
         encode_texts(metadata for metadata, _ in written),
         encode_texts((text if preview else None) for _, text in written),
+        encode_array(INT8, [None if entry.tokens is None else _LONG.pack(entry.tokens) for entry in entries]),
+        encode_numbers(entry.seconds for entry in entries),
         *embeddings,
     ]
 
@@ -183,31 +192,78 @@ def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, S
 
 def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
     """Return a block of all rows; their vectors must have the same number of dimensions."""
-    keys, embeddings, _, _, created, expires, *more = columns
+    keys, embeddings, _, _, created, expires, metadata, previews, tokens, seconds = columns
     words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
     return Block(
         list(keys),
         words[:, _VECTOR_HEADER // 4 :].astype(np.float32),
         np.array(created, np.float64),
         np.array([math.inf if end is None else end for end in expires], np.float64),
-        _decode_metadata_columns(*more),
+        _decode_metadata_columns(metadata, previews),
+        tokens=_decode_tokens(tokens),
+        seconds=_decode_seconds(seconds),
     )
+
+
+def _decode_tokens(tokens: Sequence[int | None]) -> NDArray[np.int64] | None:
+    unknown = tokens.count(None)
+    if unknown == len(tokens):
+        return None
+    return np.array([-1 if number is None else number for number in tokens] if unknown else tokens, np.int64)
+
+
+def _decode_seconds(seconds: Sequence[float | None]) -> NDArray[np.float64] | None:
+    return None if seconds.count(None) == len(seconds) else np.array(seconds, np.float64)  # NULL becomes NaN
 
 
 def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
     """Decode the frames of the rows and add the results to ``entries``.
 
-    If a frame cannot be decoded, the frame itself is added to ``frames``. The entries get their metadata from the
-    metadata columns.
+    If a frame cannot be decoded, the frame itself is added to ``frames``. The entries get their metadata and their
+    costs from their columns.
     """
-    keys, _, written, _, _, _, *more = columns
+    keys, _, written, _, _, _, texts, previews, tokens, seconds = columns
     found_frames = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
     decoded = decode_frames(found_frames, now=-math.inf, dtype=dtype).entries
-    if (metadata := _decode_metadata_columns(*more)) is not None:
-        by_key = dict(zip(keys, metadata, strict=True))
-        decoded = Entries({key: entry._replace(metadata=by_key[key]) for key, entry in decoded.as_dict().items()})
+    replacements = _decode_metadata_columns(texts, previews), _decode_tokens(tokens), _decode_seconds(seconds)
+    if any(column is not None for column in replacements):
+        decoded = _replace_columns(decoded, keys, *replacements)
     entries.add(decoded)
     frames.update((key, found_frames[key]) for key in decoded.lacking(keys))
+
+
+def _replace_columns(
+    entries: Entries,
+    keys: Sequence[str],
+    metadata: Sequence[dict[str, Any] | None] | None,
+    tokens: NDArray[np.int64] | None,
+    seconds: NDArray[np.float64] | None,
+) -> Entries:
+    """Return the entries with the metadata and the costs of the columns, which have one item per key of ``keys``."""
+    place = dict(zip(keys, range(len(keys)), strict=True))
+
+    def replace(block: Block) -> Block:
+        rows = [place[key] for key in block.keys]
+        return Block(
+            block.keys,
+            block.values,
+            block.created,
+            block.expires,
+            None if metadata is None else [metadata[row] for row in rows],
+            block.dtype,
+            None if tokens is None else tokens[rows],
+            None if seconds is None else seconds[rows],
+        )
+
+    blocks = [replace(block) for block in entries.blocks]
+    blocks += [replace(_make_block(key, entry)) for key, entry in entries.loose().items()]
+    return Entries(blocks=blocks)
+
+
+def _make_block(key: str, entry: Entry) -> Block:
+    """Return a block of one entry, without its metadata and its cost."""
+    expires = math.inf if entry.expires is None else entry.expires
+    return Block([key], entry.vector[None, :], np.array([entry.created]), np.array([expires]), dtype=entry.dtype)
 
 
 def _decode_metadata_columns(

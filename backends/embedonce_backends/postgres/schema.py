@@ -45,9 +45,10 @@ SELECT
     e.oid,
     e.usable,
     (SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'vector'),
-    pg_catalog.current_setting('transaction_isolation')
+    pg_catalog.current_setting('transaction_isolation'),
+    pg_catalog.pg_has_role(c.relowner, 'USAGE')
 FROM (SELECT) AS one
-LEFT JOIN (SELECT pg_class.oid FROM pg_catalog.pg_class
+LEFT JOIN (SELECT pg_class.oid, relowner FROM pg_catalog.pg_class
            JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
            WHERE nspname = $1::text AND relname = $2::text AND relkind IN ('r', 'p')) AS c ON true
 LEFT JOIN (SELECT pg_type.oid, extversion, nspname,
@@ -72,6 +73,9 @@ COLUMNS: Mapping[str, LiteralString] = {
     "metadata": "json",
     "text_preview": "text",
 }
+COST_COLUMNS: Mapping[str, LiteralString] = {"tokens": "bigint", "seconds": "double precision"}
+"""Columns that a table of an earlier version of embedonce does not have. They have no version of their own, because
+processes of that version use the table too, and refuse a table with a later version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,18 @@ class TableState:
     """pgvector's version if the server offers it for installation."""
     isolation: str
     """Default isolation level of transactions, such as ``"read committed"``."""
+    is_owner: bool
+    """Whether this role owns the table, or is a member of the role that owns it. Only an owner may add columns."""
 
     @property
     def has_vectors(self) -> bool:
         """Whether the table has a vector column."""
         return self.vector_oid is not None and "embedding" in self.columns
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether the table has the columns for the costs of entries."""
+        return self.columns >= COST_COLUMNS.keys()
 
 
 def inspect_table(run: Run, schema: str, table: str) -> TableState:
@@ -106,7 +117,7 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
         TierError: a later version of embedonce made the table, or another program made it.
     """
     (row,) = run(_LOOK, (schema, table))
-    namespace, oid, comment, columns, extension, extension_schema, vector_oid, usable, available, isolation = row
+    namespace, oid, comment, columns, extension, extension_schema, vector_oid, usable, available, isolation, own = row
     version = None
     if comment is not None and comment.startswith(COMMENT) and comment.removeprefix(COMMENT).isdecimal():
         version = int(comment.removeprefix(COMMENT))
@@ -131,6 +142,7 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
         bool(usable),
         available,
         isolation,
+        bool(own),
     )
 
 
@@ -143,8 +155,7 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
         TierError: a vector column is required, but the server has no pgvector.
         psycopg.Error: an error of the server, for example because the role is not allowed to make tables.
     """
-    run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
-    found = inspect_table(run, schema, table)
+    found = _lock_and_inspect(run, schema, table)
     name = Identifier(schema, table)
     done = []
     if column == "vector" and found.extension is None:
@@ -165,9 +176,27 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
         kind = Identifier(found.extension_schema, "vector")
         run(_to_bytes(SQL("ALTER TABLE {} ADD COLUMN embedding {}").format(name, kind)))
         done.append("added the vector column")
+    if found.table and not found.has_costs:
+        run(_to_bytes(_make_cost_statement(name)))
+        done.append("added the columns for costs")
     if found.table and found.version is None:
         run(_to_bytes(_make_comment_statement(name)))
     return ", ".join(done) or f"the table {table!r} is up to date (schema {VERSION})"
+
+
+def add_cost_columns(run: Run, schema: str, table: str) -> None:
+    """Add the columns for costs to a table of an earlier version. ``run`` must run all statements in one transaction.
+
+    Raises:
+        psycopg.Error: an error of the server, for example because another transaction keeps the table locked.
+    """
+    if not _lock_and_inspect(run, schema, table).has_costs:
+        run(_to_bytes(_make_cost_statement(Identifier(schema, table))))
+
+
+def _lock_and_inspect(run: Run, schema: str, table: str) -> TableState:
+    run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
+    return inspect_table(run, schema, table)
 
 
 def list_grants(found: TableState, schema: str, table: str, column: Column) -> list[str]:
@@ -182,7 +211,8 @@ def list_grants(found: TableState, schema: str, table: str, column: Column) -> l
 
 
 def _list_create_statements(name: Composable) -> list[Composable]:
-    columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
+    kinds: dict[str, LiteralString] = {**COLUMNS, **COST_COLUMNS}
+    columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in kinds.items())
     return [
         # With this toast_tuple_target, Postgres stores a vector of up to 2,000 dimensions inside its row. If Postgres
         # moved the vector to the TOAST table, reading the vector would take four more reads.
@@ -192,6 +222,14 @@ def _list_create_statements(name: Composable) -> list[Composable]:
         SQL("CREATE INDEX ON {} (kept_until) WHERE kept_until IS NOT NULL").format(name),
         _make_comment_statement(name),
     ]
+
+
+def _make_cost_statement(name: Composable) -> Composable:
+    # The new columns are NULL in each row. Therefore Postgres changes only its catalog, and no row.
+    columns = [
+        SQL("ADD COLUMN IF NOT EXISTS {} {}").format(Identifier(key), SQL(kind)) for key, kind in COST_COLUMNS.items()
+    ]
+    return SQL("ALTER TABLE {} {}").format(name, SQL(", ").join(columns))
 
 
 def _make_comment_statement(name: Composable) -> Composable:
@@ -228,22 +266,23 @@ _LIVE = "(kept_until IS NULL OR kept_until > (SELECT {now} + $1::float8))"
 _PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
 
 _GET = (
-    "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
+    "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview, {costs} FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
 # Two statements that lock the same rows in different orders could deadlock. So a statement that stores or deletes
 # entries locks the rows in the order of the keys. The statement that deletes expired rows skips locked rows instead.
 _INSERT = """
 INSERT INTO {table} AS held
-    (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})
+    (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{cost_columns}{embedding})
 SELECT key, frame, dtype, dimensions, created, expires, metadata::json, text_preview,
-    {now} + $1::float8 + $2::float8{embedding}
-FROM unnest($3::text[], $4::bytea[], $5::text[], $6::integer[], $7::float8[], $8::float8[], $9::text[], $10::text[]
-    {vectors}) AS given (key, frame, dtype, dimensions, created, expires, metadata, text_preview{embedding})
+    {now} + $1::float8 + $2::float8{cost_columns}{embedding}
+FROM unnest($3::text[], $4::bytea[], $5::text[], $6::integer[], $7::float8[], $8::float8[], $9::text[], $10::text[],
+    $11::bigint[], $12::float8[]{vectors})
+    AS given (key, frame, dtype, dimensions, created, expires, metadata, text_preview, tokens, seconds{embedding})
 ORDER BY key COLLATE "C"
 ON CONFLICT (key) DO UPDATE SET frame = excluded.frame, dtype = excluded.dtype, dimensions = excluded.dimensions,
     created = excluded.created, expires = excluded.expires, metadata = excluded.metadata,
-    text_preview = excluded.text_preview, kept_until = excluded.kept_until{set_embedding}
+    text_preview = excluded.text_preview, kept_until = excluded.kept_until{set_costs}{set_embedding}
 """
 _SET = (
     _INSERT
@@ -251,7 +290,7 @@ _SET = (
 WHERE held.kept_until IS DISTINCT FROM excluded.kept_until OR held.created IS DISTINCT FROM excluded.created
     OR held.dtype IS DISTINCT FROM excluded.dtype OR held.expires IS DISTINCT FROM excluded.expires
     OR held.frame IS DISTINCT FROM excluded.frame OR held.text_preview IS DISTINCT FROM excluded.text_preview
-    OR held.metadata::text IS DISTINCT FROM excluded.metadata::text{or_embedding}
+    OR held.metadata::text IS DISTINCT FROM excluded.metadata::text{or_costs}{or_embedding}
 """
 )
 _ADD = _INSERT + "WHERE held.kept_until <= {now} + $1::float8 RETURNING key"
@@ -276,10 +315,11 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
     """Return the statements for a table."""
     writes_vectors = found.has_vectors and found.may_use_vectors and column != "bytea"
     space = found.extension_schema
-    parts: dict[str, Composable] = dict.fromkeys(("embedding", "vectors", "set_embedding", "or_embedding"), SQL(""))
+    optional = ("cost_columns", "set_costs", "or_costs", "embedding", "vectors", "set_embedding", "or_embedding")
+    parts: dict[str, Composable] = dict.fromkeys(optional, SQL(""))
     if writes_vectors:
         parts["embedding"] = SQL(", embedding")
-        parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
+        parts["vectors"] = SQL(", $13::{}[]").format(Identifier(space, "vector"))
     if found.has_vectors:  # even if new rows have no vector, older rows may have one
         parts["set_embedding"] = SQL(", embedding = excluded.embedding")
         parts["or_embedding"] = SQL(" OR held.embedding IS NOT NULL")
@@ -287,6 +327,13 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         # This compares bytes, because -0.0 and 0.0 are equal as numbers but have different bytes.
         differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
         parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
+    if found.has_costs:
+        parts["cost_columns"] = SQL(", tokens, seconds")
+        parts["set_costs"] = SQL(", tokens = excluded.tokens, seconds = excluded.seconds")
+        parts["or_costs"] = SQL(
+            " OR held.tokens IS DISTINCT FROM excluded.tokens OR held.seconds IS DISTINCT FROM excluded.seconds"
+        )
+    parts["costs"] = SQL("tokens, seconds" if found.has_costs else "NULL::bigint, NULL::float8")
     parts["read"] = SQL("embedding" if found.has_vectors else "NULL::bytea")
     parts |= {"table": Identifier(schema, table), "now": SQL(NOW), "sweep": Quoted(SWEEP_ROWS)}
 

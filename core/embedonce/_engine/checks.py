@@ -209,9 +209,9 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
 
 def _has_valid_costs(block: Block) -> bool:
     tokens, seconds = block.tokens, block.seconds
-    return (tokens is None or (tokens.dtype == np.int64 and bool((tokens <= MAX_TOKENS).all()))) and (
-        seconds is None or (seconds.dtype == np.float64 and not bool((seconds > MAX_SECONDS).any()))
-    )
+    if tokens is not None and (tokens.dtype != np.int64 or ((tokens < -1) | (tokens > MAX_TOKENS)).any()):
+        return False
+    return seconds is None or (seconds.dtype == np.float64 and not ((seconds < 0) | (seconds > MAX_SECONDS)).any())
 
 
 def _are_as_stored(columns: Columns, now: float, dtype: Dtype, dimensions: int | None) -> bool:

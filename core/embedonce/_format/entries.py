@@ -258,7 +258,8 @@ class Block:
 
 
 def _to_optional_tokens(tokens: NDArray[np.int64]) -> list[int | None]:
-    return [None if number < 0 else number for number in tokens.tolist()]
+    # Another negative number is not "unknown" but invalid, and the engine drops its entry.
+    return [None if number == -1 else number for number in tokens.tolist()]
 
 
 def _to_optional_seconds(seconds: NDArray[np.float64]) -> list[float | None]:

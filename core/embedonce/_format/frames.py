@@ -6,6 +6,8 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -40,9 +42,14 @@ _HAS_METADATA = 1
 # A frame of version 2 has the entry's cost after the header; a frame of version 1 has none. Every other part is equal.
 _WITHOUT_COST, _WITH_COST = 1, 2
 _COST = struct.Struct("<Qd")  # tokens, seconds
-_UNKNOWN_TOKENS = 2**64 - 1
+_COST_WORDS = struct.Struct("<QQ")  # the same 16 bytes as two words
 _COST_SIZES = {_WITHOUT_COST: 0, _WITH_COST: _COST.size}
 """Size of the cost in bytes, by the version of the format."""
+# A part that is unknown is a word in which every bit is 1. As seconds, this word is a NaN.
+_UNKNOWN = 2**64 - 1
+_UNKNOWN_BYTES = _UNKNOWN.to_bytes(8, "little")
+# The bits of floats from 0 up have the same order as their values. So both parts are compared as words.
+_MAX_TOKENS_WORD, _MAX_SECONDS_WORD = _COST_WORDS.unpack(_COST.pack(MAX_TOKENS, MAX_SECONDS))
 
 # The codes are ordered from fine to coarse: a dtype is coarser than another dtype if its code is greater.
 _CODES: dict[Dtype, int] = {"float32": 1, "float16": 2, "int8": 3}
@@ -59,6 +66,11 @@ _KNOWN_WORDS: dict[int, tuple[int, Dtype, int]] = {
     for dtype in _CODES
     for flags in (0, _HAS_METADATA)
 }
+_FIRST_WORDS = {layout: word for word, layout in _KNOWN_WORDS.items()}
+
+
+_get_body = itemgetter(slice(START.size, None))
+"""Function that returns the bytes of a frame that its checksum covers."""
 
 
 def _hash_key(key: str) -> bytes:
@@ -132,24 +144,25 @@ def _build_frame(key: str, entry: Entry, dimension: int, payload: bytes) -> byte
     metadata, flags = b"", 0
     if entry.metadata is not None:
         metadata, flags = write_metadata(key, entry.metadata), _HAS_METADATA
-    cost = _encode_cost(key, entry)
-    word = _build_first_word(_WITH_COST if cost else _WITHOUT_COST, entry.dtype, flags)
+    cost, version = b"", _WITHOUT_COST
+    if entry.tokens is not None or entry.seconds is not None:
+        cost, version = _encode_cost(key, entry.tokens, entry.seconds), _WITH_COST
+    word = _FIRST_WORDS[version, entry.dtype, flags]
     head = _REST.pack(dimension, len(metadata), entry.created, expires, _hash_key(key), 0)
     body = b"".join((head, cost, metadata, payload))
     return START.pack(word, xxh3_64_intdigest(body, word)) + body
 
 
-def _encode_cost(key: str, entry: Entry) -> bytes:
-    """Return an entry's cost, or nothing if it is unknown."""
-    tokens, seconds = entry.tokens, entry.seconds
-    if tokens is None and seconds is None:
-        return b""
+def _encode_cost(key: str, tokens: int | None, seconds: float | None) -> bytes:
     if not is_valid_cost(tokens, seconds):
         raise ValueError(
             f"{key}: tokens must be an int from 0 to {MAX_TOKENS} or None, and seconds a number from 0 to "
             f"{MAX_SECONDS:g} or None"
         )
-    return _COST.pack(_UNKNOWN_TOKENS if tokens is None else tokens, math.nan if seconds is None else seconds)
+    cost = _COST.pack(tokens or 0, (seconds or 0.0) + 0.0)  # adding 0.0 turns minus zero into zero
+    if tokens is None:
+        return _UNKNOWN_BYTES + cost[8:]
+    return cost if seconds is not None else cost[:8] + _UNKNOWN_BYTES
 
 
 def _are_valid_dates(created: float, expires: float) -> bool:
@@ -259,16 +272,15 @@ def _decode_batch(
     only :func:`_decode_one` finds out why a frame is rejected.
     """
     count, size = len(frames), len(frames[0])
-    if size < HEADER:
-        return zip(keys, frames, strict=True)
-    buffer = b"".join(frames)
-    # The eight words of a header are: 0 the first word, 1 the checksum, 2 the dimension and the length of the metadata
-    # (in one word), 3 created, 4 expires, 5 and 6 the echo of the key, 7 the key ID.
-    words = np.ndarray((count, 8), np.dtype("<u8"), buffer, strides=(size, 8)).copy()
-    layout = _read_layout(words, size, wanted)
+    layout = _read_layout(frames[0], wanted)
     if layout is None:
         return zip(keys, frames, strict=True)
     dtype, rest, start = layout
+    buffer = b"".join(frames)
+    # The words of a header are: 0 the first word, 1 the checksum, 2 the dimension and the length of the metadata
+    # (in one word), 3 created, 4 expires, 5 and 6 the echo of the key, 7 the key ID. In version 2, two more words
+    # follow: 8 the tokens, 9 the seconds.
+    words = np.ndarray((count, rest // 8), np.dtype("<u8"), buffer, strides=(size, 8)).copy()
     good = _check_headers(words, keys, wanted.now)
     good &= words[:, 1] == _compute_checksums(frames, int(words[0, 0]))
     values, sound = unpack(np.frombuffer(buffer, np.uint8).reshape(count, size)[:, start:], dtype)
@@ -278,8 +290,10 @@ def _decode_batch(
         good &= fits
     tokens = seconds = None
     if rest > HEADER:
-        tokens, seconds, valid = _read_costs(buffer, count, size)
-        good &= valid
+        # Adding 1 turns the word of an unknown part into 0, so that one comparison per part is enough.
+        good &= words[:, 8] + 1 <= _MAX_TOKENS_WORD + 1
+        good &= words[:, 9] + 1 <= _MAX_SECONDS_WORD + 1
+        tokens, seconds = words[:, 8].view("<i8"), words[:, 9].view("<f8")
     metadata = None
     if start > rest:
         metadata = [
@@ -297,34 +311,24 @@ def _decode_batch(
     return [pair for pair, is_good in zip(zip(keys, frames, strict=True), good.tolist(), strict=True) if not is_good]
 
 
-def _read_layout(words: NDArray[np.uint64], size: int, wanted: _Request) -> tuple[Dtype, int, int] | None:
-    """Return the dtype and the offsets of the metadata and of the payload, as the first header describes them.
+def _read_layout(frame: bytes, wanted: _Request) -> tuple[Dtype, int, int] | None:
+    """Return the dtype and the offsets of the metadata and of the payload, as the header of a frame describes them.
 
     Return None if frames with this header cannot be decoded as a block.
     """
-    known = _KNOWN_WORDS.get(int(words[0, 0]))
+    if len(frame) < HEADER:
+        return None
+    word, _ = START.unpack_from(frame)
+    known = _KNOWN_WORDS.get(word)
     if known is None:
         return None
     version, dtype, flags = known
-    length, dimension = divmod(int(words[0, 2]), 1 << 32)
+    dimension, length, *_ = _REST.unpack_from(frame, START.size)
     if _CODES[dtype] > _CODES[wanted.dtype] or not wanted.accepts(dimension) or not _is_metadata_length(length, flags):
         return None
     rest = HEADER + _COST_SIZES[version]
     start = rest + length
-    return (dtype, rest, start) if size == start + payload_size(dtype, dimension) else None
-
-
-def _read_costs(
-    buffer: bytes, count: int, size: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the tokens and the seconds of frames of version 2 as columns of a block, and a mask of the valid costs."""
-    columns = np.ndarray((count, 2), np.dtype("<u8"), buffer, HEADER, strides=(size, 8)).copy()
-    tokens = columns[:, 0].astype(np.uint64, copy=False)
-    seconds = columns[:, 1].view("<f8").astype(np.float64)
-    unknown = tokens == _UNKNOWN_TOKENS
-    good = (tokens <= MAX_TOKENS) | unknown
-    good &= ((seconds >= 0) & (seconds <= MAX_SECONDS)) | np.isnan(seconds)
-    return tokens.view(np.int64), seconds, good
+    return (dtype, rest, start) if len(frame) == start + payload_size(dtype, dimension) else None
 
 
 def _is_metadata_length(length: int, flags: int) -> bool:
@@ -333,8 +337,7 @@ def _is_metadata_length(length: int, flags: int) -> bool:
 
 
 def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]:
-    body = START.size
-    return np.fromiter([xxh3_64_intdigest(frame[body:], word) for frame in frames], np.uint64, len(frames))
+    return np.fromiter(map(xxh3_64_intdigest, map(_get_body, frames), repeat(word)), np.uint64, len(frames))
 
 
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
@@ -386,9 +389,13 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
 
 def _decode_cost(frame: bytes) -> Cost | None:
     """Return the cost in a frame of version 2, or None if it is invalid."""
-    tokens, seconds = _COST.unpack_from(frame, HEADER)
-    cost = Cost(None if tokens == _UNKNOWN_TOKENS else tokens, None if math.isnan(seconds) else seconds)
-    return cost if is_valid_cost(*cost) else None
+    tokens, seconds = _COST_WORDS.unpack_from(frame, HEADER)
+    if _MAX_TOKENS_WORD < tokens != _UNKNOWN or _MAX_SECONDS_WORD < seconds != _UNKNOWN:
+        return None
+    return Cost(
+        None if tokens == _UNKNOWN else tokens,
+        None if seconds == _UNKNOWN else _COST.unpack_from(frame, HEADER)[1],
+    )
 
 
 def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> Vector | _Rejection:

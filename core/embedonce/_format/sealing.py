@@ -1,4 +1,4 @@
-"""Make frames whose metadata and payload are encrypted, and split such frames into their parts."""
+"""Make frames whose cost, metadata and payload are encrypted, and split such frames into their parts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SealedFrame(NamedTuple):
     body: bytes
 
     def with_body(self, body: bytes) -> bytes:
-        """Return the plain frame, as it was before encryption; ``body`` is the decrypted metadata and payload."""
+        """Return the plain frame, as it was before encryption; ``body`` is the decrypted cost, metadata and payload."""
         word = int.from_bytes(self.header[:_START_BYTES], "little") & ~(_ENCRYPTED << 48)
         rest = self.header[_START_BYTES : -_KEY_ID.size] + _KEY_ID.pack(0) + body
         return START.pack(word, xxh3_64_intdigest(rest, word)) + rest
 
 
 def seal_frame(frame: bytes, key_id: int, encrypt: Callable[[bytes, bytes], bytes]) -> bytes:
-    """Return a frame whose metadata and payload are encrypted with ``encrypt(metadata + payload, header)``."""
+    """Return a frame whose cost, metadata and payload are encrypted with ``encrypt(body, header)``."""
     word = int.from_bytes(frame[:_START_BYTES], "little") | _ENCRYPTED << 48
     head = frame[_CHECKSUM_END:_KEY_ID_AT] + _KEY_ID.pack(key_id)
     rest = head + encrypt(frame[HEADER:], word.to_bytes(_START_BYTES, "little") + head)

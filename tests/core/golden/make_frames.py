@@ -1,9 +1,10 @@
 """Writes the golden frames that test_frames.py reads.
 
 This script follows only docs/frames.md. It imports nothing from embedonce, so that it does not repeat a mistake of
-embedonce's own code. The golden file for version 1 of the format may get more cases, but existing cases must never
-change. This command writes the file:
-python tests/core/golden/make_frames.py > frames-v1.json
+embedonce's own code. The golden files may get more cases, but existing cases must never change. These commands write
+the file for version 1 of the format, and the file for version 2:
+python tests/core/golden/make_frames.py 1 > frames-v1.json
+python tests/core/golden/make_frames.py 2 > frames-v2.json
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import xxhash
 
 MAGIC = b"EO1F"
+UNKNOWN = bytes([255] * 8)
 CODES = {"float32": 1, "float16": 2, "int8": 3}
 
 
@@ -28,9 +30,12 @@ def write_frame(
     expires: float | None = None,
     metadata: Any = None,
     dtype: str = "float32",
-    version: int = 1,
+    tokens: int | None = None,
+    seconds: float | None = None,
+    version: int | None = None,
     key_id: int = 0,
     flags: int | None = None,
+    raw_cost: bytes | None = None,
     raw_metadata: bytes | None = None,
     raw_payload: bytes | None = None,
 ) -> bytes:
@@ -40,16 +45,27 @@ def write_frame(
         plain = raw_metadata
     payload = write_payload(vector, dtype) if raw_payload is None else raw_payload
     flags = bool(plain) if flags is None else flags
+    cost = write_cost(tokens, seconds) if raw_cost is None else raw_cost
+    if version is None:
+        version = 2 if cost else 1
     start = MAGIC + bytes([version, CODES.get(dtype, 99)]) + flags.to_bytes(2, "little")
     body = len(vector).to_bytes(4, "little") + len(plain).to_bytes(4, "little")
     body += struct.pack("<d", created) + struct.pack("<d", float("inf") if expires is None else expires)
-    body += xxhash.xxh3_128_digest(key.encode("ascii")) + key_id.to_bytes(8, "little") + plain + payload
+    body += xxhash.xxh3_128_digest(key.encode("ascii")) + key_id.to_bytes(8, "little")
+    body += cost + plain + payload
     return seal(start, body)
 
 
 def seal(start: bytes, body: bytes) -> bytes:
     seed = int.from_bytes(start, "little")
     return start + xxhash.xxh3_64_intdigest(body, seed=seed).to_bytes(8, "little") + body
+
+
+def write_cost(tokens: int | None, seconds: float | None) -> bytes:
+    if tokens is None and seconds is None:
+        return b""
+    count = UNKNOWN if tokens is None else tokens.to_bytes(8, "little")
+    return count + (UNKNOWN if seconds is None else struct.pack("<d", seconds))
 
 
 def write_payload(vector: list[float], dtype: str) -> bytes:
@@ -95,11 +111,24 @@ CASES: list[dict[str, Any]] = [
     {"name": "card", "vector": [], "metadata": {"provider": "ngram", "model": "ngram", "version": "v1"}},
 ]
 
+CASES_WITH_COST: list[dict[str, Any]] = [
+    {"name": "tokens and seconds", "vector": [0.5, -1.0, 0.25], "tokens": 7, "seconds": 0.03125},
+    {"name": "tokens alone", "vector": [0.5, -1.0, 0.25], "tokens": 1},
+    {"name": "seconds alone", "vector": [0.5, -1.0, 0.25], "seconds": 0.1},
+    {"name": "a cost of zero", "vector": [1.0], "tokens": 0, "seconds": 0.0},
+    {"name": "the largest cost", "vector": [1.0], "tokens": 2**40, "seconds": 1e9},
+    {"name": "expires", "vector": [1.0, 2.0], "expires": 1800000000.25, "tokens": 300},
+    {"name": "metadata", "vector": [1.5], "metadata": {"source": "notes/ä.md"}, "tokens": 70000, "seconds": 2.5},
+    {"name": "half with metadata", "vector": [0.5, -2.0], "dtype": "float16", "metadata": {"x": "y"}, "tokens": 2},
+    {"name": "int8", "vector": [0.1, -0.7, 0.333, 0.0, 1e-30], "dtype": "int8", "tokens": 5, "seconds": 5e-324},
+]
 
-def main() -> None:
+
+def main(version: int) -> None:
     golden = []
-    for number, case in enumerate(CASES):
-        parts = {"dtype": "float32", "expires": None, "metadata": None, **case}
+    for number, case in enumerate(CASES if version == 1 else CASES_WITH_COST):
+        unknown = {} if version == 1 else {"tokens": None, "seconds": None}
+        parts = {"dtype": "float32", "expires": None, "metadata": None, **unknown, **case}
         name, vector = (
             parts.pop("name"),
             struct.unpack(f"<{len(case['vector'])}f", struct.pack(f"<{len(case['vector'])}f", *parts.pop("vector"))),
@@ -125,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

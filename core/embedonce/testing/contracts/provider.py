@@ -224,11 +224,10 @@ class ProviderContract(Contract):
 
     def test_tokens_are_a_number_or_none(self) -> None:
         with self._open() as opened:
-            answer = opened.answer(self.texts[:2])
-            if isinstance(answer, Embedded):
-                tokens = answer.tokens
-                is_valid = tokens is None or (isinstance(tokens, int) and tokens >= 0)
-                assert is_valid, f"Embedded.tokens must be None or an int of at least 0, got {tokens!r}"
+            for count in (1, 2):
+                answer = opened.answer(self.texts[:count])
+                if isinstance(answer, Embedded):
+                    _check_tokens(answer.tokens, count)
 
     def test_the_model_has_one_name(self) -> None:
         with self._open() as opened:
@@ -418,6 +417,21 @@ class _OpenProvider:
 
 def _get_vectors(answer: Any) -> Any:
     return answer.vectors if isinstance(answer, Embedded) else answer
+
+
+def _check_tokens(tokens: Any, count: int) -> None:
+    numbers = [tokens]
+    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes):
+        numbers = list(tokens)
+        assert len(numbers) == count, (
+            f"Embedded.tokens has {format_count(len(numbers), 'number')} for {format_count(count, 'text')}; return one "
+            "number per text, or one int for the whole call"
+        )
+    for number in numbers:
+        is_number = isinstance(number, int | np.integer) and not isinstance(number, bool)
+        assert number is None or (is_number and number >= 0), (
+            f"Embedded.tokens must be None, an int of at least 0, or one such number per text; got {number!r}"
+        )
 
 
 def _check_array(answer: Any, count: int) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from embedonce.vectors import Dtype, Entry, freeze, round_vectors
+from embedonce.vectors import MAX_SECONDS, MAX_TOKENS, Dtype, Entry, freeze, is_valid_cost, round_vectors
 
 SCOPE = "0123456789abcdef"
 
@@ -89,11 +89,12 @@ class Entries:
         self._dimensions = tuple(dimensions)
 
     def sample(self, seed: int) -> Entry:
-        """Return an entry with metadata."""
-        return Entry(_vector(self._dimensions[0], seed), CREATED + seed, None, {"seed": seed})
+        """Return an entry with metadata and a cost."""
+        vector = _vector(self._dimensions[0], seed)
+        return Entry(vector, CREATED + seed, None, {"seed": seed}, tokens=seed, seconds=seed / 8)
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Entry]:
-        """Return entries with various dimensions, extreme numbers, times of expiry, metadata and dtypes."""
+        """Return entries with various dimensions, extreme numbers, times of expiry, metadata, dtypes and costs."""
         info = np.finfo(np.float32)
         first = self._dimensions[0]
         special = np.resize(np.array([-0.0, info.max, info.smallest_subnormal, info.tiny, -1.0], np.float32), first)
@@ -106,17 +107,24 @@ class Entries:
             "nested metadata": Entry(_vector(first, 3), CREATED, None, NESTED),
             "float16": Entry(_vector(first, 4, "float16"), CREATED, dtype="float16"),
             "int8": Entry(_vector(first, 5, "int8"), CREATED, dtype="int8"),
+            "a cost": Entry(_vector(first, 6), CREATED, tokens=12, seconds=0.1),
+            "tokens without seconds": Entry(_vector(first, 7), CREATED, tokens=12),
+            "seconds without tokens": Entry(_vector(first, 8), CREATED, seconds=0.1),
+            "a cost of zero": Entry(_vector(first, 9), CREATED, tokens=0, seconds=0.0),
+            "the largest cost": Entry(_vector(first, 10), CREATED, tokens=MAX_TOKENS, seconds=MAX_SECONDS),
+            "the cost of an int8 vector": Entry(_vector(first, 11, "int8"), CREATED, None, NESTED, "int8", 12, 0.1),
         }
         return values
 
     def is_equal(self, found: object, stored: Entry) -> bool:
-        """Compare the vector bit by bit, and the rest by value."""
+        """Compare the vector bit by bit, and the rest by value. Tokens must be an int, because 7.0 equals 7."""
         return (
             isinstance(found, Entry)
             and found.vector.dtype == np.float32
             and found.vector.shape == stored.vector.shape
             and found.vector.tobytes() == stored.vector.tobytes()
             and found[1:] == stored[1:]
+            and is_valid_cost(found.tokens, found.seconds)
         )
 
 
