@@ -1,4 +1,7 @@
-"""What it would cost to embed a stream of texts. An estimate reads the tiers, and computes, stores and counts nothing."""
+"""What it would cost to embed a stream of texts.
+
+An estimate reads the tiers. It computes and stores nothing, and changes no counter and no breaker.
+"""
 
 from __future__ import annotations
 
