@@ -1,7 +1,7 @@
 """Count tokens with OpenAI's tokenizer, without a download.
 
-The package ``tiktoken`` downloads the table of an encoding when it first needs it, and keeps it in a folder. This module
-reads the table only from that folder.
+The package ``tiktoken`` downloads the table of an encoding when it first needs it, and keeps it in a folder. This
+module reads the table only from that folder.
 """
 
 from __future__ import annotations

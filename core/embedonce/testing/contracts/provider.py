@@ -222,7 +222,7 @@ class ProviderContract(Contract):
                 opened.embed(tuple(texts)), opened.embed(texts), "the vectors of a tuple and of a list of texts"
             )
 
-    def test_tokens_are_a_number_or_none(self) -> None:
+    def test_tokens_are_numbers_or_none(self) -> None:
         with self._open() as opened:
             answer = opened.answer(self.texts[:2])
             if not isinstance(answer, Embedded) or answer.tokens is None:
