@@ -130,9 +130,17 @@ def test_many_calls_need_little_memory_and_lose_nothing() -> None:
         sample.add(float(date), 5, 20)
     assert len(sample._calls) <= MAX_CALLS
     assert sum(tokens for tokens, _ in sample._calls.values()) == 5 * len(dates)
-    bound = sample.estimate(10, 400)
-    assert (bound.tokens, bound.is_measured) == (100, True)
-    assert bound.most - bound.least <= 2
+    assert sample.estimate(10, 200) == TokenBound(50, 50, 50, is_measured=True)
+
+
+def test_longer_texts_have_another_share_of_special_tokens() -> None:
+    sample = TokenSample()
+    for number in range(10):
+        sample.add(float(number), 2 + 25, 100)
+    real = 10 * (2 + 250)
+    bound = sample.estimate(10, 10_000)
+    assert bound.least <= real <= bound.most
+    assert bound.least > real * 0.8
 
 
 def test_limits_stay_possible() -> None:

@@ -56,7 +56,7 @@ class KnownTexts:
                 last = self._runs.pop()
                 # This sort merges two sorted halves in linear time.
                 self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]), kind="stable")
-        return is_new.tolist()  # type: ignore[no-any-return]
+        return is_new.tolist()
 
 
 class Estimator:
