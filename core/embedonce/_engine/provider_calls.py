@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,15 +37,19 @@ def read_tokens(reply: Any, count: int) -> int | list[int | None] | None:
     A number that is not valid counts as unknown. Numbers per text that are not ``count`` numbers are not valid.
     """
     tokens: Any = reply.tokens if isinstance(reply, Embedded) else None
-    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes):
+    is_array = isinstance(tokens, np.ndarray) and tokens.ndim > 0
+    if is_array or (isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)):
         return list(map(_read_number, tokens)) if len(tokens) == count else None
     return _read_number(tokens)
 
 
 def _read_number(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool):
         return None
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except Exception:  # noqa: BLE001  (the vectors are paid, so an invalid number must not lose them)
+        return None
     return number if 0 <= number <= MAX_TOKENS else None
 
 
@@ -56,6 +60,8 @@ def split_costs(
 
     The seconds, and a number of tokens for the whole call, are apportioned by the length of the texts in UTF-8.
     """
+    if not texts:
+        return [], []
     weights = list(map(count_bytes, texts))
     if not any(weights):
         weights = [1] * len(texts)
@@ -154,7 +160,7 @@ async def pause_after_failure(call: Call, error: Exception, failures: int) -> bo
 
 async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:
     rate = source.rate
-    turn = rate.reserve(_count_all_tokens(source.provider, texts) if rate.counts_tokens else 0)
+    turn = rate.reserve(count_sent_tokens(source.provider, texts) if rate.counts_tokens else 0)
     try:
         while (seconds := rate.time_left(turn)) > 0:
             await port.sleep(seconds)
@@ -180,7 +186,21 @@ def _pause_calls(source: LiveProvider, error: Exception, retries: int) -> bool:
     return is_repeated
 
 
-def _count_all_tokens(provider: AnyProvider, texts: Sequence[str]) -> float:
+def count_exactly(provider: AnyProvider, texts: Sequence[str], task: str) -> int | None:
+    """Return the tokens of all texts as the provider's own tokenizer counts them, or None if it cannot count them."""
+    count: Any = getattr(provider, "count_exact_tokens", None)
+    if count is None:
+        return None
+    try:
+        numbers = list(map(_read_number, count(list(texts), task)))
+    except Exception:  # noqa: BLE001  (without a tokenizer, the tokens are estimated)
+        return None
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) == len(texts) else None
+
+
+def count_sent_tokens(provider: AnyProvider, texts: Sequence[str]) -> float:
+    """Return the tokens of all texts as the limits of the provider count them."""
     count_tokens: Any = getattr(provider, "count_tokens", None)
     return sum(_count_tokens(count_tokens, text, count_bytes(text)) for text in texts)
 

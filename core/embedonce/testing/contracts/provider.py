@@ -222,12 +222,31 @@ class ProviderContract(Contract):
                 opened.embed(tuple(texts)), opened.embed(texts), "the vectors of a tuple and of a list of texts"
             )
 
-    def test_tokens_are_a_number_or_none(self) -> None:
+    def test_tokens_are_numbers_or_none(self) -> None:
         with self._open() as opened:
             for count in (1, 2):
                 answer = opened.answer(self.texts[:count])
                 if isinstance(answer, Embedded):
                     _check_tokens(answer.tokens, count)
+
+    def test_exact_counts_are_the_tokens_of_the_answer(self) -> None:
+        with self._open() as opened:
+            count = getattr(opened.provider, "count_exact_tokens", None)
+            if count is None:
+                pytest.skip('requires the optional method "count_exact_tokens"')
+            for task in self.tasks:
+                counted = count(list(self.texts), task)
+                if counted is None:
+                    pytest.skip("the provider cannot count tokens here, because its tokenizer is missing")
+                _check_numbers(counted, len(self.texts), "count_exact_tokens")
+                alone = [count([text], task)[0] for text in self.texts]
+                assert list(counted) == alone, "count_exact_tokens must return the same numbers for each text alone"
+                answer = opened.answer(self.texts[:3], task)
+                if isinstance(answer, Embedded) and isinstance(answer.tokens, int):
+                    total = sum(counted[:3])
+                    assert answer.tokens == total, (
+                        f"count_exact_tokens counts {total} tokens in a call, but Embedded.tokens is {answer.tokens}"
+                    )
 
     def test_the_model_has_one_name(self) -> None:
         with self._open() as opened:
@@ -384,6 +403,12 @@ class ProviderContract(Contract):
         )
         assert np.isfinite(vectors).all(), f"{what} has a vector with NaN or infinity; raise TextRefused instead"
         assert vectors.any(axis=1).all(), f"{what} has a vector of zeros; raise TextRefused instead"
+
+
+def _check_numbers(numbers: Any, count: int, what: str) -> None:
+    assert len(numbers) == count, f"{what} must have one number per text: got {len(numbers)} for {count} texts"
+    for number in numbers:
+        assert isinstance(number, int) and number >= 0, f"{what} must have ints of at least 0, got {number!r}"
 
 
 class _OpenProvider:
