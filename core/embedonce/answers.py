@@ -87,8 +87,18 @@ class Fetched:
 class Estimate:
     """What it would cost to embed some texts: the result of ``estimate``. Equal texts count once, except in ``texts``.
 
-    The numbers of tokens are exact if ``method`` is ``"counted"``. Otherwise they are an estimate, which lies between
-    ``min_tokens`` and ``max_tokens`` with a probability of about 95 % if ``method`` is ``"measured"``.
+    ``method`` says how the tokens were found:
+
+    - ``"counted"``: the provider's own tokenizer has counted them, so ``min_tokens``, ``tokens`` and ``max_tokens`` are
+      equal. A provider that charges no tokens, such as ``ngram``, counts 0.
+    - ``"measured"``: ``tokens`` is the length of the missing texts, times the tokens per byte of the texts that the
+      tiers have. The real number lies between ``min_tokens`` and ``max_tokens`` with a probability of about 95 %, if
+      the missing texts are of the same kind as the texts in the tiers. The limits are measured on the calls that
+      embedded those texts: the more the calls differ in tokens per byte, the further apart are the limits.
+    - ``"guessed"``: the tiers have texts of fewer than about four calls of similar size, so no limits can be measured.
+      ``tokens`` is computed as for ``"measured"`` if ``sample`` is above 0, else one token per 4 bytes.
+      ``min_tokens`` is one token per 16 bytes and ``max_tokens`` is one token per byte. Almost every tokenizer stays
+      between these limits.
     """
 
     texts: int
@@ -98,7 +108,8 @@ class Estimate:
     invalid: int
     """Number of texts that cannot be embedded, because they are not valid Unicode or a normalisation step failed."""
     hits: Mapping[str, int]
-    """By tier: number of texts that this tier has and that no faster tier has."""
+    """By tier: number of texts that this tier has and that no faster tier has. The last tier's number includes entries
+    that wait for a background write."""
     missing: int
     """Number of texts that no tier has, so that the provider would be asked for them."""
     bytes: int
@@ -106,19 +117,20 @@ class Estimate:
     tokens: int
     """Tokens of the missing texts."""
     min_tokens: int
+    """Probable minimum of the tokens, as ``method`` says."""
     max_tokens: int
+    """Probable maximum of the tokens, as ``method`` says."""
     method: Literal["counted", "measured", "guessed"]
-    """How the tokens were found. ``"counted"``: by the provider's own tokenizer. ``"measured"``: from the length of the
-    missing texts, and the tokens and lengths of those texts that the tiers have. ``"guessed"``: from the length alone;
-    a text has at least one token per 16 bytes and at most one per byte."""
     sample: int
-    """Number of texts with known tokens in the tiers, from which the estimate was made."""
+    """Number of the given texts whose entries in the tiers know their tokens."""
     seconds: float | None
-    """Expected duration; None if the tiers do not know how long similar texts took."""
+    """Expected duration of the provider's calls, or None if it is unknown. It is computed from the seconds per byte of
+    the given texts that the tiers have, and is not below what the provider's limits per minute require."""
     price: Price | None
     """Price of the provider's tokens, or None if it is unknown."""
     errors: Mapping[str, str]
-    """The cause of the failure, for each tier that failed. Its texts count as missing if no other tier has them."""
+    """The cause of the failure, for each tier that failed: ``"timeout"``, the exception's class name, or ``"skipped"``
+    if the tier was not asked because earlier calls failed. Its texts count as missing if no other tier has them."""
 
     @property
     def money(self) -> Decimal | None:

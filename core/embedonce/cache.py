@@ -11,7 +11,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
-from .answers import ChainWarning, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
+from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import ConfigError
@@ -194,6 +194,18 @@ class Cache(Requests):
         """Return the vectors that the tiers have; compute nothing. An invalid text is in ``failed``."""
         return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
 
+    def estimate(self, texts: Iterable[str], task: Task = "document") -> Estimate:
+        """Return how many texts the tiers have, and the tokens, price and seconds of the others. A fallback is ignored.
+
+        Nothing is computed, stored or counted. Only a hash of 8 bytes per distinct text stays in memory, so the texts
+        may be a stream. Raises ProviderError if the cache has no provider.
+        """
+        port = self._chain.ports.blocking
+        estimator = run_blocking(self._begin_estimate(port, texts, task))
+        for window in read_windows(texts, ITER_BATCH):
+            run_blocking(self._add_to_estimate(port, estimator, window))
+        return estimator.finish()
+
     def put(
         self,
         texts: Sequence[str],
@@ -368,6 +380,14 @@ class Cache(Requests):
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Async twin of :meth:`lookup`."""
         return await self._lookup(self._chain.ports.get_loop_port(), texts, task)
+
+    async def aestimate(self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document") -> Estimate:
+        """Async twin of :meth:`estimate`; ``texts`` may be an async iterable."""
+        port = self._chain.ports.get_loop_port()
+        estimator = await self._begin_estimate(port, texts, task)
+        async for window in read_windows_async(texts, ITER_BATCH):
+            await self._add_to_estimate(port, estimator, window)
+        return estimator.finish()
 
     async def aput(
         self,

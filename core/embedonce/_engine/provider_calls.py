@@ -156,7 +156,7 @@ async def pause_after_failure(call: Call, error: Exception, failures: int) -> bo
 
 async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:
     rate = source.rate
-    turn = rate.reserve(_count_all_tokens(source.provider, texts) if rate.counts_tokens else 0)
+    turn = rate.reserve(count_sent_tokens(source.provider, texts) if rate.counts_tokens else 0)
     try:
         while (seconds := rate.time_left(turn)) > 0:
             await port.sleep(seconds)
@@ -182,7 +182,21 @@ def _pause_calls(source: LiveProvider, error: Exception, retries: int) -> bool:
     return is_repeated
 
 
-def _count_all_tokens(provider: AnyProvider, texts: Sequence[str]) -> float:
+def count_exactly(provider: AnyProvider, texts: Sequence[str], task: str) -> int | None:
+    """Return the tokens of all texts as the provider's own tokenizer counts them, or None if it cannot count them."""
+    count: Any = getattr(provider, "count_exact_tokens", None)
+    if count is None:
+        return None
+    try:
+        numbers = list(map(_read_number, count(list(texts), task)))
+    except Exception:  # noqa: BLE001  (without a tokenizer, the tokens are estimated)
+        return None
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) == len(texts) else None
+
+
+def count_sent_tokens(provider: AnyProvider, texts: Sequence[str]) -> float:
+    """Return the tokens of all texts as the limits of the provider count them."""
     count_tokens: Any = getattr(provider, "count_tokens", None)
     return sum(_count_tokens(count_tokens, text, count_bytes(text)) for text in texts)
 

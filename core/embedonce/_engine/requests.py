@@ -33,6 +33,7 @@ from embedonce.vectors import (
 from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
+from .estimating import Estimator
 from .ledger import HotHits
 from .ports import Port
 from .provider_checks import check_provider
@@ -218,6 +219,19 @@ class Requests:
         answer = self._new_answer(self._source, texts, task)
         await engine.fetch(port, answer, compute=False)
         return answer.to_fetched()
+
+    async def _begin_estimate(self, port: Port, texts: object, task: Task) -> Estimator:
+        """Return an estimator for the provider's current vector space, before any text is read."""
+        self._check_open()
+        _require_texts(texts)
+        if isinstance(self._source.provider, NoProvider):
+            self._source.provider.embed([], task)  # raises the error
+        route = await self._find_current_route(port, self._source, task)
+        return Estimator(self._chain.tiers, self._chain.in_flight, route, self._dtype)
+
+    async def _add_to_estimate(self, port: Port, estimator: Estimator, texts: Sequence[str]) -> None:
+        self._check_open()
+        await estimator.add(port, copy_texts(texts, estimator.texts))
 
     async def _answer_texts(
         self,
