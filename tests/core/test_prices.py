@@ -77,11 +77,14 @@ def test_other_spellings_are_refused_with_the_right_one(written: Any, advice: st
         Price.parse(advice.split('"')[1])
 
 
-@pytest.mark.parametrize(
-    "written",
-    ["", "free", "-1 USD / 1M tokens", "1e3 USD / 1M tokens", "1,000 USD / 1B tokens", "nan USD / 1M tokens", "٣ USD / 1M tokens"]
-    + ["1" * 5000 + " USD / 1M tokens", "1 USD / " + "1" * 5000 + " tokens", None, True, 1e-7, float("nan"), [EXAMPLE]],
-)  # fmt: skip
+NO_PRICES: list[Any] = [
+    *("", "free", "-1 USD / 1M tokens", "1e3 USD / 1M tokens", "1,000 USD / 1B tokens", "nan USD / 1M tokens"),
+    *("٣ USD / 1M tokens", "1" * 5000 + " USD / 1M tokens", "1 USD / " + "1" * 5000 + " tokens"),
+    *(None, True, 1e-7, float("nan"), [EXAMPLE]),
+]
+
+
+@pytest.mark.parametrize("written", NO_PRICES)
 def test_what_is_no_price_is_refused(written: Any) -> None:
     with pytest.raises(ConfigError, match="a price must be written like") as caught:
         Price.parse(written)
@@ -89,11 +92,19 @@ def test_what_is_no_price_is_refused(written: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [(0.02, "USD", 1), (Decimal(-1), "USD", 1), (Decimal("nan"), "USD", 1), (Decimal(1), "usd", 1), (Decimal(1), "USD", 0)]
-)  # fmt: skip
-def test_a_price_has_valid_parts(parts: Any) -> None:
+    ("amount", "currency", "tokens"),
+    [
+        (0.02, "USD", 1),
+        (Decimal(-1), "USD", 1),
+        (Decimal("nan"), "USD", 1),
+        (Decimal(1), "usd", 1),
+        (Decimal(1), "USD", 0),
+        (Decimal(1), "USD", 1.0),
+    ],
+)
+def test_a_price_has_valid_parts(amount: Any, currency: Any, tokens: Any) -> None:
     with pytest.raises(ConfigError):
-        Price(*parts)
+        Price(amount, currency, tokens)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,8 @@ OWN_TABLES: Mapping[str, type[Any]] = {
     "cache": CacheTable,
     "key": KeyTable,
     "plugins": PluginsTable,
+    "provider": ProviderTable,
     "drift": DriftGuard,
     "embed": EmbedTable,
 }
-"""The tables whose options are the arguments of a class of embedonce, by name."""
+"""By name: the tables that have options of embedonce, and the class whose arguments these options are."""

@@ -177,7 +177,7 @@ def embed(
                 trial = DryRun(cache, make_reader(), task=task, strict=strict, allow_empty=allow_empty)
                 code = _execute_dry_run(trial, loaded, limit, show=show, can_ask=not dry_run)
                 if out is None or dry_run or code:
-                    _print_dry_run(trial, loaded, as_json=json, quiet=quiet, is_wanted=dry_run)
+                    _print_dry_run(trial, loaded, as_json=json, quiet=quiet, dry_run=dry_run)
                     raise typer.Exit(code)
             assert out is not None
             assert sink is not None
@@ -294,7 +294,7 @@ def _execute_dry_run(trial: DryRun, config: Config, limit: CostLimit | None, *, 
                 from .embedding.cost_limit import ask_to_embed
 
                 return OK if ask_to_embed(summary.stopped) else _report_dry_end(trial, summary.stopped, "stopped")
-            advice = " To embed anyway, raise --max-cost." if can_ask else ""
+            advice = " To embed anyway, raise --max-cost; --dry-run shows more." if can_ask else ""
             return _report_dry_end(trial, summary.stopped, f"error: {summary.stopped}", advice)
     except Stopped as error:
         return _report_dry_end(trial, str(error), f"stopped: {error}")
@@ -322,8 +322,8 @@ def _can_ask() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and is_terminal()
 
 
-def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool, is_wanted: bool) -> None:
-    """Print the result of a dry run. With ``quiet``, print it only if the user wanted no more than a dry run."""
+def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool, dry_run: bool) -> None:
+    """Print the result of a dry run that ends the command. For people, print it only if they asked for a dry run."""
     from .embedding.dry_run import describe_dry_run
 
     if not quiet:
@@ -331,7 +331,7 @@ def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool,
             say(note)
     if as_json:
         emit(asdict(trial.summary))
-    elif trial.estimate is not None and (is_wanted or not quiet):
+    elif dry_run and trial.estimate is not None:
         for line in describe_dry_run(trial.summary, trial.estimate, is_replay=config.cache.mode == "replay"):
             write(line)
 
@@ -356,6 +356,9 @@ def _raise_on_sigterm() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except Terminated:  # before the run has begun, or after it has ended
+        say("interrupted")
+        raise typer.Exit(TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -43,7 +43,7 @@ class DryRun:
         self.failures = Failures()
         self.summary = Summary(unique=None, hits=dict.fromkeys(cache.tiers, 0))
         self.estimate: Estimate | None = None
-        """The result, or None until all passages were read."""
+        """The result. None until all passages were read, and if a run would end early."""
 
     def execute(self, display: Display) -> Estimate:
         """Read and look up all passages, and return the estimate.
@@ -53,9 +53,10 @@ class DryRun:
         """
         started = time.monotonic()
         try:
-            estimate = self.estimate = self._cache.estimate(self._read_texts(display), task=self._task)
+            estimate = self._cache.estimate(self._read_texts(display), task=self._task)
             self.summary.estimate = describe_as_json(estimate)
             self._check_passages(estimate)
+            self.estimate = estimate
             return estimate
         finally:
             summary, reader = self.summary, self.reader
@@ -143,7 +144,7 @@ def describe_dry_run(summary: Summary, estimate: Estimate, *, is_replay: bool = 
         yield f"time: {_describe_time(estimate)}"
     else:
         yield "a run would compute nothing"
-    yield "nothing was computed, stored or sent"
+    yield "this dry run has computed, stored and sent nothing"
 
 
 def _describe_replay(estimate: Estimate) -> Iterator[str]:
@@ -158,7 +159,8 @@ def describe_tokens(estimate: Estimate) -> str:
         return f"{estimate.tokens:,}, counted with the provider's tokenizer"
     tokens, low, high = round_estimate(estimate.tokens, estimate.min_tokens, estimate.max_tokens)
     if estimate.method == "guessed":
-        return f"between {low:,} and {high:,}, guessed from the length, because no tier has texts with known tokens"
+        reason = "because the tiers know the tokens of too few texts"
+        return f"between {low:,} and {high:,}, guessed from the length, {reason}"
     error = max(estimate.max_tokens - estimate.tokens, estimate.tokens - estimate.min_tokens) / max(estimate.tokens, 1)
     percent = max(-int(-100 * error // 1), 1)
     return (
@@ -201,7 +203,7 @@ def describe_most_money(price: Price, tokens: int) -> str:
 
 def _describe_time(estimate: Estimate) -> str:
     if estimate.seconds is None:
-        return "unknown, because no tier has texts with a known duration"
+        return "unknown, because the tiers do not know how long other texts took"
     return f"about {format_seconds(estimate.seconds)}" if estimate.seconds >= 1 else "less than 1 s"
 
 

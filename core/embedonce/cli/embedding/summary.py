@@ -120,7 +120,7 @@ def describe_cost(cost: Cost | None) -> str | None:
         return None
     parts = [] if cost.tokens is None else [format_count(cost.tokens, "token")]
     parts += [format_money(Decimal(amount), currency) for currency, amount in cost.money.items()]
-    parts += [] if cost.seconds is None or cost.seconds < 1 else [format_seconds(cost.seconds)]
+    parts += [] if cost.seconds is None or cost.seconds < 1 else [f"{format_seconds(cost.seconds)} of computation"]
     if not parts:
         is_unknown = cost.tokens is None and cost.seconds is None
         return f"the cost of {format_count(cost.texts, 'text')} is unknown" if is_unknown else None
