@@ -53,7 +53,7 @@ ALLOWED_AT_TOP = {
 SHARED = {"composite_texts", "describing", "embedder_fields", "openai_answers", "plain_values", "wrapping"}
 
 # Distributions that another distribution installs in the version that it requires.
-PART_OF = {"pydantic-core": "pydantic"}
+PART_OF = {"pydantic-core": "pydantic", "tokenizers": "sentence-transformers"}
 
 # Each costs tens of milliseconds, or loads a client library that the process may never use.
 NOT_IMPORTED_AT_START = (

@@ -360,8 +360,11 @@ class Provider(Protocol):
     A provider may also have these attributes:
 
     - ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a cache then call it.
-    - ``count_tokens(text)``, which returns the number of tokens of a text. ``max_tokens`` and ``tokens_per_minute``
-      of the limits use it.
+    - ``count_tokens(text)``, which returns the number of tokens of a text, or an upper bound. ``max_tokens`` and
+      ``tokens_per_minute`` of the limits use it before each call, so it must be fast.
+    - ``count_exact_tokens(texts, task)``, which returns, for each text, the tokens that ``embed`` would report or
+      charge, or None if they cannot be counted in this process. ``Cache.estimate`` uses it. It uses no network. It may
+      load a tokenizer, but not the model. Several threads may call it at the same time.
     - ``check()``, which raises an error if the provider cannot be called as it is set up, for example because its API
       key is missing. It uses neither the network nor a model. ``embedonce check`` and ``Cache.check_providers`` show
       the message of the error, so it must not contain a secret.

@@ -44,19 +44,19 @@ def read_description(folder: Path) -> ModelDescription:
     Raises:
         SpaceError: a file cannot be read, or does not have the expected content.
     """
-    config = _read_json(folder, "config_sentence_transformers.json", dict) or {}
-    modules = _read_json(folder, MODULES, list) or []
+    config = read_json(folder, "config_sentence_transformers.json", dict) or {}
+    modules = read_json(folder, MODULES, list) or []
     prompts = {str(name): text for name, text in (config.get("prompts") or {}).items() if isinstance(text, str)}
     return ModelDescription(
         prompts=prompts,
         default_prompt=prompts.get(config.get("default_prompt_name") or "", ""),
         dimensions=_find_dimensions(folder, modules),
         truncate_dim=_positive_or_none(config.get("truncate_dim")),
-        depends_on_task=any(_library_class(module) in (None, "Router", "Asym") for module in modules),
+        depends_on_task=any(get_library_class(module) in (None, "Router", "Asym") for module in modules),
     )
 
 
-def _read_json(folder: Path, name: str, kind: type[Any]) -> Any:
+def read_json(folder: Path, name: str, kind: type[Any]) -> Any:
     """Return the content of a JSON file, or None if there is no such file."""
     file = folder / name
     try:
@@ -73,7 +73,7 @@ def _read_json(folder: Path, name: str, kind: type[Any]) -> Any:
     return content
 
 
-def _library_class(module: Any) -> str | None:
+def get_library_class(module: Any) -> str | None:
     """Return the class name of a module of the library, or None for custom code, whose effect is unknown."""
     name = module.get("type") if isinstance(module, dict) else None
     if not isinstance(name, str) or not name.startswith("sentence_transformers."):
@@ -87,10 +87,10 @@ def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
     Only the last module that can change the number of dimensions is read, because that module decides the number.
     """
     for module in reversed(modules):
-        kind = _library_class(module)
+        kind = get_library_class(module)
         if kind in ("Normalize", "Dropout"):
             continue
-        config = _read_json(folder / str(module.get("path", "")), "config.json", dict) if kind else None
+        config = read_json(folder / str(module.get("path", "")), "config.json", dict) if kind else None
         if config is None:
             return None
         if kind == "Dense":

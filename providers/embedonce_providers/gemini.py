@@ -7,6 +7,7 @@ request that was answered with an error status, as a whole or in parts.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -238,8 +239,7 @@ class GeminiProvider:
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.
             vectors = [None if vector is None else vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
-        usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has no usage_metadata
-        return Embedded(vectors, None if usage is None else usage.prompt_token_count)
+        return Embedded(vectors, _read_tokens(answer))
 
     def _list_secrets(self) -> list[str | None]:
         """Return the secrets that an endpoint may repeat in a message."""
@@ -279,6 +279,15 @@ class GeminiProvider:
 @hookimpl
 def embedonce_providers() -> Mapping[str, type[GeminiProvider]]:
     return {"gemini": GeminiProvider}
+
+
+def _read_tokens(answer: types.EmbedContentResponse) -> int | list[int | None] | None:
+    """Return the tokens of an answer: one number per text from Vertex AI, else one number or None."""
+    counts = [None if item.statistics is None else item.statistics.token_count for item in answer.embeddings or []]
+    if any(count is not None for count in counts):
+        return [None if count is None or not math.isfinite(count) else round(count) for count in counts]
+    usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has no usage_metadata
+    return None if usage is None else usage.prompt_token_count
 
 
 def _close_blocking(client: genai.Client) -> None:

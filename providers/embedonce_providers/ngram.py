@@ -97,6 +97,10 @@ class NgramProvider:
         rows = [_normalize(_count_ngrams(group, self.dimensions)) for group in _split(texts, self.dimensions)]
         return np.concatenate(rows) if rows else np.empty((0, self.dimensions), np.float32)
 
+    def count_exact_tokens(self, texts: Sequence[str], task: Task) -> list[int]:
+        """Return 0 for each text, because this provider reads characters and charges nothing."""
+        return [0] * len(texts)
+
     def close(self) -> None:
         """Do nothing, because this provider holds no resources."""
 

@@ -34,6 +34,7 @@ from ._access import (
 from ._clients import Clients, require_package
 from ._guard import ACCEPT_ENCODING, Guard, expect_vectors, find_error
 from ._openai_answer import find_too_long, read_answer
+from ._openai_tokens import count_tokens
 from ._reasons import describe_reason
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ OPENAI_URL = "https://api.openai.com/v1"
 RETRY_SECONDS = 8.0
 """Longest pause of the client before it repeats a request after a failed connection or a timeout."""
 
-BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
-"""Suffixes of host names whose endpoints are known to accept base64."""
+OPENAI_HOSTS = (".api.openai.com", ".openai.azure.com")
+"""Suffixes of the names of hosts that serve OpenAI's own models. They accept base64."""
 
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
@@ -169,8 +170,8 @@ class OpenAIProvider:
         endpoint = canonical_url(azure_endpoint or self._base_url)
         self._is_default_endpoint = endpoint == OPENAI_URL
         host = urlsplit(endpoint).hostname or ""
-        knows_base64 = self._is_default_endpoint or azure_endpoint is not None or host.endswith(BASE64_HOSTS)
-        self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if knows_base64 else "float")
+        self._is_openai = self._is_default_endpoint or azure_endpoint is not None or host.endswith(OPENAI_HOSTS)
+        self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if self._is_openai else "float")
         self._max_retries = max_retries
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
@@ -226,9 +227,21 @@ class OpenAIProvider:
         """Return the number of bytes in a text, which is an upper bound for its number of tokens.
 
         A tokenizer that works on bytes makes at most one token per byte. OpenAI's tokenizer would count fewer tokens,
-        so a call could hold more texts. But that tokenizer downloads its tables at its first use, so it is not used.
+        so a call could hold more texts. But it may block an event loop for seconds, because the tokens of all texts of
+        a call are counted before the first request.
         """
         return len(text) if text.isascii() else len(text.encode())
+
+    def count_exact_tokens(self, texts: Sequence[str], task: Task) -> list[int] | None:
+        """Return the number of tokens of each text, or None if OpenAI's tokenizer is not on this machine.
+
+        Only OpenAI's own models at OpenAI or Azure are counted, with the package ``tiktoken`` and a table that it has
+        downloaded before. Other endpoints may use other tokenizers for the same name.
+        """
+        if not self._is_openai:
+            return None
+        prefix = self._prefixes.get(task, "")
+        return count_tokens(self._model, [prefix + text for text in texts])
 
     def embed(self, texts: Sequence[str], task: Task) -> Embedded:
         """Return one vector per text, exactly as the endpoint returned it.

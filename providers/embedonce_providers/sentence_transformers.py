@@ -30,6 +30,7 @@ from embedonce.tasks import TASKS, check_task
 
 from ._hub_cache import find_snapshot, full_name
 from ._model_folder import ModelDescription, is_model, read_description
+from ._model_tokens import TokenCounter, load_token_counter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -111,6 +112,7 @@ class SentenceTransformersProvider:
         self._trust_remote_code = trust_remote_code
         self._source: _ModelSource | None = None
         self._model: SentenceTransformer | None = None
+        self._token_counter: TokenCounter | None = None
         self._lock = threading.RLock()
         self._was_forked = False
         _all_providers.add(self)
@@ -221,8 +223,21 @@ class SentenceTransformersProvider:
             raise TextRefused("a text has no word that the model knows, so its vector is all zero", zero_rows.tolist())
         return vectors
 
+    def count_exact_tokens(self, texts: Sequence[str], task: Task) -> list[int] | None:
+        """Return the number of tokens that the model reads of each text, or None if its tokenizer is not in its folder.
+
+        The prompt and the special tokens count, and the tokens that the model truncates do not. The model is not
+        loaded, and nothing is downloaded.
+        """
+        counter = self._token_counter
+        if counter is None:
+            counter = self._token_counter = load_token_counter(self._find_source().folder, self._max_length)
+        prompt = self._find_prompt(task)
+        return None if counter is None else counter.count([prompt + text for text in texts])
+
     def close(self) -> None:
         """Free the model's memory."""
+        self._token_counter = None
         with self._lock:
             self._model = None
 

@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,15 +37,19 @@ def read_tokens(reply: Any, count: int) -> int | list[int | None] | None:
     A number that is not valid counts as unknown. Numbers per text that are not ``count`` numbers are not valid.
     """
     tokens: Any = reply.tokens if isinstance(reply, Embedded) else None
-    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes):
+    is_array = isinstance(tokens, np.ndarray) and tokens.ndim > 0
+    if is_array or (isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)):
         return list(map(_read_number, tokens)) if len(tokens) == count else None
     return _read_number(tokens)
 
 
 def _read_number(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool):
         return None
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except Exception:  # noqa: BLE001  (the vectors are paid, so an invalid number must not lose them)
+        return None
     return number if 0 <= number <= MAX_TOKENS else None
 
 
@@ -56,15 +60,15 @@ def split_costs(
 
     The seconds, and a number of tokens for the whole call, are apportioned by the length of the texts in UTF-8.
     """
+    if not texts:
+        return [], []
     weights = list(map(count_bytes, texts))
     if not any(weights):
         weights = [1] * len(texts)
-    each: Sequence[int | None]
-    if isinstance(tokens, int):
-        each = apportion(tokens, weights)
-    else:
-        each = [None] * len(texts) if tokens is None else tokens
     pace = seconds / sum(weights)
+    each: Sequence[int | None] = [None] * len(texts)
+    if tokens is not None:
+        each = apportion(tokens, weights) if isinstance(tokens, int) else tokens
     return each, [pace * weight for weight in weights]
 
 

@@ -27,7 +27,7 @@ QUANTILE = 1.959964
 BYTES_PER_TOKEN = 4
 MAX_BYTES_PER_TOKEN = 16
 SPECIAL_TOKENS = 4
-"""Maximum number of tokens that a measured bound adds to the bytes of each text, for the marks of its start and end."""
+"""Number of tokens that a text may have apart from its bytes, such as the marks of its start and its end."""
 
 
 class TokenBound(NamedTuple):
@@ -79,6 +79,9 @@ class TokenSample:
         has two parts. The first is the variation of the other texts themselves: the squared residuals of the groups of
         calls, scaled to the number of the other texts. The second is the error of R: the same sum, scaled to the square
         of their bytes. The residuals are those of the jackknife, because a large group pulls R towards itself.
+
+        If the other texts are longer or shorter than those of the sample, their special tokens have another share in R.
+        The sample cannot show this error, so the limits include its maximum.
         """
         tokens_by_group, bytes_by_group = self._sum_groups()
         sampled_bytes = float(bytes_by_group.sum())
@@ -96,6 +99,7 @@ class TokenSample:
         squares = float((residuals**2).sum()) * (1 - 1 / len(shares))
         variance = squares * (texts / self.texts + (size / sampled_bytes) ** 2)
         margin = compute_quantile(max(MIN_GROUPS, groups) - 1) * math.sqrt(variance)
+        margin += SPECIAL_TOKENS * abs(size * self.texts / sampled_bytes - texts)
         least = max(least, math.floor(ratio * size - margin))
         most = min(most + SPECIAL_TOKENS * texts, math.ceil(ratio * size + margin))
         return TokenBound(tokens, min(least, tokens), max(most, tokens), is_measured=True)

@@ -222,13 +222,34 @@ class ProviderContract(Contract):
                 opened.embed(tuple(texts)), opened.embed(texts), "the vectors of a tuple and of a list of texts"
             )
 
-    def test_tokens_are_a_number_or_none(self) -> None:
+    def test_tokens_are_numbers_or_none(self) -> None:
         with self._open() as opened:
             answer = opened.answer(self.texts[:2])
-            if isinstance(answer, Embedded):
-                tokens = answer.tokens
-                is_valid = tokens is None or (isinstance(tokens, int) and tokens >= 0)
-                assert is_valid, f"Embedded.tokens must be None or an int of at least 0, got {tokens!r}"
+            if not isinstance(answer, Embedded) or answer.tokens is None:
+                return
+            if isinstance(answer.tokens, int):
+                assert answer.tokens >= 0, f"Embedded.tokens must be at least 0, got {answer.tokens}"
+                return
+            _check_numbers(answer.tokens, 2, "Embedded.tokens", allow_none=True)
+
+    def test_exact_counts_are_the_tokens_of_the_answer(self) -> None:
+        with self._open() as opened:
+            count = getattr(opened.provider, "count_exact_tokens", None)
+            if count is None:
+                pytest.skip('requires the optional method "count_exact_tokens"')
+            for task in self.tasks:
+                counted = count(list(self.texts), task)
+                if counted is None:
+                    pytest.skip("the provider cannot count tokens here, because its tokenizer is missing")
+                _check_numbers(counted, len(self.texts), "count_exact_tokens")
+                alone = [count([text], task)[0] for text in self.texts]
+                assert list(counted) == alone, "count_exact_tokens must return the same numbers for each text alone"
+                answer = opened.answer(self.texts[:3], task)
+                if isinstance(answer, Embedded) and isinstance(answer.tokens, int):
+                    total = sum(counted[:3])
+                    assert answer.tokens == total, (
+                        f"count_exact_tokens counts {total} tokens in a call, but Embedded.tokens is {answer.tokens}"
+                    )
 
     def test_the_model_has_one_name(self) -> None:
         with self._open() as opened:
@@ -385,6 +406,13 @@ class ProviderContract(Contract):
         )
         assert np.isfinite(vectors).all(), f"{what} has a vector with NaN or infinity; raise TextRefused instead"
         assert vectors.any(axis=1).all(), f"{what} has a vector of zeros; raise TextRefused instead"
+
+
+def _check_numbers(numbers: Any, count: int, what: str, *, allow_none: bool = False) -> None:
+    assert len(numbers) == count, f"{what} must have one number per text: got {len(numbers)} for {count} texts"
+    for number in numbers:
+        is_valid = allow_none if number is None else isinstance(number, int) and number >= 0
+        assert is_valid, f"{what} must have ints of at least 0, got {number!r}"
 
 
 class _OpenProvider:
