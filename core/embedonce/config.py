@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._config.resolved import Config, Plugged, Setting, TierConfig
+from ._config.resolved import Config, Plugged, ProviderConfig, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "Plugged",
+    "ProviderConfig",
     "Setting",
     "Source",
     "TierConfig",
@@ -194,6 +195,8 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
             mode=config.cache.mode,
             fallback=fallback,
             fallback_fetch_only=config.fallback_fetch_only,
+            price=config.provider.price if config.provider is not None and own is None else None,
+            fallback_price=None if config.fallback is None else config.fallback.price,
             drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,

@@ -65,7 +65,14 @@ _PART = re.compile(rf"({_NUMBER})\s*([A-Za-z]+)\s*")
 
 
 class BadValue(ValueError):
-    """A size or a duration is invalid. The message says what is valid and never repeats the value."""
+    """A value of an option is invalid. The message says what is valid and never repeats the value.
+
+    ``hint`` may say how to write this value. It is left out of an error if the value may be a secret.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def parse_size(value: object) -> int:

@@ -64,13 +64,17 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
     done = command("embed", "docs", "--out", "out.npy", "--json")
     assert done.code == 1
     assert done.err == "docs/b.jsonl:2: not JSON: Expecting value at character 10\n"
-    seconds = done.json.pop("seconds")
-    assert seconds > 0
-    assert done.json | {"seconds": 0, "bytes": 0} == {
+    summary = done.json
+    assert summary["seconds"] > 0
+    assert 0 <= summary["spent"]["seconds"] <= summary["seconds"]
+    summary["spent"]["seconds"] = 0
+    assert summary | {"seconds": 0, "bytes": 0} == {
         "texts": 5,
         "unique": 4,
         "computed": 4,
         "hits": {"memory": 0, "disk": 0},
+        "spent": {"texts": 4, "tokens": None, "seconds": 0, "money": {}, "unknown_tokens": 4, "unknown_seconds": 0},
+        "saved": {"texts": 0, "tokens": 0, "seconds": 0, "money": {}, "unknown_tokens": 0, "unknown_seconds": 0},
         "repeated": 1,
         "failed": 1,
         "failures": [
@@ -99,6 +103,7 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
         "out": "out.npy",
         "index": "out.index.jsonl",
         "stopped": None,
+        "estimate": None,
     }
     texts = ["# One", "first\nparagraph", "the same", "the same", "last"]
     assert np.array_equal(np.load("out.npy"), embed_texts(texts))

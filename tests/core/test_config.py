@@ -23,9 +23,10 @@ import embedonce
 from embedonce import KeyPolicy, config, plugins
 from embedonce._config.documents import Document, read_document
 from embedonce._config.places import Place, find_places
-from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
+from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, ProviderTable, TierTable
 from embedonce._plugins.options import options_of
 from embedonce.errors import ConfigError, Problem
+from embedonce_providers.ngram import NgramProvider
 
 NGRAM = '[provider]\ntype = "ngram"\n'
 PLAIN = f'{NGRAM}[[tiers]]\ntype = "memory"\n'
@@ -217,9 +218,11 @@ def test_every_option_of_a_file_reaches_the_cache() -> None:
         [provider]
         type = "ngram"
         dimensions = 32
+        price = "0.02 USD per 1000K tokens"
         [provider.fallback]
         type = "ngram"
         fetch_only = true
+        price = "0.1 EUR / 1K tokens"
         [[tiers]]
         type = "memory"
         name = "first"
@@ -242,6 +245,7 @@ def test_every_option_of_a_file_reaches_the_cache() -> None:
     assert found.provider.options == {"dimensions": 32}
     assert found.fallback is not None
     assert found.fallback.options == {}
+    assert (found.provider.price, found.fallback.price) == ("0.02 USD / 1M tokens", "0.1 EUR / 1K tokens")
     assert found.fallback_fetch_only is True
     first, second = found.tiers
     assert (first.name, first.ttl, first.on_error, first.options) == ("first", 5400, "raise", {"max_bytes": 2**21})
@@ -689,6 +693,42 @@ def test_importing_embedonce_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+# --- prices -----------------------------------------------------------------------------------
+
+
+def test_the_price_is_that_of_its_own_provider() -> None:
+    source = {"provider": {"type": "ngram", "price": "0.02 USD / 1M tokens"}, "tiers": [{"type": "memory"}]}
+    with embedonce.open(source) as cache, embedonce.open(source, provider=NgramProvider()) as own:
+        for opened, price in ((cache, "0.02 USD / 1M tokens"), (own, "None")):
+            opened.embed("a")
+            assert [str(space.price) for space in opened.stats().spaces.values()] == [price]
+
+
+def test_a_wrong_price_is_a_problem_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = NGRAM + 'price = 0.5\n[provider.fallback]\ntype = "ngram"\nprice = "$3 / 1K tokens"\n'
+    Path("w.toml").write_text(f"tiers = []\n{text}")
+    form = 'must be written like "0.02 USD / 1M tokens"'
+    assert problems("w.toml") == [
+        f"w.toml:4:9: price = 0.5 in [provider]: {form}; add the currency and the number of tokens, for example "
+        '"0.5 USD / 1M tokens"',
+        f'w.toml:7:9: price = "$3 / 1K tokens" in [provider.fallback]: {form}; write "3 USD / 1K tokens"',
+    ]
+    # What came out of a variable is not repeated, not even in the advice.
+    monkeypatch.setenv("EMBEDONCE__PROVIDER__PRICE", "7 usd / 1M tokens")
+    monkeypatch.setenv("MY_PRICE", "8 usd / 1M tokens")
+    Path("w.toml").write_text(Path("w.toml").read_text().replace("$3 / 1K tokens", "${MY_PRICE}"))
+    assert sorted(problems("w.toml")) == [
+        f"EMBEDONCE__PROVIDER__PRICE: {form}",
+        f"w.toml:7:9: price in [provider.fallback]: {form} (from the environment variable MY_PRICE)",
+    ]
+
+
+def test_a_price_in_another_table_belongs_to_the_provider() -> None:
+    assert problems_of('[cache]\nprice = "1 USD / 1K tokens"\n' + PLAIN) == [
+        'embedonce.toml:2:1: unknown key "price" in [cache]; it belongs in [provider]'
+    ]
+
+
 # --- the schema -------------------------------------------------------------------------------
 
 
@@ -780,6 +820,24 @@ def test_the_schema_and_the_loader_agree(validator: Any, kind: str, option: str,
         assert validator.is_valid(document)
     else:
         assert validator.is_valid(document) == is_accepted
+
+
+@pytest.mark.parametrize(
+    "price",
+    ["0.02 USD / 1M tokens", " 2USD/1000token ", "2 USD per 5K tokens", "${NO_SUCH:-1 USD / 1K tokens}"]
+    + ["2 USD per5K tokens", "2 usd / 1M tokens", "$2 / 1M tokens", "2 USD / 0 tokens", "2 USD / tokens", "", 2, True]
+    + [f"{'9' * digits} USD / 1M tokens" for digits in (9, 10)],
+)  # fmt: skip
+@pytest.mark.parametrize("is_fallback", [False, True])
+def test_the_schema_and_the_loader_agree_on_prices(validator: Any, price: object, is_fallback: bool) -> None:
+    provider: dict[str, Any] = {"type": "ngram", "price": price}
+    document = {"provider": {"type": "ngram", "fallback": provider} if is_fallback else provider, "tiers": []}
+    try:
+        config.load(document)
+    except ConfigError:
+        assert not validator.is_valid(document)
+    else:
+        assert validator.is_valid(document)
 
 
 def test_every_option_is_described(validator: Any) -> None:
@@ -1062,7 +1120,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "configuration.md"
 
 def test_the_page_lists_every_option_with_its_default() -> None:
     page = PAGE.read_text()
-    for table in (CacheTable, KeyTable, PluginsTable, TierTable, FallbackTable):
+    for table in (CacheTable, KeyTable, PluginsTable, TierTable, ProviderTable, FallbackTable):
         for name, option in options_of(table).items():
             assert f"`{name}`" in page or f"{name} = " in page, name
             if table in (CacheTable, KeyTable) and isinstance(option.default, str):

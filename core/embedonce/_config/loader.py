@@ -28,7 +28,7 @@ from .documents import (
 from .found_files import ONLY_NAMED, find_remote_code
 from .hints import format_doc, hide_name, is_table, suggest_key, suggest_tier_name
 from .places import TomlPath
-from .resolved import Config, Plugged, Setting, TierConfig
+from .resolved import Config, ProviderConfig, Setting, TierConfig
 from .secrets import (
     HIDDEN,
     display,
@@ -49,6 +49,7 @@ from .tables import (
     FallbackTable,
     KeyTable,
     PluginsTable,
+    ProviderTable,
     TierTable,
     is_in_process,
 )
@@ -279,7 +280,7 @@ class _Loader:
 
     # --- plugins ---
 
-    def _read_providers(self) -> tuple[Plugged | None, Plugged | None, bool]:
+    def _read_providers(self) -> tuple[ProviderConfig | None, ProviderConfig | None, bool]:
         if self._own_provider:
             self._unread.append(("provider",))
             return None, None, False
@@ -294,16 +295,16 @@ class _Loader:
         if given is None:
             self._unread.append(("provider",))
             return None, None, False
-        provider = self._read_provider(("provider",), given, {}, tables=("fallback",))
+        provider = self._read_provider(("provider",), given, options_of(ProviderTable), tables=("fallback",))
         if "fallback" not in given:
-            return self._make_plugged(provider), None, False
+            return self._make_provider(provider), None, False
         inner = self._require_table(("provider", "fallback"), given["fallback"])
         if inner is None:
             self._unread.append(("provider", "fallback"))
-            return self._make_plugged(provider), None, False
+            return self._make_provider(provider), None, False
         fallback = self._read_provider(("provider", "fallback"), inner, options_of(FallbackTable))
         fetch_only = fallback is not None and bool(fallback[0].values.pop("fetch_only", False))
-        return self._make_plugged(provider), self._make_plugged(fallback), fetch_only
+        return self._make_provider(provider), self._make_provider(fallback), fetch_only
 
     def _read_provider(
         self, where: tuple[str, ...], given: Mapping[str, Any], own: Mapping[str, Option], tables: tuple[str, ...] = ()
@@ -344,18 +345,15 @@ class _Loader:
         value = self._read_option(table, option)
         return value if isinstance(value, str) else None
 
-    def _make_plugged(self, found: tuple[_Table, str, type[Any]] | None) -> Plugged | None:
+    def _make_provider(self, found: tuple[_Table, str, type[Any]] | None) -> ProviderConfig | None:
         if found is None:
             return None
         table, kind, cls = found
-        return Plugged(
-            type=kind,
-            cls=cls,
-            options=table.values,
-            label=table.label,
-            path=table.where,
-            secrets=frozenset(table.secrets),
-        )
+        price = table.values.pop("price", None)
+        return ProviderConfig(
+            type=kind, cls=cls, options=table.values, label=table.label, path=table.where,
+            secrets=frozenset(table.secrets), price=price,
+        )  # fmt: skip
 
     # --- tiers ---
 

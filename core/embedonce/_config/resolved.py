@@ -47,6 +47,14 @@ class Plugged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderConfig(Plugged):
+    """The provider of ``[provider]``, or the fallback of ``[provider.fallback]``."""
+
+    price: str | None = None
+    """Price of the provider's tokens, such as ``0.02 USD / 1M tokens``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TierConfig(Plugged):
     """One tier of ``[[tiers]]``."""
 
@@ -73,9 +81,9 @@ class Config:
     key: KeyPolicy
     allow: Sequence[str] | None
     """Names of the third-party plugins that may be loaded, or of their distributions; None allows every plugin."""
-    provider: Plugged | None
+    provider: ProviderConfig | None
     """The provider; None if the configuration was loaded for a caller's own provider."""
-    fallback: Plugged | None
+    fallback: ProviderConfig | None
     fallback_fetch_only: bool
     drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]

@@ -27,6 +27,7 @@ from .tables import (
     FallbackTable,
     KeyTable,
     PluginsTable,
+    ProviderTable,
     TierTable,
     is_in_process,
 )
@@ -89,7 +90,7 @@ class _Schema:
         inner = {"fallback": {"$ref": "#/definitions/fallback"}}
         return {
             "description": "Plugin that computes the vectors that no tier has.",
-            "oneOf": self._describe_plugins("provider", "provider", loading.provider, {}, inner),
+            "oneOf": self._describe_plugins("provider", "provider", loading.provider, options_of(ProviderTable), inner),
         }
 
     def _describe_tiers(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from embedonce.contracts import Capabilities
 from embedonce.drift import DriftGuard
 from embedonce.keys import Hash
 from embedonce.options import BadValue, Doc, Duration, Parsed
+from embedonce.prices import PATTERN, parse_option
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
@@ -123,8 +124,21 @@ class EmbedTable:
     ] = ()
 
 
+PriceText: TypeAlias = Annotated[str, Parsed(parse_option, {"type": "string", "pattern": f"^{PATTERN}$"})]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FallbackTable:
+class ProviderTable:
+    """``[provider]``: embedonce's options, in addition to those of the provider."""
+
+    price: Annotated[
+        PriceText | None,
+        Doc('Price of the provider\'s tokens, such as "0.02 USD / 1M tokens". With it, statistics show money.'),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackTable(ProviderTable):
     """``[provider.fallback]``: embedonce's options, in addition to those of the fallback provider."""
 
     fetch_only: Annotated[
@@ -181,7 +195,8 @@ OWN_TABLES: Mapping[str, type[Any]] = {
     "cache": CacheTable,
     "key": KeyTable,
     "plugins": PluginsTable,
+    "provider": ProviderTable,
     "drift": DriftGuard,
     "embed": EmbedTable,
 }
-"""The tables whose options are the arguments of a class of embedonce, by name."""
+"""By name: the tables that have options of embedonce, and the class whose arguments these options are."""

@@ -361,5 +361,5 @@ def _suggest_word(value: Any, expected: str, hidden: bool) -> str:
 
 def _describe_error(error: Any, hidden: bool) -> str:
     if isinstance(error, BadValue):
-        return str(error)
+        return str(error) if hidden or not error.hint else f"{error}; {error.hint}"
     return "is invalid" if hidden or not str(error) else f"is invalid: {error}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
 
+    from .embedding.cost_limit import CostLimit
+    from .embedding.dry_run import DryRun
     from .embedding.progress import Display
     from .embedding.run import Run
     from .embedding.sinks import Sink
@@ -59,11 +63,20 @@ zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
 embedonce embed inbox/ --allow-empty --out inbox.npy
 
+embedonce embed docs/ --dry-run
+
+embedonce embed docs/ --out docs.npy --max-cost 5
+
 Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a file cannot
 be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. The failures are
 reported on standard error, grouped by file and reason, and the exit code is 1. If there is no passage at all, the exit
 code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same
 command again. Vectors that a disk tier or a network tier has already stored are not computed again.
+
+--dry-run reads the same files and looks their texts up, but it computes, stores and sends nothing. --max-cost does the
+same first, so it reads the files twice. If the price may be above the limit, it asks on a terminal. Elsewhere the exit
+code is 1, and nothing is computed. Both know the price if the configuration has, for example, price = "0.02 USD / 1M
+tokens" in the table provider.
 """
 
 
@@ -73,9 +86,14 @@ def embed(
         typer.Argument(metavar="PATH", help="Files and folders to read; - is standard input.", show_default=False),
     ],
     out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FILE", help="The file to write: .npy, .jsonl or .parquet.", show_default=False),
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The file to write: .npy, .jsonl or .parquet. Required, except with --dry-run.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigOption = None,
     split: SplitOption = "paragraph",
     field: FieldOption = None,
@@ -94,41 +112,76 @@ def embed(
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="Write an output without rows if there is no passage.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what a run would compute: the texts that no tier has, their tokens, their price and the time.",
+        ),
+    ] = False,
+    max_cost: Annotated[
+        str | None,
+        typer.Option(
+            "--max-cost",
+            metavar="AMOUNT",
+            help="Stop, or ask on a terminal, if the texts that no tier has may cost more than this.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", help="Show no progress and no summary. The result of --dry-run is still shown."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Embed the passages of files, each distinct text once, and write one row per passage."""
     from embedonce.config import compose
 
+    from .embedding.cost_limit import check_can_read_twice, read_limit
+    from .embedding.dry_run import DryRun
     from .embedding.run import Run
     from .embedding.sources import Reader
     from .opened import load_config, translate_tier_errors
 
     loaded = load_config(config)
+    limit = None if max_cost is None else read_limit(max_cost, loaded)
     keep = list(dict.fromkeys(keep or loaded.embed.keep))
-    sink = _open_output(out, with_text, keep)
+    sink = _open_output(out, with_text, keep, dry_run=dry_run)
     try:
         _check_paths(paths, out)
         if problem := find_conflict(format, delimiter, quote, paths):
             raise Refused(problem)
+        if limit is not None and not dry_run:
+            check_can_read_twice(paths)
+        # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
+        leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
+        make_reader = partial(
+            Reader,
+            paths,
+            split=split,
+            field=field,
+            fields=loaded.embed.fields,
+            format=format,
+            leave_out=leave_out,
+            keep=keep,
+            include=include or (),
+            exclude=exclude or (),
+            delimiter=delimiter,
+            quote=quote,
+            encoding=encoding,
+        )
+        show = not (json or quiet)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
-            # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
-            leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
-            reader = Reader(
-                paths,
-                split=split,
-                field=field,
-                fields=loaded.embed.fields,
-                format=format,
-                leave_out=leave_out,
-                keep=keep,
-                include=include or (),
-                exclude=exclude or (),
-                delimiter=delimiter,
-                quote=quote,
-                encoding=encoding,
-            )
-            persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
+            trial = None
+            if dry_run or (limit is not None and loaded.cache.mode != "replay"):
+                trial = DryRun(cache, make_reader(), task=task, strict=strict, allow_empty=allow_empty)
+                code = _execute_dry_run(trial, loaded, limit, show=show, can_ask=not dry_run)
+                if out is None or dry_run or code:
+                    _print_dry_run(trial, loaded, as_json=json, quiet=quiet, dry_run=dry_run)
+                    raise typer.Exit(code)
+            assert out is not None
+            assert sink is not None
+            reader = make_reader()
             run = Run(
                 cache,
                 reader,
@@ -136,13 +189,17 @@ def embed(
                 task=task,
                 strict=strict,
                 allow_empty=allow_empty,
-                persistent_tiers=persistent,
+                persistent_tiers=_list_persistent_tiers(loaded),
             )
-            code = _execute_run(run, loaded, out, _make_display(reader, cache, show=not (json or quiet)))
+            run.summary.estimate = None if trial is None else trial.summary.estimate
+            code = _execute_run(run, loaded, out, _make_display(reader, cache, show=show))
     finally:
-        sink.abort()
+        if sink is not None:
+            sink.abort()
     for line in _list_messages(run, reader, quiet=quiet):
         say(line)
+    if limit is not None and (excess := limit.describe_real_excess(run.summary)):
+        say(excess)
     _print_summary(run.summary, as_json=json, quiet=quiet)
     if code:
         raise typer.Exit(code)
@@ -151,22 +208,30 @@ def embed(
 # --- before anything is computed --------------------------------------------------------------
 
 
-def _open_output(out: Path, with_text: bool, keep: Sequence[str]) -> Sink:
-    from .embedding.sinks import SinkError, open_sink
+def _open_output(out: Path | None, with_text: bool, keep: Sequence[str], *, dry_run: bool) -> Sink | None:
+    """Return the sink of the output. In a dry run, only check the output, and return None."""
+    from .embedding.sinks import SinkError, check_output, open_sink
 
+    if out is None:
+        if dry_run:
+            return None
+        raise Refused("--out is missing: name the file to write, such as --out vectors.npy, or use --dry-run")
     try:
-        return open_sink(out, with_text=with_text, keep=keep)
+        if not dry_run:
+            return open_sink(out, with_text=with_text, keep=keep)
+        check_output(out, with_text=with_text, keep=keep)
+        return None
     except SinkError as error:
         raise Refused(str(error)) from None
 
 
-def _list_output_files(out: Path) -> list[str]:
+def _list_output_files(out: Path | None) -> list[str]:
     from .embedding.sinks import list_written_files
 
-    return [str(path) for path in list_written_files(out)]
+    return [] if out is None else [str(path) for path in list_written_files(out)]
 
 
-def _check_paths(paths: Sequence[str], out: Path) -> None:
+def _check_paths(paths: Sequence[str], out: Path | None) -> None:
     outputs = set(map(os.path.realpath, _list_output_files(out)))
     for path in paths:
         if path == "-":
@@ -183,20 +248,92 @@ def _check_paths(paths: Sequence[str], out: Path) -> None:
         raise Refused("standard input (-) can be given only once")
 
 
-def _make_display(reader: Reader, cache: Cache, *, show: bool) -> Display:
+def _make_display(reader: Reader, cache: Cache | None, *, show: bool) -> Display:
     """Return the display of the progress: a bar on a terminal, a line now and then elsewhere.
 
-    An error in the display costs only the display.
+    An error in the display costs only the display. Without ``cache``, it is the display of a dry run.
     """
-    from .embedding.progress import Bar, Display, Lines, Progress
+    from .embedding.progress import Bar, Display, Lines, Progress, ReadingProgress
 
     display = Display()
     if show:
         with suppress(Exception):
-            progress = Progress(reader.compute_total_bytes())
+            total = reader.compute_total_bytes()
+            progress = ReadingProgress(total) if cache is None else Progress(total)
             display = Display(progress, Bar(progress) if is_terminal() else Lines(progress, say))
-            cache.subscribe(display.handle_event)
+            if cache is not None:
+                cache.subscribe(display.handle_event)
     return display
+
+
+def _list_persistent_tiers(config: Config) -> list[str]:
+    return [tier.name for tier in config.tiers if _outlives_process(tier.cls) and tier.write != "none"]
+
+
+# --- the dry run and its exit code ------------------------------------------------------------
+
+
+def _execute_dry_run(trial: DryRun, config: Config, limit: CostLimit | None, *, show: bool, can_ask: bool) -> int:
+    """Execute a dry run and return the exit code.
+
+    If ``can_ask`` is set, this is the first part of a run, and 0 means that the run may go on. Then the run will
+    report the failures of the input.
+    """
+    from .embedding.dry_run import describe_tier_errors
+    from .embedding.run import Stopped
+
+    summary = trial.summary
+    try:
+        with _make_display(trial.reader, None, show=show) as display:
+            estimate = trial.execute(display)
+        for line in describe_tier_errors(estimate):
+            say(line)
+        if limit is not None and limit.is_exceeded(estimate):
+            summary.stopped = limit.describe_excess(estimate)
+            if can_ask and _can_ask():
+                from .embedding.cost_limit import ask_to_embed
+
+                return OK if ask_to_embed(summary.stopped) else _report_dry_end(trial, summary.stopped, "stopped")
+            advice = " To embed anyway, raise --max-cost; --dry-run shows more." if can_ask else ""
+            return _report_dry_end(trial, summary.stopped, f"error: {summary.stopped}", advice)
+    except Stopped as error:
+        return _report_dry_end(trial, str(error), f"stopped: {error}")
+    except KeyboardInterrupt as error:
+        _report_dry_end(trial, "interrupted", "interrupted")
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    if can_ask:
+        return OK
+    for line in trial.failures.describe():
+        say(line)
+    fails_in_replay = config.cache.mode == "replay" and estimate.missing
+    return FAILED if summary.failed or fails_in_replay else OK
+
+
+def _report_dry_end(trial: DryRun, reason: str, message: str, advice: str = "") -> int:
+    """Report why a dry run ended early or why no run follows, after its failures. Return the exit code."""
+    trial.summary.stopped = reason
+    for line in trial.failures.describe():
+        say(line)
+    say(f"{message}; nothing was computed.{advice}")
+    return FAILED
+
+
+def _can_ask() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and is_terminal()
+
+
+def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool, dry_run: bool) -> None:
+    """Print the result of a dry run that ends the command. For people, print it only if they asked for a dry run."""
+    from .embedding.dry_run import describe_dry_run
+
+    if not quiet:
+        for note in trial.reader.notes:
+            say(note)
+    if as_json:
+        emit(asdict(trial.summary))
+    elif dry_run and trial.estimate is not None:
+        for line in describe_dry_run(trial.summary, trial.estimate, is_replay=config.cache.mode == "replay"):
+            write(line)
 
 
 # --- the run and its exit code ----------------------------------------------------------------
@@ -219,6 +356,9 @@ def _raise_on_sigterm() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except Terminated:  # before the run has begun, or after it has ended
+        say("interrupted")
+        raise typer.Exit(TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -301,16 +441,19 @@ def _print_summary(summary: Summary, *, as_json: bool, quiet: bool) -> None:
 
 def describe_summary(summary: Summary) -> Iterator[str]:
     """Yield the lines of the summary for people."""
-    from .embedding.summary import describe_skipped
+    from .embedding.summary import describe_cost, describe_skipped, format_share
 
     passages, files = format_count(summary.texts, "passage"), format_count(summary.files, "file")
     yield f"{passages} from {files}" + ("" if summary.unique is None else f", {summary.unique:,} distinct")
-    yield f"  {_format_share(summary.computed, summary.texts)} computed"
+    yield f"  {format_share(summary.computed, summary.texts)} computed"
     for tier, hits in summary.hits.items():
         if hits:
-            yield f"  {_format_share(hits, summary.texts)} from {tier}"
+            yield f"  {format_share(hits, summary.texts)} from {tier}"
     if summary.repeated:
-        yield f"  {_format_share(summary.repeated, summary.texts)} repeated"
+        yield f"  {format_share(summary.repeated, summary.texts)} repeated"
+    for label, cost in (("cost", summary.spent), ("saved", summary.saved)):
+        if line := describe_cost(cost):
+            yield f"{label}: {line}"
     if summary.failed:
         yield f"{summary.failed:,} failed, reported above"
     if summary.binary:
@@ -340,7 +483,3 @@ def describe_tier_failures(summary: Summary) -> Iterator[str]:
 def format_failure_count(kind: str, number: int) -> str:
     """Return ``1 error``, ``2 errors``, ``3 skipped``."""
     return format_count(number, "error") if kind == "errors" else f"{number:,} {kind}"
-
-
-def _format_share(part: int, whole: int) -> str:
-    return f"{part:>12,} ({100 * part / max(whole, 1):5.1f} %)"

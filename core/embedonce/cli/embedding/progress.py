@@ -134,6 +134,23 @@ class Progress:
         return texts / max(seconds, 1e-9) if texts else None
 
 
+class ReadingProgress(Progress):
+    """The progress of a dry run, which embeds nothing: the share of the bytes whose passages were looked up."""
+
+    def describe(self) -> str:
+        """Return in one line: the passages, the rate and the failures."""
+        rate = self._done / max(self._clock() - self._started, 1e-9)
+        failed = f"  {self._failed:,} failed" if self._failed else ""
+        return f"{self._done:,} passages  {rate:,.0f}/s{failed}"
+
+    def estimate_seconds_left(self) -> float | None:
+        """Return how many seconds the rest will probably take, or None if this is not known."""
+        completed = self.completed
+        if self.total is None or not completed:
+            return None
+        return (self._clock() - self._started) * max(self.total - completed, 0) / completed
+
+
 def _add(one: tuple[int, float], other: tuple[int, float]) -> tuple[int, float]:
     return one[0] + other[0], one[1] + other[1]
 

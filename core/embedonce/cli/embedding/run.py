@@ -21,7 +21,15 @@ from .distinct import DistinctTexts
 from .failures import Failures
 from .pace import FACTOR, Pace
 from .passages import Passage, ReadItem
-from .summary import Summary, collect_causes, collect_tier_failures, describe_skipped, has_stored_nothing
+from .summary import (
+    Summary,
+    collect_causes,
+    collect_tier_failures,
+    describe_skipped,
+    has_stored_nothing,
+    make_cost,
+    subtract_money,
+)
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
@@ -128,7 +136,7 @@ class Run:
         """Number of windows in a row for which the provider returned no vector."""
         self.failures = Failures()
         self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
-        self._computed_before = self._measure("computed", lambda: _count_computed_texts(cache.stats()), 0)
+        self._before = self._measure("computed", cache.stats, None)
 
     def embed(self, display: Display) -> None:
         """Read, embed and write all passages, and move the output into place.
@@ -138,7 +146,7 @@ class Run:
         """
         started = time.monotonic()
         try:
-            for passages in split_windows(self._read_passages(self._reader)):
+            for passages in split_windows(read_passages(self._reader, self.summary, self.failures, self._strict)):
                 display.start_window(len(passages), self._reader.bytes_read)
                 self._count_distinct(passages)
                 self._embed_window(Window(passages), display)
@@ -263,11 +271,13 @@ class Run:
         summary.unique = None if distinct is None else self._measure("unique", distinct.count, None)
         summary.seconds = round(seconds, 3)
         answered = summary.rows - sum(summary.hits.values())
-        stats = self._measure("computed", self._cache.stats, None)
-        if stats is None:
+        before, stats = self._before, self._measure("computed", self._cache.stats, None)
+        if before is None or stats is None:
             summary.computed = max(answered, 0)
             return
-        summary.computed = _count_computed_texts(stats) - self._computed_before
+        summary.computed = _count_computed_texts(stats) - _count_computed_texts(before)
+        summary.spent = make_cost(stats.computed - before.computed, subtract_money(stats.spent, before.spent))
+        summary.saved = make_cost(stats.saved - before.saved, subtract_money(stats.money_saved, before.money_saved))
         summary.repeated = max(answered - summary.computed, 0)
         summary.trouble = collect_tier_failures(stats)
         summary.causes = collect_causes(stats)
@@ -275,17 +285,6 @@ class Run:
             summary.unstored = [name for name in self._persistent_tiers if has_stored_nothing(stats.tiers[name])]
 
     # --- failures -----------------------------------------------------------------------------
-
-    def _read_passages(self, items: Iterable[ReadItem]) -> Iterator[Passage]:
-        """Yield the passages; count the broken items."""
-        for item in items:
-            if isinstance(item, Passage):
-                yield item
-                continue
-            self.failures.add_broken(item)
-            self.summary.failed += 1
-            if self._strict:
-                raise Stopped("an input could not be read, and --strict is set")
 
     def _report_failures(self, window: Window) -> None:
         for position in sorted(window.failed):
@@ -295,6 +294,22 @@ class Run:
             raise Stopped("a passage failed, and --strict is set")
         if self._outage >= OUTAGE:
             raise Stopped("every call to the provider fails", is_temporary=True)
+
+
+def read_passages(items: Iterable[ReadItem], summary: Summary, failures: Failures, strict: bool) -> Iterator[Passage]:
+    """Yield the passages; count the broken items.
+
+    Raises:
+        Stopped: an item is broken, and ``strict`` is set.
+    """
+    for item in items:
+        if isinstance(item, Passage):
+            yield item
+            continue
+        failures.add_broken(item)
+        summary.failed += 1
+        if strict:
+            raise Stopped("an input could not be read, and --strict is set")
 
 
 def _make_pace(cache: Cache) -> Pace:

@@ -86,6 +86,16 @@ def open_sink(out: Path, *, with_text: bool = False, keep: Sequence[str] = ()) -
         SinkError: the suffix is unknown, the folder is missing, the path is not a regular file, another run is writing
             the file, or a name in ``keep`` is already the name of a field.
     """
+    check_output(out, with_text=with_text, keep=keep)
+    return _SINKS[out.suffix.lower()](list_outputs(out)[0], Extras(with_text, tuple(keep)))
+
+
+def check_output(out: Path, *, with_text: bool = False, keep: Sequence[str] = ()) -> None:
+    """Check, without writing anything, that an output can be opened.
+
+    Raises:
+        SinkError: as in :func:`open_sink`. Whether another run is writing the file is not checked.
+    """
     if out.suffix.lower() not in _SINKS:
         raise SinkError(f"--out {out}: the file name must end in .npy, .jsonl or .parquet")
     finals = list_outputs(out)
@@ -97,7 +107,6 @@ def open_sink(out: Path, *, with_text: bool = False, keep: Sequence[str] = ()) -
     for name in keep:
         if name in taken:
             raise SinkError(f'--keep {name}: each row already has a field "{name}" of its own; rename it in the input')
-    return _SINKS[out.suffix.lower()](finals[0], Extras(with_text, tuple(keep)))
 
 
 def _find_obstacle(final: Path) -> str | None:

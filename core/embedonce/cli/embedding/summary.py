@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from embedonce._messages import format_count
+from embedonce.prices import format_money
 
 from .failures import FailureGroup
+from .progress import format_seconds
 
 if TYPE_CHECKING:
     from embedonce.events import Stats, TierStats
+    from embedonce.vectors import Work
 
 
 @dataclass(slots=True)
@@ -28,6 +34,11 @@ class Summary:
     """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
     """Passages whose vector a tier had, by tier name."""
+    spent: Cost | None = None
+    """Cost of the texts that the provider embedded. None if it could not be computed, and in a dry run."""
+    saved: Cost | None = None
+    """Cost that was stored with the vectors that were read from the tiers: what it would have cost to embed their texts
+    again. Each distinct text counts once per window. None if it could not be computed, and in a dry run."""
     repeated: int = 0
     """Passages that got the vector of an equal passage in the same window; that vector was computed only once."""
     failed: int = 0
@@ -63,6 +74,59 @@ class Summary:
     """Path of the file with the source of each row of a .npy output."""
     stopped: str | None = None
     """Reason why the run ended early, or None."""
+    estimate: dict[str, Any] | None = None
+    """With ``--dry-run`` and ``--max-cost``: what it would cost to embed the passages, as it was estimated before
+    anything was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Cost of some texts. Texts without a known cost are counted, but they do not count as free."""
+
+    texts: int
+    tokens: int | None
+    """Tokens of the texts whose tokens are known; None if there are texts, but the tokens of none are known."""
+    seconds: float | None
+    """Seconds of computation, in the same way. Seconds of simultaneous calls are added up."""
+    money: dict[str, str]
+    """Price of ``tokens`` by currency. It is empty if the price of a token is unknown, or if ``tokens`` is None."""
+    unknown_tokens: int
+    """Number of texts whose tokens are unknown."""
+    unknown_seconds: int
+    """Number of texts whose seconds are unknown."""
+
+
+def make_cost(work: Work, money: Mapping[str, Decimal]) -> Cost:
+    """Return the cost of some work, whose price by currency is ``money``."""
+    is_known = work.unknown_tokens < work.texts or not work.texts
+    return Cost(
+        texts=work.texts,
+        tokens=work.tokens if is_known else None,
+        seconds=round(work.seconds, 3) if work.unknown_seconds < work.texts or not work.texts else None,
+        money={currency: f"{amount:f}" for currency, amount in money.items()} if is_known else {},
+        unknown_tokens=work.unknown_tokens,
+        unknown_seconds=work.unknown_seconds,
+    )
+
+
+def subtract_money(after: Mapping[str, Decimal], before: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    """Return the difference by currency."""
+    return {currency: amount - before.get(currency, Decimal(0)) for currency, amount in after.items()}
+
+
+def describe_cost(cost: Cost | None) -> str | None:
+    """Return a cost for people, or None if there is nothing to say: no text, or less than a second and no tokens."""
+    if cost is None or not cost.texts:
+        return None
+    parts = [] if cost.tokens is None else [format_count(cost.tokens, "token")]
+    parts += [format_money(Decimal(amount), currency) for currency, amount in cost.money.items()]
+    parts += [] if cost.seconds is None or cost.seconds < 1 else [f"{format_seconds(cost.seconds)} of computation"]
+    if not parts:
+        is_unknown = cost.tokens is None and cost.seconds is None
+        return f"the cost of {format_count(cost.texts, 'text')} is unknown" if is_unknown else None
+    unknown = cost.unknown_seconds if cost.tokens is None else max(cost.unknown_tokens, cost.unknown_seconds)
+    note = f" ({format_count(unknown, 'text')} without a known cost not included)" if unknown else ""
+    return f"{', '.join(parts)}{note}"
 
 
 def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
@@ -82,6 +146,11 @@ def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
 def has_stored_nothing(tier: TierStats) -> bool:
     """Return whether a tier stored nothing although vectors were written to it."""
     return not tier.stored and bool(tier.errors or tier.dropped)
+
+
+def format_share(part: int, whole: int) -> str:
+    """Return a number and its share of the whole, in columns: ``      12 ( 33.3 %)``."""
+    return f"{part:>12,} ({100 * part / max(whole, 1):5.1f} %)"
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:

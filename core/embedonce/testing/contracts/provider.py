@@ -408,7 +408,8 @@ class ProviderContract(Contract):
 def _check_numbers(numbers: Any, count: int, what: str) -> None:
     assert len(numbers) == count, f"{what} must have one number per text: got {len(numbers)} for {count} texts"
     for number in numbers:
-        assert isinstance(number, int) and number >= 0, f"{what} must have ints of at least 0, got {number!r}"
+        is_valid = isinstance(number, int) and number >= 0
+        assert is_valid, f"{what} must have ints of at least 0, got {number!r}"
 
 
 class _OpenProvider:
