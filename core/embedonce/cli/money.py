@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from embedonce._messages import format_count
+from embedonce.prices import format_money
 
 from .embedding.progress import format_seconds
 
@@ -14,16 +15,9 @@ if TYPE_CHECKING:
     from embedonce.vectors import Work
 
 
-def format_money(sums: Mapping[str, Decimal]) -> str | None:
-    """Return amounts such as ``12.50 USD`` or ``0.00042 USD``; return None if there are none."""
-    return ", ".join(f"{_format_amount(amount)} {currency}" for currency, amount in sorted(sums.items())) or None
-
-
-def _format_amount(amount: Decimal) -> str:
-    """Return an amount with two decimals, or with two significant digits if it is below one."""
-    if amount >= 1 or amount == 0:
-        return f"{amount:,.2f}"
-    return f"{amount:.{1 - amount.adjusted()}f}"
+def format_sums(sums: Mapping[str, Decimal]) -> str | None:
+    """Return amounts such as ``12.50 USD, 3.00 EUR``; return None if there are none."""
+    return ", ".join(format_money(amount, currency) for currency, amount in sorted(sums.items())) or None
 
 
 def format_work_seconds(work: Work) -> str | None:
@@ -40,7 +34,7 @@ def list_work(work: Work, money: Mapping[str, Decimal]) -> list[Any]:
         work.texts,
         work.tokens if has_tokens else None,
         format_work_seconds(work),
-        format_money(money) if has_tokens else None,
+        format_sums(money) if has_tokens else None,
     ]
 
 
