@@ -1063,7 +1063,7 @@ def test_a_fork_while_calls_are_in_flight(backend: PostgresBackend) -> None:
 def test_the_statements_of_the_documentation_work(postgres_server: Any) -> None:
     page = Path(__file__).parents[2] / "docs" / "postgres.md"
     statements = re.findall(r"```sql\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(statements) == 5
+    assert len(statements) == 6
     with create_database(postgres_server.url, vectors=True) as database:
         database.run("DO $$ BEGIN CREATE ROLE app; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
         database.run("CREATE SCHEMA extensions")
@@ -1078,7 +1078,9 @@ def test_the_statements_of_the_documentation_work(postgres_server: Any) -> None:
                 other.embed("of another dimension")
             made = [statement.replace("0123456789abcdef", scope) for statement in statements]
             answers = [database.run(statement) for statement in made[:-1]]
-            assert scope in [row[0] for row in answers[1]]
+            costs = {row[0]: row[1:4] for row in answers[1]}
+            assert costs[scope] == (500, sum(map(len, texts)), 0)
+            assert scope in [row[0] for row in answers[2]]
             assert database.run("SELECT count(*) FROM minilm") == [(500,)]
             with psycopg.connect(database.url) as connection:
                 connection.execute("SET enable_seqscan = off")
