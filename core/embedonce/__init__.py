@@ -1,7 +1,7 @@
 """Embed each text once: a pluggable, tiered cache for text embeddings."""
 
 from ._engine.chain import Tier
-from .answers import Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
+from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .cache import Cache
 from .config import open
 from .contracts import Capabilities, Embedded, Limits
@@ -43,6 +43,7 @@ __all__ = [
     "EmbedonceError",
     "Entry",
     "EraseIncomplete",
+    "Estimate",
     "Explanation",
     "Fetched",
     "Held",

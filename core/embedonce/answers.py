@@ -142,6 +142,19 @@ class Estimate:
         """Price of ``max_tokens`` tokens; None if the price is unknown."""
         return None if self.price is None else self.price.of(self.max_tokens)
 
+    def __repr__(self) -> str:
+        between = f", {self.min_tokens:,} to {self.max_tokens:,}" if self.min_tokens < self.max_tokens else ""
+        parts = [
+            format_counts(self.hits),
+            f"{self.missing:,} missing",
+            f"{self.invalid:,} invalid" if self.invalid else "",
+            f"{format_count(self.tokens, 'token')} ({self.method}{between})",
+            f"{self.money:.6f} {self.price.currency}" if self.price is not None else "",
+            f"{self.seconds:.1f} s" if self.seconds else "",
+            "tier errors: " + ", ".join(map(quote_toml_key, self.errors)) if self.errors else "",
+        ]
+        return f"<Estimate {format_count(self.texts, 'text')}: {', '.join(part for part in parts if part)}>"
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:

@@ -6,19 +6,20 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from ._arguments import check_options, check_parts, find_normalizer, read_price
 from ._engine.chain import Tier
 from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
-from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
+from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
-from .errors import ConfigError
 from .events import Computed, Event, Stats, Stored
 from .functions import wrap
-from .keys import NORMALIZERS, KeyPolicy, VectorSpace
+from .keys import KeyPolicy, VectorSpace
 from .prices import Price
+from .savings import FoundSavings
 from .tasks import TASKS
 from .vectors import NO_WORK, Cost, Dtype, Matrix, Metadata, Vector
 
@@ -86,12 +87,12 @@ class Cache(Requests):
         listeners: Iterable[Callable[[Event], None]] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
-        listeners = _check_parts(key, drift, listeners, clock)
+        check_options(dtype, mode, max_wait, flush_timeout, max_queued)
+        listeners = check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
-        steps = [_find_normalizer(name) for name in policy.normalize]
-        source = LiveProvider(wrap(provider, space), fallback=False, price=_read_price(price))
-        other_price = _read_price(fallback_price)
+        steps = [find_normalizer(name) for name in policy.normalize]
+        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price(price))
+        other_price = read_price(fallback_price)
         second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True, price=other_price)
         chain = RunningChain(
             tiers,
@@ -126,7 +127,7 @@ class Cache(Requests):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        source = LiveProvider(wrap(provider, space), fallback=False, price=_read_price(price))
+        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price(price))
         return _CacheOfSameTiers(self._chain, source)
 
     # --- blocking methods --------------------------------------------------------------------
@@ -195,10 +196,15 @@ class Cache(Requests):
         return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
 
     def estimate(self, texts: Iterable[str], task: Task = "document") -> Estimate:
-        """Return how many texts the tiers have, and the tokens, price and seconds of the others. A fallback is ignored.
+        """Return how many of the texts the tiers have, and the tokens, price and seconds of the others.
 
-        Nothing is computed, stored or counted. Only a hash of 8 bytes per distinct text stays in memory, so the texts
-        may be a stream. Raises ProviderError if the cache has no provider.
+        Nothing is computed, stored, counted or sent to the provider. ``texts`` may be a stream of any length, because
+        only a hash of 8 bytes per distinct text stays in memory. The fallback is ignored. A tier that fails is named
+        in the result.
+
+        Raises:
+            TypeError: an item is not a str.
+            ProviderError: the cache has no provider.
         """
         port = self._chain.ports.blocking
         estimator = run_blocking(self._begin_estimate(port, texts, task))
@@ -276,6 +282,18 @@ class Cache(Requests):
         A tier that cannot list its keys has one row with the reason.
         """
         return run_blocking(self._contents(self._chain.ports.blocking))
+
+    def savings(self, since: float = 0.0) -> FoundSavings:
+        """Return what all processes that share the tiers have computed and saved since a Unix time.
+
+        The records are of whole days in UTC, and of at most a year. A process writes its record about twice a minute
+        while it works, and when its cache is closed. This method first writes the record of this process.
+
+        A tier that fails is in ``errors`` of the result.
+        """
+        self._check_open()
+        self._chain.recorder.record()
+        return run_blocking(self._chain.recorder.read(self._chain.ports.blocking, since))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
@@ -426,6 +444,12 @@ class Cache(Requests):
         """Async twin of :meth:`contents`."""
         return await self._contents(self._chain.ports.get_loop_port())
 
+    async def asavings(self, since: float = 0.0) -> FoundSavings:
+        """Async twin of :meth:`savings`."""
+        self._check_open()
+        await self._off_loop(self._chain.recorder.record)
+        return await self._chain.recorder.read(self._chain.ports.get_loop_port(), since)
+
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """Async twin of :meth:`list_metadata`."""
         return await self._list_metadata(self._chain.ports.get_loop_port(), task)
@@ -553,47 +577,3 @@ class _CacheOfSameTiers(Cache):
 
     async def aclose(self) -> None:
         await self._off_loop(self.close)
-
-
-def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float, max_queued: int) -> None:
-    if dtype not in ("float32", "float16", "int8"):
-        raise ConfigError(f'dtype must be "float32", "float16" or "int8", got {dtype!r}')
-    if mode not in ("read-through", "replay"):
-        raise ConfigError(f'mode must be "read-through" or "replay", got {mode!r}')
-    for name, number, least in (
-        ("max_wait", max_wait, 0),
-        ("flush_timeout", flush_timeout, 0),
-        ("max_queued", max_queued, 1),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ConfigError(f"{name} must be a number, got {type(number).__name__}")
-        if not number >= least:
-            raise ConfigError(f"{name} must be at least {least}, got {number}")
-
-
-def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> list[Callable[[Event], None]]:
-    """Check the types of arguments that are used only later, and return the listeners as a list."""
-    for name, value, kind in (("key", key, KeyPolicy), ("drift", drift, DriftGuard)):
-        if value is not None and not isinstance(value, kind):
-            got = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
-            raise ConfigError(f"{name} must be a {kind.__name__}, such as {kind.__name__}(...), got {got}")
-    functions: list[Callable[[Event], None]] = list(listeners) if isinstance(listeners, Iterable) else []
-    if not isinstance(listeners, Iterable) or not all(map(callable, functions)):
-        raise ConfigError("listeners must be a list of functions, each of which is called with every event")
-    if not callable(clock):
-        raise ConfigError(f"clock must be a function that returns Unix time, got a {type(clock).__name__}")
-    return functions
-
-
-def _read_price(price: Any) -> Price | None:
-    return price if price is None or isinstance(price, Price) else Price.parse(price)
-
-
-def _find_normalizer(name: str) -> Normalizer:
-    if not isinstance(name, str):
-        raise ConfigError(f"normalize in KeyPolicy must list names of steps, got a {type(name).__name__}")
-    if name in NORMALIZERS:
-        return NORMALIZERS[name]
-    from ._plugins.loading import normalizer
-
-    return normalizer(name)

@@ -196,8 +196,16 @@ class Stats:
         passed_by = f", {format_count(self.passed_by, 'call')} passed by" if self.passed_by else ""
         return (
             f"<Stats hit rate {format_percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
-            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}>"
+            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}{self._describe_saved()}>"
         )
+
+    def _describe_saved(self) -> str:
+        """Return the tokens and the money that hits have saved, if the tokens of any hit are known."""
+        saved = self.saved
+        if saved.unknown_tokens == saved.texts:
+            return ""
+        money = "".join(f" ({amount:.2g} {currency})" for currency, amount in sorted(self.money_saved.items()))
+        return f", {format_count(saved.tokens, 'token')} saved{money}"
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each tier and provider, for notebooks."""
@@ -209,6 +217,8 @@ class Stats:
                 f"{tier.stored:,}",
                 f"{tier.dropped:,}",
                 f"{tier.seconds:.3f}",
+                f"{tier.saved.tokens:,}",
+                f"{tier.saved.seconds:.3f}",
             )
             for name, tier in self.tiers.items()
         ]
@@ -219,5 +229,6 @@ class Stats:
         parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared"]
         parts += [f"{format_count(self.passed_by, 'call')} passed by"] if self.passed_by else []
         title = "Stats: " + "; ".join(part for part in parts if part)
-        head = ("tier", "hit rate", "hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped", "seconds")
+        counts = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
+        head = ("tier", "hit rate", *counts, "seconds", "saved tokens", "saved seconds")
         return make_html_table(title, head, rows)

@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 
 from .cache import Cache
 from .errors import ConfigError
-from .events import Stats
+from .events import SpaceStats, Stats
+from .vectors import NO_WORK, Work
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, values
@@ -67,6 +68,15 @@ _FAMILIES = (
     _Family("provider_failed", "Texts that failed.", ("provider",)),
     _Family("provider_tokens", "Tokens charged.", ("provider",)),
     _Family("provider_seconds", "Seconds spent in calls to the provider.", ("provider",)),
+    _Family("computed_texts", "Texts embedded, by model.", ("provider", "model")),
+    _Family("computed_tokens", "Tokens charged for embedded texts.", ("provider", "model")),
+    _Family("computed_seconds", "Seconds of calls to the provider.", ("provider", "model")),
+    _Family("computed_money", "Price of the computed tokens.", ("provider", "model", "currency")),
+    _Family("saved_texts", "Texts found in a tier, by model.", ("tier", "model")),
+    _Family("saved_tokens", "Tokens that hits have saved.", ("tier", "model")),
+    _Family("saved_seconds", "Seconds of calls to the provider that hits have saved.", ("tier", "model")),
+    _Family("saved_money", "Price of the saved tokens.", ("tier", "model", "currency")),
+    _Family("saved_unknown_tokens", "Hits whose tokens are unknown; saved_tokens lacks them.", ("tier", "model")),
 )
 
 _Sample = tuple[str, tuple[str, ...]]
@@ -92,6 +102,20 @@ class CacheCollector(Collector):
     ``embed_cache_provider_tokens_total``  ``provider``        tokens charged
     ``embed_cache_provider_seconds_total`` ``provider``        seconds spent in calls to the provider
     =====================================  ==================  =========================================
+
+    These metrics show the work that was computed and saved. They are added up over the vector spaces of a model.
+
+    ============================================  ==============================  ==============================
+    ``embed_cache_computed_texts_total``          ``provider``, ``model``         texts embedded
+    ``embed_cache_computed_tokens_total``         ``provider``, ``model``         tokens charged
+    ``embed_cache_computed_seconds_total``        ``provider``, ``model``         seconds of calls to the provider
+    ``embed_cache_computed_money_total``          and ``currency``                price of the computed tokens
+    ``embed_cache_saved_texts_total``             ``tier``, ``model``             texts found
+    ``embed_cache_saved_tokens_total``            ``tier``, ``model``             tokens that hits have saved
+    ``embed_cache_saved_seconds_total``           ``tier``, ``model``             seconds that hits have saved
+    ``embed_cache_saved_money_total``             and ``currency``                price of the saved tokens
+    ``embed_cache_saved_unknown_tokens_total``    ``tier``, ``model``             hits whose tokens are unknown
+    ============================================  ==============================  ==============================
     """
 
     def __init__(self, *caches: Cache) -> None:
@@ -218,6 +242,28 @@ def _list_samples(stats: Stats) -> Iterator[tuple[_Sample, float]]:
     for name, provider in stats.providers.items():
         for count in ("texts", "failed", "tokens", "seconds"):
             yield (f"provider_{count}", (name,)), getattr(provider, count)
+    yield from _list_work(stats).items()
+
+
+def _list_work(stats: Stats) -> dict[_Sample, float]:
+    """Return the work that was computed and saved, added up over the spaces of each model."""
+    sums: defaultdict[_Sample, float] = defaultdict(float)
+
+    def add(kind: str, source: str, space: SpaceStats, work: Work) -> None:
+        labels = (source, str(space.card.get("model") or ""))
+        for part in ("texts", "tokens", "seconds"):
+            sums[f"{kind}_{part}", labels] += getattr(work, part)
+        if kind == "saved":
+            sums["saved_unknown_tokens", labels] += work.unknown_tokens
+        if space.price is not None:
+            sums[f"{kind}_money", (*labels, space.price.currency)] += float(space.price.of(work.tokens))
+
+    for space in stats.spaces.values():
+        if space.computed != NO_WORK:
+            add("computed", str(space.card.get("provider") or ""), space, space.computed)
+        for tier, work in space.saved.items():
+            add("saved", tier, space, work)
+    return dict(sums)
 
 
 def _list_causes(family: str, tier: str, causes: Mapping[str, int]) -> Iterator[tuple[_Sample, float]]:

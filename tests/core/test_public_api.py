@@ -11,6 +11,7 @@ import inspect
 import threading
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_every_method_that_does_io_has_a_twin() -> None:
 def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
     blocking, awaited = (inspect.signature(getattr(Cache, each)) for each in (name, f"a{name}"))
     texts = blocking.parameters.get("texts")
-    if name == "embed_iter":  # the async twin also accepts async iterables
+    if name in ("embed_iter", "estimate"):  # the async twin also accepts async iterables
         assert awaited.parameters["texts"].annotation == "Iterable[str] | AsyncIterable[str]"
         awaited = awaited.replace(
             parameters=[texts if p.name == "texts" else p for p in awaited.parameters.values()],
@@ -55,7 +56,7 @@ def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
 
 
 def test_options_of_fetch_and_put_are_keyword_only() -> None:
-    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata"}}.items():
+    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata", "costs"}}.items():
         parameters = inspect.signature(getattr(Cache, name)).parameters.values()
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == options
 
@@ -95,6 +96,7 @@ def printed() -> dict[str, Any]:
         many(cache, 700)
         fetched = many(cache, 1000)
         explanation = cache.explain("private 1")
+        estimate = cache.estimate([f"private {i}" for i in range(2000)])
         stats = cache.stats()
         down.faults.clear()
         purged = cache.purge(model="counting", dry_run=True)
@@ -114,6 +116,9 @@ def printed() -> dict[str, Any]:
         "Explanation of a miss": Explanation(
             "eo1.k", "s", "f", hostile, {"extra": "y" * 9999}, {hostile: hostile}, True, {hostile: hostile}, [hostile]
         ),
+        "Estimate": estimate,
+        "Estimate of nothing": replace(estimate, texts=0, hits={}, missing=0, errors={}, price=None),
+        "Estimate with odd names": replace(estimate, hits={hostile: 1}, errors={hostile: hostile}),
         "Purged": purged,
         "Purged a lot": Purged({str(i): None for i in range(1000)}, {hostile: 12345}),
         "Entry": Entry(fetched.vectors[0], 1.0, None, {"text_preview": "private"}),

@@ -23,6 +23,7 @@ from embedonce import (
     EmbedonceError,
     Entry,
     EraseIncomplete,
+    Estimate,
     Explanation,
     Fetched,
     Held,
@@ -80,6 +81,7 @@ def embedding(cache: Cache, texts: list[str], names: tuple[str, ...]) -> None:
     assert_type(cache.embed_iter(iter(texts), batch=10), Iterator[Vector])
     assert_type(cache.fetch(texts, store=False, metadata=[None, {"page": 1}]), Fetched)
     assert_type(cache.lookup(texts), Fetched)
+    assert_type(cache.estimate(iter(texts), "query"), Estimate)
     assert_type(cache.put(texts, [[1.0, 2.0]], metadata=[{"page": 1}]), None)
     assert_type(cache.put(texts, np.ones((1, 2), np.float64)), None)
     assert_type(cache.put(texts, cache.embed_batch(texts)), None)
@@ -95,6 +97,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(cache.aembed_iter(stream), AsyncIterator[Vector])
     assert_type(await cache.afetch(texts, store=False), Fetched)
     assert_type(await cache.alookup(texts), Fetched)
+    assert_type(await cache.aestimate(stream), Estimate)
     assert_type(await cache.aput(texts, [[1.0, 2.0]], metadata=None), None)
     assert_type(await cache.aforget(texts), None)
     assert_type(await cache.apurge(model="m", dry_run=True), Purged)

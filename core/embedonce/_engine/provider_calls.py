@@ -66,10 +66,10 @@ def split_costs(
     if not any(weights):
         weights = [1] * len(texts)
     pace = seconds / sum(weights)
-    each: Sequence[int | None] = [None] * len(texts)
-    if tokens is not None:
-        each = apportion(tokens, weights) if isinstance(tokens, int) else tokens
-    return each, [pace * weight for weight in weights]
+    own_seconds = [pace * weight for weight in weights]
+    if tokens is None:
+        return [None] * len(texts), own_seconds
+    return apportion(tokens, weights) if isinstance(tokens, int) else tokens, own_seconds
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:

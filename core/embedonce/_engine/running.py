@@ -29,6 +29,7 @@ from .leases import Leases
 from .ledger import Ledger
 from .plan import Engine
 from .ports import Port, Ports
+from .recording import SavingsRecorder
 from .repeated_warnings import RepeatedWarnings
 from .routes import Route
 from .served import ServedModels
@@ -154,6 +155,8 @@ class RunningChain:
             emit=self.emit,
             clock=clock,
         )
+        self.recorder = SavingsRecorder(self.tiers, self.ledger, clock)
+        self.engine.requests.watchers.append(self.recorder.record_if_due)
         busy_timeout = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
         self.upkeep = Upkeep(
             self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
@@ -264,6 +267,7 @@ class RunningChain:
         if owner is None or not owner._mark_closed():
             return
         self.flush_or_warn(timeout)
+        self.recorder.record()
         for cache in self._list_caches():
             if cache._mark_closed():
                 cache._close_providers()
@@ -291,6 +295,7 @@ class RunningChain:
             tier.reset()
         self.engine.requests.renew_locks()
         self.ledger.renew_lock()
+        self.recorder.reset()
         if self.engine.leases is not None:
             self.engine.leases.reset()
 

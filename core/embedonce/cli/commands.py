@@ -19,6 +19,7 @@ from . import inspect as _inspect
 from . import migrate as _migrate
 from . import new as _new
 from . import purge as _purge
+from . import savings as _savings
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -137,6 +138,7 @@ app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
 app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
+app.command(cls=Command, epilog=_savings.EPILOG)(_savings.savings)
 app.command(cls=Command, epilog=_forget.EPILOG)(_forget.forget)
 app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
 app.command(cls=Command, epilog=_migrate.EPILOG)(_migrate.migrate)

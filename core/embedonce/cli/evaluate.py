@@ -77,9 +77,9 @@ def evaluate(
         wanted = _keep_judged(wanted, judged)
     evaluation = _evaluate_dtypes(config, documents, wanted, judged, k)
     if plot is not None:
-        from .plot import draw_plot
+        from .evaluation_plot import draw_evaluation
 
-        draw_plot(evaluation, plot)
+        draw_evaluation(evaluation, plot)
         say(f"wrote {plot}")
     if json:
         emit(asdict(evaluation))

@@ -14,12 +14,14 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
+from .money import describe_unknown, export_work, list_work
 from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
 from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
     from embedonce.answers import Held, ProviderCheck
     from embedonce.plugins import InstalledPlugin
+    from embedonce.savings import SavingsRecord
 
 CHECK_EPILOG = """
 Examples:
@@ -62,7 +64,8 @@ embedonce stats
 embedonce stats --json
 
 A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
-has no value if the value is unknown.
+has no value if the value is unknown. The second table has the work of all processes within the last year: the texts
+that were computed, and those whose vectors a tier had. `embedonce savings` adds it up by model, tier or day.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -263,17 +266,29 @@ def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, 
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show the contents of the tiers: one row per tier and scope, with its model, size and dates."""
+    """Show what each tier holds, scope by scope, and the work that was computed and saved in each scope."""
+    from embedonce.savings import add_up, group_by_scope
+
     from .opened import list_folders, open_for_upkeep
 
     with open_for_upkeep(config) as (loaded, cache):
         contents = cache.contents()
+        found = cache.savings()
+    work = group_by_scope(found.records)
     held = [one for one in contents if one.error is None]
-    errors = {one.tier: one.error for one in contents if one.error is not None}
+    errors = dict(found.errors) | {one.tier: one.error for one in contents if one.error is not None}
     folders = list_folders(loaded)
     if json:
         entries = sum(one.entries for one in held)
-        emit({"held": [asdict(one) for one in held], "entries": entries, "errors": errors, "folders": folders})
+        emit(
+            {
+                "held": [asdict(one) for one in held],
+                "entries": entries,
+                "work": [_export_scope(records) for records in work.values()],
+                "errors": errors,
+                "folders": folders,
+            }
+        )
     else:
         write_line = show if held else say  # without contents, the folders are only a hint where to look
         for tier, folder in folders.items():
@@ -282,6 +297,12 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
             show(_make_contents_table(held))
         elif not errors:  # a tier that cannot be listed may have entries
             show("The tiers are empty.")
+        if work:
+            show("", _make_work_table(work))
+            total = add_up(found.records)
+            for note in (describe_unknown(total.computed, "computed"), describe_unknown(total.saved, "saved")):
+                if note:
+                    say(note)
     for tier, reason in dict.fromkeys((one.tier, one.unmeasured) for one in held if one.unmeasured):
         say(f"note: tier {tier!r}: bytes and dates not measured: {reason}")
     for tier, error in errors.items():
@@ -295,6 +316,39 @@ def _make_contents_table(held: Sequence[Held]) -> Any:
     titles = ("tier", "scope", *CARD, *numbers, "oldest", "newest", "current")
     rows = [[*_list_card(one), one.dimensions, one.entries, one.bytes, *_list_dates(one), one.current] for one in held]
     return make_table({title: "right" if title in numbers else "left" for title in titles}, rows)
+
+
+def _make_work_table(work: Mapping[str, Sequence[SavingsRecord]]) -> Any:
+    """Return a table with a row for the computed texts of each scope, and a row for the hits of each tier."""
+    from embedonce.savings import add_up, group_savings
+
+    rows: list[list[Any]] = []
+    for scope, records in work.items():
+        sums = add_up(records)
+        card = [getattr(records[-1], name) for name in CARD]
+        rows.append([scope, *card, "computed", *list_work(sums.computed, sums.spent)])
+        for tier, saved in group_savings(records, "tier").items():
+            if saved.saved.texts:
+                rows.append([scope, *card, f"saved by {tier}", *list_work(saved.saved, saved.money_saved)])
+    numbers = ("texts", "tokens", "time", "money")
+    titles = ("scope", *CARD, "work", *numbers)
+    return make_table({title: "right" if title in numbers else "left" for title in titles}, rows)
+
+
+def _export_scope(records: Sequence[SavingsRecord]) -> dict[str, Any]:
+    from embedonce.savings import add_up, group_savings
+
+    sums = add_up(records)
+    return {
+        "scope": records[-1].scope,
+        **{name: getattr(records[-1], name) for name in CARD},
+        "computed": export_work(sums.computed, sums.spent),
+        "saved": {
+            tier: export_work(saved.saved, saved.money_saved)
+            for tier, saved in group_savings(records, "tier").items()
+            if saved.saved.texts
+        },
+    }
 
 
 def _list_card(held: Held) -> list[Any]:

@@ -1,0 +1,181 @@
+"""``embedonce savings``: what all processes that share the tiers have computed and saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from embedonce._reprs import format_percent
+
+from .money import describe_unknown, export_work, list_work
+from .options import ConfigOption, JsonOption
+from .output import FAILED, Failed, emit, make_table, say, show
+
+if TYPE_CHECKING:
+    from embedonce.savings import FoundSavings, Group, Savings
+
+EPILOG = """
+Examples:
+
+embedonce savings
+
+embedonce savings --since 30d --by tier
+
+embedonce savings --since 2026-01-01 --by day --plot savings.png
+
+embedonce savings --json
+
+Each process records its work in the slowest tier that can list its keys, about twice a minute and when it ends. So the
+work of the last seconds may be missing. A record is of one day in UTC, and expires after a year. To see amounts of
+money, set price in [provider], for example price = "0.02 USD / 1M tokens".
+"""
+
+NO_NAME = "(none)"
+"""Stands for the namespace of a key policy without a namespace."""
+BAR = 40
+"""Length of the longest bar in characters."""
+
+
+def savings(
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="TIME",
+            help="Add up only the days since then: a duration such as 30d, or a date. Default: a year.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="GROUP", help="Add up by tier, model, namespace or day.")
+    ] = "model",
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also write the sums as a plot: .png, .svg or .pdf."),
+    ] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the texts, tokens, seconds and money that all processes have computed and saved."""
+    from embedonce.savings import add_up, group_savings
+
+    from .opened import open_for_upkeep
+    from .plot import check_plot
+
+    group, start = _read_group(by), _read_since(since)
+    if plot is not None:
+        check_plot(plot)
+    with open_for_upkeep(config) as (_, cache):
+        found = cache.savings(start)
+    groups = group_savings(found.records, group)
+    total = add_up(found.records)
+    if json:
+        emit(
+            {
+                "since": None if since is None else datetime.fromtimestamp(start, UTC).date().isoformat(),
+                "by": group,
+                "groups": [{"name": name, **_export(sums)} for name, sums in groups.items()],
+                "total": _export(total),
+                "tiers": found.tiers,
+                "errors": dict(found.errors),
+            }
+        )
+    elif groups:
+        show(_make_savings_table(group, groups, total), "")
+        for line in draw_bars(groups, group):
+            show(line)
+    elif found.tiers:
+        show(f"No work has been recorded{_describe_since(since)} in {' and '.join(found.tiers)}.")
+    if groups and not json:
+        for note in (describe_unknown(total.computed, "computed"), describe_unknown(total.saved, "saved")):
+            if note:
+                say(note)
+    if plot is not None and groups:
+        from .savings_plot import draw_savings
+
+        draw_savings(groups, group, plot)
+        say(f"wrote {plot}")
+    _report_tiers(found)
+
+
+def _report_tiers(found: FoundSavings) -> None:
+    """Report the tiers that failed. Raise if no tier can keep records at all."""
+    for tier, reason in found.errors.items():
+        say(f"error: tier {tier!r}: {reason}")
+    if found.errors:
+        raise typer.Exit(FAILED)
+    if not found.tiers:
+        raise Failed(
+            "no tier of this configuration can keep records. A memory tier ends with its process, and memcached cannot "
+            "list its keys. Add a disk, Redis or Postgres tier"
+        )
+
+
+def _read_group(by: str) -> Group:
+    groups: dict[str, Group] = {"tier": "tier", "model": "model", "namespace": "namespace", "day": "day"}
+    if by not in groups:
+        raise typer.BadParameter(f"must be one of {', '.join(groups)}", param_hint="--by")
+    return groups[by]
+
+
+def _read_since(since: str | None) -> float:
+    """Return the Unix time that ``--since`` stands for; 0 if it was not given."""
+    from embedonce.options import BadValue, parse_duration
+
+    if since is None:
+        return 0.0
+    try:
+        day = date.fromisoformat(since)
+    except ValueError:
+        try:
+            return time.time() - parse_duration(since)
+        except BadValue as error:
+            raise typer.BadParameter(
+                f"{error}; give a duration such as 30d, or a date such as 2026-01-31", param_hint="--since"
+            ) from None
+    return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
+
+
+def _describe_since(since: str | None) -> str:
+    return "" if since is None else f" since {datetime.fromtimestamp(_read_since(since), UTC).date()}"
+
+
+def _export(sums: Savings) -> dict[str, Any]:
+    return {
+        "computed": export_work(sums.computed, sums.spent),
+        "saved": export_work(sums.saved, sums.money_saved),
+    }
+
+
+def _make_savings_table(group: str, groups: Mapping[str, Savings], total: Savings) -> Any:
+    """Return a table with two lines per group: the work that was computed, and the work that was saved."""
+    rows: list[list[Any]] = []
+    for name, sums in [*groups.items(), *([("total", total)] if len(groups) > 1 else [])]:
+        lines = [
+            (word, work, money)
+            for word, work, money in (("computed", sums.computed, sums.spent), ("saved", sums.saved, sums.money_saved))
+            if work.texts or group != "tier"
+        ]
+        for number, (word, work, money) in enumerate(lines):
+            rows.append([" " if number else name or NO_NAME, word, *list_work(work, money)])
+    numbers = ("texts", "tokens", "time", "money")
+    return make_table({title: "right" if title in numbers else "left" for title in (group, "work", *numbers)}, rows)
+
+
+def draw_bars(groups: Mapping[str, Savings], by: Group) -> list[str]:
+    """Return a bar chart: one line per group, with a bar of the texts that were saved (█) and computed (░)."""
+    sizes = {name: sums.computed.texts + sums.saved.texts for name, sums in groups.items()}
+    width, longest, total = max(len(name or NO_NAME) for name in groups), max(sizes.values()), sum(sizes.values())
+    lines = []
+    for name, sums in groups.items():
+        size = max(round(BAR * sizes[name] / max(longest, 1)), 1)
+        saved = round(size * sums.saved.texts / max(sizes[name], 1))
+        share = sizes[name] / max(total, 1) if by == "tier" else sums.saved.texts / max(sizes[name], 1)
+        label = format_percent(share) + (" of all texts" if by == "tier" else " saved")
+        lines.append(f"{(name or NO_NAME).ljust(width)}  {'█' * saved}{'░' * (size - saved)} {label}")
+    return lines
