@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -33,6 +34,7 @@ from embedonce.prices import Price
 from embedonce.testing import OpenAIServer
 from embedonce.vectors import Work
 from embedonce_backends.memory import MemoryBackend
+from embedonce_providers.ngram import NgramProvider
 
 PRICE = "0.02 USD / 1M tokens"
 CONFIG = f"""\
@@ -50,7 +52,9 @@ NOTHING = "this dry run has computed, stored and sent nothing"
 
 
 @pytest.fixture
-def corpus(folder: Path) -> Path:
+def corpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small corpus, and a provider that cannot count tokens."""
+    monkeypatch.delattr(NgramProvider, "count_exact_tokens")
     (folder / "embedonce.toml").write_text(CONFIG)
     docs = folder / "docs"
     docs.mkdir()
@@ -62,7 +66,7 @@ def corpus(folder: Path) -> Path:
 @pytest.fixture
 def server(folder: Path) -> Iterator[OpenAIServer]:
     """A server that charges for tokens, and a corpus of which a third is cached."""
-    with OpenAIServer(dimensions=8) as server:
+    with OpenAIServer(model="unknown-to-tokenizers", dimensions=8) as server:
         (folder / "embedonce.toml").write_text(
             f'[provider]\ntype = "openai"\nmodel = "{server.model}"\nbase_url = "{server.base_url}"\napi_key = "test"\n'
             f'price = "{PRICE}"\nbatch_size = 10\n[[tiers]]\ntype = "disk"\npath = "vectors.cache"\ntimeout = "60s"\n'
@@ -132,6 +136,27 @@ def test_a_dry_run_predicts_the_run_that_follows(command: Any, server: OpenAISer
 
 
 @needs("openai")
+def test_counted_tokens_are_those_that_the_run_pays(
+    command: Any, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedonce_providers.openai import OpenAIProvider
+
+    def count(self: OpenAIProvider, texts: list[str], task: str) -> list[int]:
+        return list(map(server.tokens_of, texts))
+
+    monkeypatch.setattr(OpenAIProvider, "count_exact_tokens", count)
+    command("embed", "third.txt", "--split", "line", "--out", "third.npy")
+    predicted = command("embed", "all.txt", "--split", "line", "--dry-run", "--json").json["estimate"]
+    assert predicted["method"] == "counted"
+    limit = predicted["money"]
+    above = command("embed", "all.txt", "--split", "line", "--out", "all.npy", "--max-cost", f"{limit[:-5]}0 USD")
+    assert above.code == 1
+    run = command("embed", "all.txt", "--split", "line", "--out", "all.npy", "--max-cost", limit, "--json").json
+    assert run["spent"]["tokens"] == predicted["tokens"] == predicted["min_tokens"] == predicted["max_tokens"]
+    assert [f"{amount} {currency}" for currency, amount in run["spent"]["money"].items()] == [limit]
+
+
+@needs("openai")
 def test_the_summary_names_tokens_and_money(command: Any, server: OpenAIServer) -> None:
     command("embed", "third.txt", "--split", "line", "--out", "third.npy")
     lines = command("embed", "all.txt", "--split", "line", "--out", "all.npy").out.splitlines()
@@ -151,8 +176,6 @@ class CountingProvider:
 
 
 def test_tokens_are_exact_where_the_provider_counts_them(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedonce_providers.ngram import NgramProvider
-
     monkeypatch.setattr(NgramProvider, "count_exact_tokens", CountingProvider.count_exact_tokens, raising=False)
     with Cache(NgramProvider(), [MemoryBackend()], price=PRICE) as cache:
         trial = DryRun(cache, Reader(["docs"]), task="document")
@@ -351,25 +374,27 @@ def test_an_input_that_cannot_be_read_twice_is_refused(command: Any, corpus: Pat
 
 
 @pytest.mark.slow
+@needs("openai")
 @pytest.mark.parametrize(("answer", "code"), [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1), (b"\x03", 130)])
 def test_on_a_terminal_it_asks(
-    process: Callable[..., subprocess.Popen[str]], corpus: Path, answer: bytes, code: int
+    process: Callable[..., subprocess.Popen[str]], server: OpenAIServer, answer: bytes, code: int
 ) -> None:
     pty = pytest.importorskip("pty")
     terminal, inner = pty.openpty()
     Path("out.npy").write_bytes(b"earlier")
-    arguments = ("embed", "docs", "--out", "out.npy", "--max-cost", "0.0000001", "--json")
+    arguments = ("embed", "third.txt", "--split", "line", "--out", "out.npy", "--max-cost", "0.0000001", "--json")
     started = process(*arguments, stdin=inner, stderr=inner, start_new_session=True, preexec_fn=take_terminal)
     os.close(inner)
     seen = b""
     while b"[y/N]" not in seen:
         seen += os.read(terminal, 2**16)
-    assert b"A run may cost up to 0.00000036 USD, more than --max-cost 0.0000001 USD. Embed anyway?" in seen
+    assert re.search(rb"A run may cost up to 0.00\d+ USD, more than --max-cost 0.0000001 USD. Embed anyway\?", seen)
+    assert not server.requests
     os.write(terminal, answer)
     out, _ = started.communicate(timeout=100)
     os.close(terminal)
     assert started.returncode == code
-    assert ('"rows": 5' in out) == (code == 0)
+    assert ('"rows": 200' in out) == bool(server.requests) == (code == 0)
     assert (Path("out.npy").read_bytes() == b"earlier") == (code != 0)
 
 
@@ -417,6 +442,8 @@ def test_an_estimate_names_its_bounds_and_its_sample() -> None:
     assert "time: about 1 min 30 s" in describe_dry_run(Summary(), measured)
     guessed = make_estimate(method="guessed", min_tokens=10, max_tokens=2_000_000)
     assert describe_price(guessed) == f"at most 0.040 USD, at {PRICE}"
+    free = make_estimate(method="counted", tokens=0, min_tokens=0, max_tokens=0, price=None)
+    assert "tokens: 0, so the price is 0" in describe_dry_run(Summary(), free)
     unknown = describe_dry_run(Summary(), make_estimate(seconds=None))
     assert "time: unknown, because the tiers do not know how long other texts took" in unknown
     assert not list(describe_tier_errors(measured))
@@ -433,6 +460,7 @@ NOT_INCLUDED = "(2 texts without a known cost not included)"
         (Work(3, 1200, 0.5), {}, "1,200 tokens"),
         (Work(3, 0, 70.0, 3), {"USD": "0"}, "1 min 10 s of computation"),
         (Work(3, 0, 0.5, 3), {"USD": "0"}, None),
+        (Work(3, 0, 2.0), {"USD": "0"}, "2 s of computation"),
         (Work(3, 40, 1.0, 2, 1), {"USD": "1"}, f"40 tokens, 1.00 USD, 1 s of computation {NOT_INCLUDED}"),
         (Work(3, 0, 0.0, 3, 3), {"USD": "0"}, "the cost of 3 texts is unknown"),
     ],

@@ -110,6 +110,8 @@ api_key = "${OPENAI_API_KEY}"
 # base_url = "http://localhost:11434/v1"
 # Set this for an endpoint that silently cuts texts that are too long, as Ollama does. OpenAI refuses such texts.
 # truncate = "provider"
+# The price of the tokens. With it, `embedonce embed --dry-run` and the statistics show money.
+# price = "0.02 USD / 1M tokens"
 """,
         extra="openai",
         variables=("OPENAI_API_KEY",),
@@ -128,6 +130,8 @@ api_key = "${GEMINI_API_KEY}"
 # with normalize = true, they are scaled to unit length.
 dimensions = 768
 normalize = true
+# The price of the tokens. With it, `embedonce embed --dry-run` and the statistics show money.
+# price = "0.02 USD / 1M tokens"
 """,
         extra="gemini",
         variables=("GEMINI_API_KEY",),

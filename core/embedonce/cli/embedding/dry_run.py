@@ -139,8 +139,11 @@ def describe_dry_run(summary: Summary, estimate: Estimate, *, is_replay: bool = 
     if is_replay:
         yield from _describe_replay(estimate)
     elif estimate.missing:
-        yield f"tokens: {describe_tokens(estimate)}"
-        yield f"price: {describe_price(estimate)}"
+        if estimate.max_tokens:
+            yield f"tokens: {describe_tokens(estimate)}"
+            yield f"price: {describe_price(estimate)}"
+        else:
+            yield "tokens: 0, so the price is 0"
         yield f"time: {_describe_time(estimate)}"
     else:
         yield "a run would compute nothing"

@@ -118,8 +118,10 @@ def describe_cost(cost: Cost | None) -> str | None:
     """Return a cost for people, or None if there is nothing to say: no text, or less than a second and no tokens."""
     if cost is None or not cost.texts:
         return None
-    parts = [] if cost.tokens is None else [format_count(cost.tokens, "token")]
-    parts += [format_money(Decimal(amount), currency) for currency, amount in cost.money.items()]
+    parts = []
+    if cost.tokens:  # a local provider may use no tokens at all
+        parts = [format_count(cost.tokens, "token")]
+        parts += [format_money(Decimal(amount), currency) for currency, amount in cost.money.items()]
     parts += [] if cost.seconds is None or cost.seconds < 1 else [f"{format_seconds(cost.seconds)} of computation"]
     if not parts:
         is_unknown = cost.tokens is None and cost.seconds is None
