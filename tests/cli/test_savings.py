@@ -197,4 +197,4 @@ def test_stats_show_the_work_of_each_scope_by_tier() -> None:
     assert {tier: saved["tokens"] for tier, saved in scope["saved"].items()} == {"memory": 12}
     (row,) = [line for line in CliRunner().invoke(app, ["stats"]).stdout.splitlines() if "saved by memory" in line]
     assert row.split("saved by memory")[1].split()[:2] == ["6", "12"]
-    assert row.split()[-2:] == ["0.006", "USD"]
+    assert row.split()[-2:] == ["0.0060", "USD"]
