@@ -78,11 +78,8 @@ def server(folder: Path) -> Iterator[OpenAIServer]:
 
 
 def list_folder() -> dict[str, bytes | None]:
-    """Return the files of the folder with their content, apart from the store, whose files have only their name."""
-    return {
-        str(path): path.read_bytes() if path.is_file() and path.parts[0] != "vectors.cache" else None
-        for path in sorted(Path().rglob("*"))
-    }
+    """Return the files of the folder, which include the store, with their content."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(Path().rglob("*"))}
 
 
 def make_estimate(**changed: Any) -> Estimate:
