@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from embedonce._messages import format_count
 from embedonce.errors import Incomplete
 
-from .costs import Work
+from .costs import NO_WORK, Work
 
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 Metadata: TypeAlias = Mapping[str, Any]
@@ -341,10 +341,13 @@ class Entries(MutableMapping[str, Entry]):
     def sum_costs(self) -> Work:
         """Return the sum of the entries' costs."""
         columns = self._get_columns()
-        work = (Columns.of(self.loose().values()) if columns is None else columns).sum_costs()
+        if columns is not None:
+            return columns.sum_costs()
+        work = NO_WORK
         for block in list(self._blocks):
             work += block.sum_costs()
-        return work
+        loose = self.loose()
+        return work + Columns.of(loose.values()).sum_costs() if loose else work
 
     def _get_columns(self) -> Columns | None:
         columns = self._columns
