@@ -3,7 +3,17 @@
 ``docs/frames.md`` has the layout of a frame, byte by byte.
 """
 
-from ._format.costs import MAX_SECONDS, MAX_TOKENS, NO_WORK, Cost, Work, apportion, is_valid_cost
+from ._format.costs import (
+    MAX_SECONDS,
+    MAX_TOKENS,
+    NO_WORK,
+    Cost,
+    CostColumns,
+    Work,
+    apportion,
+    is_valid_cost,
+    sum_costs,
+)
 from ._format.entries import (
     Block,
     Columns,
@@ -32,6 +42,7 @@ __all__ = [
     "Block",
     "Columns",
     "Cost",
+    "CostColumns",
     "Decoded",
     "Dtype",
     "Entries",
@@ -55,4 +66,5 @@ __all__ = [
     "plain_metadata",
     "round_vectors",
     "seal_frame",
+    "sum_costs",
 ]

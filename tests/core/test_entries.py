@@ -29,6 +29,7 @@ from embedonce.vectors import (
     encode_frames,
     freeze,
     round_vectors,
+    sum_costs,
 )
 from embedonce_backends.memory import MemoryBackend
 
@@ -282,23 +283,32 @@ def test_the_chosen_rows_of_a_block_keep_their_costs() -> None:
     assert block_of(range(4)).where(chosen).tokens is None
 
 
+def sum_up(entries: Entries) -> Work:
+    return sum_costs(entries.list_costs())
+
+
 def test_unknown_costs_are_counted_and_not_added_up() -> None:
     whole = Work(4, 5 + MAX_TOKENS, 0.5 + MAX_SECONDS, 1, 1)
     block = block_of(range(4), tokens=TOKENS, seconds=SECONDS)
-    assert block.sum_costs() == whole
-    assert Columns.of(block.entries().values()).sum_costs() == whole
-    assert Entries(blocks=[block]).sum_costs() == whole
-    assert Entries(block.entries()).sum_costs() == whole
-    assert block_of(range(4), tokens=TOKENS).sum_costs() == Work(4, 5 + MAX_TOKENS, 0.0, 1, 4)
-    assert block_of(range(4)).sum_costs() == Work(4, 0, 0.0, 4, 4)
-    assert Entries().sum_costs() == Columns.of({}.values()).sum_costs() == Work()
-    assert {type(part) for part in block.sum_costs()} == {int, float}
+    assert sum_up(Entries(blocks=[block])) == whole
+    assert sum_up(Entries(block.entries())) == whole
+    assert sum_up(Entries(block.entries(), columns=Columns.of(block.entries().values()))) == whole
+    assert sum_up(Entries(blocks=[block_of(range(4), tokens=TOKENS)])) == Work(4, 5 + MAX_TOKENS, 0.0, 1, 4)
+    assert sum_up(Entries(blocks=[block_of(range(4))])) == Work(4, 0, 0.0, 4, 4)
+    assert sum_up(Entries()) == sum_costs([]) == Work()
+    assert [type(part) for part in sum_up(Entries(blocks=[block]))] == [int, int, float, int, int]
+
+
+def test_many_columns_are_added_up_together() -> None:
+    block = block_of(range(4), tokens=TOKENS, seconds=SECONDS)
+    columns = [*Entries(blocks=[block]).list_costs(), *Entries(block.entries()).list_costs()] * 3
+    assert sum_costs(columns) == Work(24, 6 * (5 + MAX_TOKENS), 6 * (0.5 + MAX_SECONDS), 6, 6)
 
 
 def test_the_costs_of_blocks_and_single_entries_are_added_up() -> None:
     loose = {key_of(7): Entry(freeze(vector_of(7)), MADE, tokens=3), key_of(8): Entry(freeze(vector_of(8)), MADE)}
     entries = Entries(loose, [block_of(range(4), tokens=TOKENS), block_of([5], seconds=np.array([2.0]))])
-    assert entries.sum_costs() == Work(7, 5 + MAX_TOKENS + 3, 2.0, 1 + 1 + 1, 4 + 2)
+    assert sum_up(entries) == Work(7, 5 + MAX_TOKENS + 3, 2.0, 1 + 1 + 1, 4 + 2)
 
 
 def test_columns_are_used_only_while_they_describe_all_entries() -> None:
@@ -317,13 +327,13 @@ def test_columns_are_used_only_while_they_describe_all_entries() -> None:
     for name, (change, tokens) in changes.items():
         entries = Entries(given, columns=Columns.of(given.values()))
         change(entries)
-        assert entries.sum_costs().tokens == tokens, name
-        assert entries.sum_costs().texts == len(entries), name
+        assert sum_up(entries).tokens == tokens, name
+        assert sum_up(entries).texts == len(entries), name
         keys = list(entries)
         assert entries.matrix(keys, 4).tolist() == [entries[key].vector.tolist() for key in keys], name
     empty = Entries()
     empty.add(Entries(given, columns=Columns.of(given.values())))
-    assert empty.sum_costs().tokens == 6
+    assert sum_up(empty).tokens == 6
     assert empty.matrix(list(given), 4).tolist() == [vector_of(n).tolist() for n in range(4)]
 
 

@@ -11,7 +11,17 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from embedonce.encryption import Encryption
-from embedonce.vectors import MAX_SECONDS, MAX_TOKENS, Dtype, Entry, decode_frames, encode_frames, freeze, round_vectors
+from embedonce.vectors import (
+    MAX_SECONDS,
+    MAX_TOKENS,
+    Dtype,
+    Entry,
+    decode_frames,
+    encode_frames,
+    freeze,
+    round_vectors,
+    sum_costs,
+)
 
 NOW = 1_750_000_000.0
 MADE = NOW - 100
@@ -111,8 +121,8 @@ def test_known_and_unknown_parts_are_kept_apart_in_one_batch() -> None:
     items = {key_of(n): entry_of(n, **part) for n, part in enumerate(parts)}
     entries = decode_frames(encode_frames(items), now=NOW, dimensions=8).entries
     assert len(entries.blocks) == 1
-    assert entries.sum_costs().unknown_tokens == 10
-    assert entries.sum_costs().unknown_seconds == 10
+    assert sum_costs(entries.list_costs()).unknown_tokens == 10
+    assert sum_costs(entries.list_costs()).unknown_seconds == 10
     assert are_same(entries, items)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from embedonce.events import SpaceStats
 from embedonce.keys import Value
 from embedonce.prices import Price
-from embedonce.vectors import NO_WORK, Work
+from embedonce.vectors import NO_WORK, CostColumns, Work, sum_costs
 
 MAX_SPACES = 1024
 """Maximum number of scopes that are counted one by one. The work in more scopes is counted under :data:`OTHERS`."""
 OTHERS = "others"
+MAX_UNSUMMED = 64
+"""Number of reads of a tier whose costs are added up together."""
 
 
 class HotHits:
@@ -45,6 +47,9 @@ class Ledger:
         self._computed: dict[str, Work] = {}
         self._saved: dict[str, dict[str, Work]] = {}
         """By scope and tier."""
+        self._unsummed: dict[tuple[str, str], list[CostColumns]] = {}
+        """By scope and tier: costs of hits that are not part of ``_saved`` yet. Adding up each batch alone would take more
+        than a hundredth of the time of the batch."""
         self._hot_hits: dict[str, HotHits] = {}
         """By scope. They are hits of the first tier."""
         self.renew_lock()
@@ -79,11 +84,21 @@ class Ledger:
             scope = self._choose(scope)
             self._computed[scope] = self._computed.get(scope, NO_WORK) + work
 
-    def count_saved(self, scope: str, tier: str, work: Work) -> None:
-        """Count work that hits of a tier have saved."""
+    def count_saved(self, scope: str, tier: str, costs: Sequence[CostColumns]) -> None:
+        """Count the work that hits of a tier have saved, from the costs of their entries."""
         with self._lock:
-            saved = self._saved.setdefault(self._choose(scope), {})
-            saved[tier] = saved.get(tier, NO_WORK) + work
+            scope = self._choose(scope)
+            unsummed = self._unsummed.setdefault((scope, tier), [])
+            unsummed += costs
+            if len(unsummed) >= MAX_UNSUMMED:
+                self._sum_saved(scope, tier)
+
+    def _sum_saved(self, scope: str, tier: str) -> None:
+        """Add up the costs that were only collected so far. Hold the lock."""
+        unsummed = self._unsummed.pop((scope, tier), [])
+        if unsummed:
+            saved = self._saved.setdefault(scope, {})
+            saved[tier] = saved.get(tier, NO_WORK) + sum_costs(unsummed)
 
     def _choose(self, scope: str) -> str:
         """Return the scope under which the work of a scope is counted. Hold the lock."""
@@ -95,6 +110,8 @@ class Ledger:
     def read(self) -> dict[str, SpaceStats]:
         """Return the work in each scope in which there was any."""
         with self._lock:
+            for scope, tier in list(self._unsummed):
+                self._sum_saved(scope, tier)
             spaces = {}
             for scope, hot in list(self._hot_hits.items()):
                 saved = dict(self._saved.get(scope, {}))

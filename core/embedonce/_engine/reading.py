@@ -9,7 +9,7 @@ from typing import Any
 
 from embedonce.errors import TierError
 from embedonce.events import Event, LookedUp
-from embedonce.vectors import NO_WORK, Dtype, Entries
+from embedonce.vectors import Dtype, Entries, sum_costs
 
 from .backend_calls import BackendCalls, split_partial
 from .breaker import Breaker, BreakerChange
@@ -179,10 +179,8 @@ class TierReader:
             "skipped": read.skipped,
         }
         self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
-        saved = NO_WORK
-        if hits:
-            saved = read.entries.sum_costs()
-            self._ledger.count_saved(scope, name, saved)
+        costs = read.entries.list_costs() if hits else []
+        self._ledger.count_saved(scope, name, costs)
         if self._has_listeners():
             self._emit(
                 LookedUp(
@@ -192,7 +190,7 @@ class TierReader:
                     seconds=read.seconds,
                     cause=read.cause,
                     scope=scope,
-                    saved=saved,
+                    saved=sum_costs(costs),
                     price=route.source.price,
                     **counts,
                 )

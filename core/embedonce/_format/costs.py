@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAX_TOKENS = 2**40
 """Maximum number of tokens of one text. With this limit, the sum over a batch fits into an int64."""
 MAX_SECONDS = 1e9
@@ -56,6 +59,45 @@ class Work(NamedTuple):
 
 
 NO_WORK = Work()
+
+
+class CostColumns(NamedTuple):
+    """The costs of several texts, as columns that are not added up yet."""
+
+    texts: int
+    tokens: NDArray[np.int64] | Sequence[int | None] | None
+    """One number per text; -1 or None means unknown. None for the column means that no number is known."""
+    seconds: NDArray[np.float64] | Sequence[float | None] | None
+    """One number per text; NaN or None means unknown."""
+
+
+def sum_costs(columns: Sequence[CostColumns]) -> Work:
+    """Return the sum of all costs. Adding up many columns at once is faster than one after the other."""
+    texts = sum(column.texts for column in columns)
+    tokens, known_tokens = _sum_known([column.tokens for column in columns], 0)
+    seconds, known_seconds = _sum_known([column.seconds for column in columns], 0.0)
+    return Work(texts, tokens, seconds, texts - known_tokens, texts - known_seconds)
+
+
+def _sum_known(columns: Sequence[Any], total: Any) -> tuple[Any, int]:
+    """Return ``total`` plus the known numbers of all columns, and how many numbers are known."""
+    known = 0
+    arrays = [column for column in columns if isinstance(column, np.ndarray)]
+    if arrays:
+        numbers = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        numbers = numbers[numbers >= 0]  # an unknown number is -1 or NaN
+        total += numbers.sum().item()
+        known += len(numbers)
+    for column in columns:
+        if column is not None and not isinstance(column, np.ndarray):
+            try:
+                total += sum(column)
+                known += len(column)
+            except TypeError:  # a number is None
+                given = [number for number in column if number is not None]
+                total += sum(given)
+                known += len(given)
+    return total, known
 
 
 def is_valid_cost(tokens: Any, seconds: Any) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from embedonce._messages import format_count
 from embedonce.errors import Incomplete
 
-from .costs import NO_WORK, Work
+from .costs import CostColumns
 
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 Metadata: TypeAlias = Mapping[str, Any]
@@ -152,21 +152,6 @@ class Columns(NamedTuple):
         """Return the fields of entries. Reading one column takes a tenth of the time of a loop over the entries."""
         return cls(*zip(*entries, strict=True)) if entries else _NO_COLUMNS
 
-    def sum_costs(self) -> Work:
-        """Return the sum of the entries' costs."""
-        tokens, unknown_tokens = _sum_known(self.tokens)
-        seconds, unknown_seconds = _sum_known(self.seconds)
-        return Work(len(self.tokens), tokens, seconds, unknown_tokens, unknown_seconds)
-
-
-def _sum_known(column: Sequence[Any]) -> tuple[Any, int]:
-    """Return the sum of the numbers in a column, and how many of its items are None."""
-    try:
-        return sum(column), 0
-    except TypeError:
-        known = [number for number in column if number is not None]
-        return sum(known), len(column) - len(known)
-
 
 _NO_COLUMNS = Columns((), (), (), (), (), (), ())
 
@@ -242,19 +227,6 @@ class Block:
         return Block(
             keys, self.values[keep], self.created[keep], self.expires[keep], metadata, self.dtype, tokens, seconds
         )
-
-    def sum_costs(self) -> Work:
-        """Return the sum of the rows' costs."""
-        texts = len(self.keys)
-        tokens, unknown_tokens = 0, texts
-        if self.tokens is not None:
-            known = self.tokens[self.tokens >= 0]
-            tokens, unknown_tokens = int(known.sum()), texts - len(known)
-        seconds, unknown_seconds = 0.0, texts
-        if self.seconds is not None:
-            finite = self.seconds[self.seconds >= 0]  # NaN is not
-            seconds, unknown_seconds = float(finite.sum()), texts - len(finite)
-        return Work(texts, tokens, seconds, unknown_tokens, unknown_seconds)
 
 
 def _to_optional_tokens(tokens: NDArray[np.int64]) -> list[int | None]:
@@ -338,16 +310,16 @@ class Entries(MutableMapping[str, Entry]):
             sizes[block.values.shape[1]] += len(block.keys)
         return sizes
 
-    def sum_costs(self) -> Work:
-        """Return the sum of the entries' costs."""
+    def list_costs(self) -> list[CostColumns]:
+        """Return the costs of all entries as columns, for :func:`sum_costs`."""
         columns = self._get_columns()
-        if columns is not None:
-            return columns.sum_costs()
-        work = NO_WORK
-        for block in list(self._blocks):
-            work += block.sum_costs()
-        loose = self.loose()
-        return work + Columns.of(loose.values()).sum_costs() if loose else work
+        costs = [CostColumns(len(block.keys), block.tokens, block.seconds) for block in list(self._blocks)]
+        if columns is None:
+            loose = self.loose()
+            if not loose:
+                return costs
+            columns = Columns.of(loose.values())
+        return [*costs, CostColumns(len(columns.tokens), columns.tokens, columns.seconds)]
 
     def _get_columns(self) -> Columns | None:
         columns = self._columns
