@@ -48,8 +48,8 @@ class Ledger:
         self._saved: dict[str, dict[str, Work]] = {}
         """By scope and tier."""
         self._unsummed: dict[tuple[str, str], list[CostColumns]] = {}
-        """By scope and tier: costs of hits that are not part of ``_saved`` yet. Adding up each batch alone would take more
-        than a hundredth of the time of the batch."""
+        """By scope and tier: costs of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
+        more than a hundredth of the time of the batch."""
         self._hot_hits: dict[str, HotHits] = {}
         """By scope. They are hits of the first tier."""
         self.renew_lock()
