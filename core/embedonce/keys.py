@@ -35,6 +35,9 @@ SETTINGS = "settings"
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
 
+SAVINGS_PREFIX = "eo1.savings."
+"""First characters of the keys of records of savings: ``eo1.savings.<yyyymmdd>.<scope>.<process>``."""
+
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from embedonce import Cache, KeyPolicy, Tier
 from embedonce._engine import recording
+from embedonce.keys import SAVINGS_PREFIX
 from embedonce.prices import Price
 from embedonce.savings import SavingsRecord, add_up, group_by_scope, group_savings
 from embedonce.testing.fakes import CountingProvider, DictBackend
@@ -43,7 +44,7 @@ def read(backend: DictBackend, since: float = 0.0, **options: Any) -> list[Savin
 
 
 def list_keys(backend: DictBackend) -> list[str]:
-    return [key for key in backend._store if key.startswith(recording.SAVINGS_PREFIX)]
+    return [key for key in backend._store if key.startswith(SAVINGS_PREFIX)]
 
 
 def test_a_cache_that_is_closed_has_recorded_its_work() -> None:
@@ -147,7 +148,7 @@ def test_records_expire_after_a_year() -> None:
     embed(far, ["a"], clock=lambda: NOON)
     assert len(read(far, clock=lambda: NOON + 365 * DAY)) == 1
     assert read(far, clock=lambda: NOON + 368 * DAY) == []
-    ((_, expires),) = [value for key, value in far._store.items() if key.startswith(recording.SAVINGS_PREFIX)]
+    ((_, expires),) = [value for key, value in far._store.items() if key.startswith(SAVINGS_PREFIX)]
     assert expires is not None
 
 
@@ -204,7 +205,7 @@ def test_a_record_is_written_while_the_cache_is_used(monkeypatch: pytest.MonkeyP
 
     def set_many(items: Any, ttl: float | None) -> None:
         store(items, ttl)
-        if any(key.startswith(recording.SAVINGS_PREFIX) for key in items):
+        if any(key.startswith(SAVINGS_PREFIX) for key in items):
             written.set()
 
     far.set_many = set_many  # type: ignore[method-assign]
@@ -259,7 +260,7 @@ OTHERS: list[Any] = [
 def test_what_another_program_wrote_is_left_out(metadata: Any) -> None:
     far = make_far()
     embed(far, ["a"])
-    key = f"{recording.SAVINGS_PREFIX}20990101.0123456789abcdef.0123456789ab"
+    key = f"{SAVINGS_PREFIX}20990101.0123456789abcdef.0123456789ab"
     far._store.update({key: (encode_frames({key: Entry(freeze(()), 1.0, None, metadata)})[key], None)})
     assert len(read(far)) == 1
     far._store.update({key: (encode_frames({key: Entry(freeze(()), 1.0, None, GOOD)})[key], None)})
@@ -269,7 +270,7 @@ def test_what_another_program_wrote_is_left_out(metadata: Any) -> None:
 @pytest.mark.parametrize("key", ["20990101", "20990101.a", "20990101.a.b.c", "2099.a.b", "20991399.a.b", "x.y.z", ""])
 def test_other_keys_are_left_out(key: str) -> None:
     far = make_far()
-    whole = recording.SAVINGS_PREFIX + key
+    whole = SAVINGS_PREFIX + key
     far._store[whole] = (encode_frames({whole: Entry(freeze(()), 1.0, None, GOOD)})[whole], None)
     far._store[f"{whole}z"] = (b"not a frame", None)
     assert read(far) == []

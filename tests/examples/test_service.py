@@ -165,7 +165,7 @@ def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path
             service.sources(TEXTS)
             wait_for_vectors(fresh, 20)
         held = [part for key in read_keys(fresh) for part in (key, fresh.call("GET", key))]
-    assert len(held) == 42, "20 vectors and a space card"
+    assert len(held) == 44, "20 vectors, a space card and a record of savings"
     assert all(key.startswith(PREFIX.encode()) for key in held[::2])
     for part in (*held, log.read_bytes()):
         for word in (SECRET, "patient", "Ottokar"):

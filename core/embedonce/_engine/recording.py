@@ -19,7 +19,7 @@ from typing import Any
 
 from embedonce.errors import ConfigError, TierError
 from embedonce.events import SpaceStats
-from embedonce.keys import KEY_PREFIX
+from embedonce.keys import SAVINGS_PREFIX
 from embedonce.prices import Price
 from embedonce.savings import FoundSavings, SavingsRecord
 from embedonce.vectors import NO_WORK, Entry, Work, freeze
@@ -30,7 +30,6 @@ from .tiers import LiveTier
 
 log = logging.getLogger("embedonce")
 
-SAVINGS_PREFIX = f"{KEY_PREFIX}savings."
 RECORD_SECONDS = 30.0
 """While a cache is used, it writes its records about once in this time. It writes them also when it is closed."""
 LIFETIME = 366 * 86_400.0
