@@ -252,13 +252,13 @@ class Block:
             tokens, unknown_tokens = int(known.sum()), texts - len(known)
         seconds, unknown_seconds = 0.0, texts
         if self.seconds is not None:
-            finite = self.seconds[self.seconds >= 0]  # NaN is not
+            finite = self.seconds[self.seconds >= 0]  # NaN, which means unknown, is not >= 0
             seconds, unknown_seconds = float(finite.sum()), texts - len(finite)
         return Work(texts, tokens, seconds, unknown_tokens, unknown_seconds)
 
 
 def _to_optional_tokens(tokens: NDArray[np.int64]) -> list[int | None]:
-    # Another negative number is not "unknown" but invalid, and the engine drops its entry.
+    # Only -1 means unknown. Every other negative number is invalid, and the engine drops its entry.
     return [None if number == -1 else number for number in tokens.tolist()]
 
 
