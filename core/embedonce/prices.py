@@ -35,7 +35,9 @@ class Price:
         if not isinstance(self.amount, Decimal) or not self.amount.is_finite() or self.amount < 0:
             raise ConfigError(f"the amount of a price must be a finite Decimal of at least 0, got {self.amount!r}")
         if not re.fullmatch(CURRENCY, self.currency):
-            raise ConfigError(f"the currency of a price must be three letters A-Z, got {_shorten(self.currency)}")
+            raise ConfigError(
+                f"the currency of a price must be three capital letters, such as USD, got {_shorten(self.currency)}"
+            )
         if type(self.tokens) is not int or self.tokens < 1:
             raise ConfigError(f"the number of tokens of a price must be a whole number above 0, got {self.tokens!r}")
 

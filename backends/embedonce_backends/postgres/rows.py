@@ -110,8 +110,8 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
             continue
         if not is_valid_cost(item.tokens, item.seconds):
             raise ValueError(
-                f"{key}: tokens must be an int from 0 to {MAX_TOKENS} or None, and seconds a number from 0 to "
-                f"{MAX_SECONDS:g} or None"
+                f"{key}: tokens must be an int from 0 to {MAX_TOKENS:,} or None, and seconds a number from 0 to "
+                f"{MAX_SECONDS:,.0f} or None"
             )
         if vector_oid is not None and _fits_vector_column(item):
             vectors.setdefault(item.vector.size, []).append(key)

@@ -117,7 +117,7 @@ def embed(
         bool,
         typer.Option(
             "--dry-run",
-            help="Embed nothing. Show how many texts no tier has, and their tokens, their price and the time of a run.",
+            help="Embed nothing. Show how many texts no tier has, and the tokens, price and time of a run.",
         ),
     ] = False,
     max_cost: Annotated[
@@ -125,7 +125,7 @@ def embed(
         typer.Option(
             "--max-cost",
             metavar="AMOUNT",
-            help="If the texts that no tier has may cost more than this, ask for confirmation. Without a terminal, stop.",
+            help="If the texts that no tier has may cost more, ask for confirmation. Without a terminal, stop.",
             show_default=False,
         ),
     ] = None,
