@@ -45,7 +45,7 @@ def check_parts(key: object, drift: object, listeners: Any, clock: object) -> li
 
 
 def read_price(price: Any) -> Price | None:
-    """Return a price, which may be written as text."""
+    """Return a price from a :class:`Price` or from a text; None stays None."""
     return price if price is None or isinstance(price, Price) else Price.parse(price)
 
 

@@ -117,12 +117,12 @@ class Estimate:
     tokens: int
     """Tokens of the missing texts."""
     min_tokens: int
-    """Probable minimum of the tokens, as ``method`` says."""
+    """Minimum of the tokens, as described under ``method``."""
     max_tokens: int
-    """Probable maximum of the tokens, as ``method`` says."""
+    """Maximum of the tokens, as described under ``method``."""
     method: Literal["counted", "measured", "guessed"]
     sample: int
-    """Number of the given texts whose entries in the tiers know their tokens."""
+    """Number of the given texts that a tier has and whose tokens are known."""
     seconds: float | None
     """Expected duration of the provider's calls, or None if it is unknown. It is computed from the seconds per byte of
     the given texts that the tiers have, and is not below what the provider's limits per minute require."""

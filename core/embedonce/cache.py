@@ -198,9 +198,9 @@ class Cache(Requests):
     def estimate(self, texts: Iterable[str], task: Task = "document") -> Estimate:
         """Return how many of the texts the tiers have, and the tokens, price and seconds of the others.
 
-        Nothing is computed, stored, counted or sent to the provider. ``texts`` may be a stream of any length, because
-        only a hash of 8 bytes per distinct text stays in memory. The fallback is ignored. A tier that fails is named
-        in the result.
+        Nothing is computed, stored or sent to the provider, and the counters of ``stats`` do not change. ``texts`` may
+        be a stream of any length, because only a hash of 8 bytes per distinct text stays in memory. The fallback is
+        ignored. A tier that fails is named in the result.
 
         Raises:
             TypeError: an item is not a str.
@@ -224,7 +224,7 @@ class Cache(Requests):
         """Store vectors that you already have. A text that is already in a tier keeps its entry.
 
         ``costs`` (one :class:`~embedonce.vectors.Cost` or None per text) says what it cost to compute the vectors, so
-        that their hits count as saved tokens and seconds.
+        that hits count as saved tokens and seconds.
 
         Raises:
             TextError: a text has a lone surrogate. Nothing is stored.
@@ -286,10 +286,11 @@ class Cache(Requests):
     def savings(self, since: float = 0.0) -> FoundSavings:
         """Return what all processes that share the tiers have computed and saved since a Unix time.
 
-        The records are of whole days in UTC, and of at most a year. A process writes its record about twice a minute
-        while it works, and when its cache is closed. This method first writes the record of this process.
+        Each record has the work of one day in UTC. The whole day of ``since`` is included. Records expire after a year.
+        A process writes its records about twice a minute while it works, and when its cache is closed. This method
+        first writes the records of this process.
 
-        A tier that fails is in ``errors`` of the result.
+        If a tier fails, ``errors`` of the result has the reason.
         """
         self._check_open()
         self._chain.recorder.record()

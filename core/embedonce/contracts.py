@@ -335,7 +335,7 @@ class Embedded:
     vectors: Vectors | Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
     """Shape (n, d), row i for text i. A row that is None has no vector: its text fails, and the others are stored."""
     tokens: int | Sequence[int | None] | None = None
-    """Tokens charged: for the whole call, or one number per text. None means that the provider does not report them.
+    """Tokens charged: one number for the whole call, or one number per text. None: the provider does not report them.
 
     A number for the whole call is apportioned among the texts by their length."""
     model: str | None = None
@@ -362,9 +362,10 @@ class Provider(Protocol):
     - ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a cache then call it.
     - ``count_tokens(text)``, which returns the number of tokens of a text, or an upper bound. ``max_tokens`` and
       ``tokens_per_minute`` of the limits use it before each call, so it must be fast.
-    - ``count_exact_tokens(texts, task)``, which returns, for each text, the tokens that ``embed`` would report or
-      charge, or None if they cannot be counted in this process. ``Cache.estimate`` uses it. It uses no network. It may
-      load a tokenizer, but not the model. Several threads may call it at the same time.
+    - ``count_exact_tokens(texts, task)``, which returns a list of one int per text: the tokens that ``embed`` would
+      report or charge. It returns None in place of the list if it cannot count them in this process.
+      ``Cache.estimate`` uses it. It uses no network. It may load a tokenizer, but not the model. Several threads may
+      call it at the same time.
     - ``check()``, which raises an error if the provider cannot be called as it is set up, for example because its API
       key is missing. It uses neither the network nor a model. ``embedonce check`` and ``Cache.check_providers`` show
       the message of the error, so it must not contain a secret.

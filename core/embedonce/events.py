@@ -41,7 +41,7 @@ class LookedUp:
     saved: Work = NO_WORK
     """The work that the hits have saved, according to the costs that are stored with the entries."""
     price: Price | None = None
-    """The price of a token in this scope, or None if it is unknown. ``price.of(saved.tokens)`` is the money saved."""
+    """The price of the provider's tokens, or None if it is unknown. ``price.of(saved.tokens)`` is the money saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Computed:
     fallback: bool = False
     scope: str = ""
     price: Price | None = None
-    """The price of a token, or None if it is unknown. ``price.of(tokens)`` is the money spent."""
+    """The price of the provider's tokens, or None if it is unknown. ``price.of(tokens)`` is the money spent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +135,9 @@ class SpaceStats:
     Empty for the scope ``"others"``, under which work is counted if there are more than 1,024 scopes."""
     computed: Work
     saved: Mapping[str, Work]
-    """By tier."""
+    """The work that hits have saved, by tier."""
     price: Price | None = None
+    """The price of the provider's tokens, or None if it is unknown."""
 
     @property
     def all_saved(self) -> Work:

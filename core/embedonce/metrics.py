@@ -109,11 +109,11 @@ class CacheCollector(Collector):
     ``embed_cache_computed_texts_total``          ``provider``, ``model``         texts embedded
     ``embed_cache_computed_tokens_total``         ``provider``, ``model``         tokens charged
     ``embed_cache_computed_seconds_total``        ``provider``, ``model``         seconds of calls to the provider
-    ``embed_cache_computed_money_total``          and ``currency``                price of the computed tokens
+    ``embed_cache_computed_money_total``          also ``currency``               price of the computed tokens
     ``embed_cache_saved_texts_total``             ``tier``, ``model``             texts found
     ``embed_cache_saved_tokens_total``            ``tier``, ``model``             tokens that hits have saved
     ``embed_cache_saved_seconds_total``           ``tier``, ``model``             seconds that hits have saved
-    ``embed_cache_saved_money_total``             and ``currency``                price of the saved tokens
+    ``embed_cache_saved_money_total``             also ``currency``               price of the saved tokens
     ``embed_cache_saved_unknown_tokens_total``    ``tier``, ``model``             hits whose tokens are unknown
     ============================================  ==============================  ==============================
     """

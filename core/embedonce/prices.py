@@ -18,7 +18,7 @@ PATTERN = rf"\s*({AMOUNT})\s*({CURRENCY})(?:\s*/\s*|\s+per\s+)([1-9][0-9]{{0,11}
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 _PRICE = re.compile(PATTERN, re.ASCII)
 _PRECISE = Context(prec=100)
-"""Precise enough for the exact product of every amount and every number of tokens."""
+"""100 digits, which hold the exact product of every valid amount and every number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class Price:
         if not isinstance(self.amount, Decimal) or not self.amount.is_finite() or self.amount < 0:
             raise ConfigError(f"the amount of a price must be a finite Decimal of at least 0, got {self.amount!r}")
         if not re.fullmatch(CURRENCY, self.currency):
-            raise ConfigError(f"the currency of a price must be three letters A-Z, got {_shorten(self.currency)}")
+            raise ConfigError(
+                f"the currency of a price must be three capital letters, such as USD, got {_shorten(self.currency)}"
+            )
         if type(self.tokens) is not int or self.tokens < 1:
             raise ConfigError(f"the number of tokens of a price must be a whole number above 0, got {self.tokens!r}")
 
@@ -64,8 +66,8 @@ class Price:
         return f"{self.amount:f} {self.currency} / {self.tokens // size}{unit} token{'' if self.tokens == 1 else 's'}"
 
 
-def parse_option(value: object) -> str:
-    """Return a price of a configuration in the form ``0.02 USD / 1M tokens``.
+def parse_price_option(value: object) -> str:
+    """Return the price that an option of a configuration states, in the form ``0.02 USD / 1M tokens``.
 
     Raises:
         BadValue: the value is not a price.

@@ -1,6 +1,7 @@
-"""What caches have computed and saved, added up over processes and days.
+"""Add up what caches have computed and saved, over processes and days.
 
-Each process records its work in the slowest tier that can list its keys: one record per vector space and day. The
+Each process records its work in its slowest tier that can list its keys and outlives the process. It has one record per
+vector space and day. The
 records contain numbers and the names of models, namespaces and tiers. They contain no texts and no keys.
 """
 
@@ -26,7 +27,7 @@ class SavingsRecord:
     """The date in UTC, such as ``2026-11-30``."""
     scope: str
     process: str
-    """A random name of the process. A cache that is forked gets a new name."""
+    """A random name. Each cache of a process has its own name, and so has a forked child."""
     provider: str
     model: str
     task: str
@@ -34,9 +35,9 @@ class SavingsRecord:
     namespace: str
     computed: Work
     saved: Mapping[str, Work]
-    """By tier."""
+    """The work that hits have saved, by tier."""
     price: Price | None = None
-    """The price of a token on that day, or None if it was unknown."""
+    """The price of the provider's tokens on that day, or None if it was unknown."""
 
     @property
     def all_saved(self) -> Work:
@@ -51,9 +52,9 @@ class Savings:
     computed: Work = NO_WORK
     saved: Work = NO_WORK
     spent: Mapping[str, Decimal] = field(default_factory=dict)
-    """Price of the computed tokens, by currency, as far as prices are known."""
+    """Price of the computed tokens, by currency. Tokens whose price is unknown are not included."""
     money_saved: Mapping[str, Decimal] = field(default_factory=dict)
-    """Price of the saved tokens, by currency, as far as prices are known."""
+    """Price of the saved tokens, by currency. Tokens whose price is unknown are not included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def add_up(records: Iterable[SavingsRecord]) -> Savings:
 
 
 def group_savings(records: Iterable[SavingsRecord], by: Group) -> dict[str, Savings]:
-    """Return what the records of each group add up to, the largest saving first; days are in their order.
+    """Return what the records of each group add up to. The group with the most saved texts is first; days are in order.
 
     By ``"tier"``, the work that providers have done is in the group ``"provider"``.
     """

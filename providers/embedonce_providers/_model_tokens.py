@@ -42,7 +42,7 @@ class TokenCounter:
 
 
 def load_token_counter(folder: Path, max_length: int | None) -> TokenCounter | None:
-    """Return a counter for the model in a folder, or None if its tokenizer is missing or of an unknown kind.
+    """Return a counter for the model in a folder, or None if its tokenizer is missing or has an unknown setting.
 
     ``max_length`` replaces the model's own maximum.
     """
@@ -72,7 +72,7 @@ def _read_settings(module: Path) -> Mapping[str, Any]:
 
 
 def _are_known(settings: Mapping[str, Any]) -> bool:
-    """Return whether the model reads the tokens of the text alone, without a chat template for example."""
+    """Return whether the model reads only the tokens of the text. With a chat template, for example, it reads more."""
     used = {name for name, value in settings.items() if value}
     return used <= KNOWN_SETTINGS and "text" in (settings.get("modality_config") or ("text",))
 

@@ -49,7 +49,7 @@ RETRY_SECONDS = 8.0
 """Longest pause of the client before it repeats a request after a failed connection or a timeout."""
 
 OPENAI_HOSTS = (".api.openai.com", ".openai.azure.com")
-"""Suffixes of the names of hosts that serve OpenAI's own models. They accept base64."""
+"""Suffixes of the names of hosts that serve OpenAI's own models. These hosts accept base64."""
 
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""

@@ -29,7 +29,7 @@ from embedonce.cli.embedding.dry_run import (
 )
 from embedonce.cli.embedding.progress import Display, ReadingProgress
 from embedonce.cli.embedding.sources import Reader
-from embedonce.cli.embedding.summary import Summary, describe_cost, make_cost
+from embedonce.cli.embedding.summary import Summary, describe_cost, sum_cost
 from embedonce.prices import Price
 from embedonce.testing import OpenAIServer
 from embedonce.vectors import Work
@@ -48,7 +48,7 @@ type = "disk"
 path = "vectors.cache"
 timeout = "60s"
 """
-NOTHING = "this dry run has computed, stored and sent nothing"
+NOTHING = "nothing was computed or stored, and no text was sent to the provider"
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_dry_run_shows_what_a_run_would_do(command: Any, corpus: Path) -> None
         "5 passages from 2 files, 4 distinct texts",
         "             2 ( 50.0 %) in disk",
         "             2 ( 50.0 %) in no tier",
-        "tokens: between 0 and 6, guessed from the length, because the tiers know the tokens of too few texts",
+        "tokens: between 0 and 6, guessed from the length, because the tiers have too few texts with known tokens",
         "price: at most 0.00000012 USD, at 0.02 USD / 1M tokens",
         "time: less than 1 s",
         NOTHING,
@@ -406,9 +406,9 @@ def take_terminal() -> None:
 def test_a_run_that_costs_more_than_was_estimated_says_so() -> None:
     limit = CostLimit(Decimal("0.01"), Price.parse(PRICE))
     work = Work(texts=2, tokens=1_000_000, seconds=1.0)
-    summary = Summary(spent=make_cost(work, {"USD": Decimal("0.02")}))
+    summary = Summary(spent=sum_cost(work, {"USD": Decimal("0.02")}))
     assert limit.describe_real_excess(summary) == "note: the run cost 0.020 USD, more than --max-cost 0.01 USD"
-    assert limit.describe_real_excess(Summary(spent=make_cost(work, {"USD": Decimal("0.01")}))) is None
+    assert limit.describe_real_excess(Summary(spent=sum_cost(work, {"USD": Decimal("0.01")}))) is None
     assert limit.describe_real_excess(Summary()) is None
     assert limit.is_exceeded(make_estimate(max_tokens=500_001))
     assert not limit.is_exceeded(make_estimate(max_tokens=500_000))
@@ -432,9 +432,7 @@ def test_an_estimate_is_rounded_within_its_bounds(numbers: tuple[int, int, int],
 
 def test_an_estimate_names_its_bounds_and_its_sample() -> None:
     measured = make_estimate()
-    assert describe_tokens(measured) == (
-        "about 1,000,000 (± 3 %), estimated from the length and 50 texts with known tokens"
-    )
+    assert describe_tokens(measured) == ("about 1,000,000 (± 3 %), measured on 50 texts with known tokens")
     assert describe_price(measured) == f"about 0.020 USD, at most 0.021 USD, at {PRICE}"
     assert "time: about 1 min 30 s" in describe_dry_run(Summary(), measured)
     guessed = make_estimate(method="guessed", min_tokens=10, max_tokens=2_000_000)
@@ -442,11 +440,11 @@ def test_an_estimate_names_its_bounds_and_its_sample() -> None:
     free = make_estimate(method="counted", tokens=0, min_tokens=0, max_tokens=0, price=None)
     assert "tokens: 0, so the price is 0" in describe_dry_run(Summary(), free)
     unknown = describe_dry_run(Summary(), make_estimate(seconds=None))
-    assert "time: unknown, because the tiers do not know how long other texts took" in unknown
+    assert "time: unknown, because the tiers have no text with known seconds" in unknown
     assert not list(describe_tier_errors(measured))
 
 
-NOT_INCLUDED = "(2 texts without a known cost not included)"
+NOT_INCLUDED = "(not included: 2 texts with unknown cost)"
 
 
 @pytest.mark.parametrize(
@@ -463,7 +461,7 @@ NOT_INCLUDED = "(2 texts without a known cost not included)"
     ],
 )
 def test_an_unknown_cost_is_never_shown_as_zero(work: Work, money: dict[str, str], shown: str | None) -> None:
-    assert describe_cost(make_cost(work, {name: Decimal(text) for name, text in money.items()})) == shown
+    assert describe_cost(sum_cost(work, {name: Decimal(text) for name, text in money.items()})) == shown
 
 
 def test_the_progress_of_a_dry_run_shows_the_share_of_the_bytes() -> None:

@@ -128,7 +128,7 @@ def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
 
 
 def test_without_records_the_output_says_so() -> None:
-    assert run()[0] == "No work has been recorded in disk.\n"
+    assert run()[0] == "No record of work found in disk.\n"
     assert "since" in run("--since", "2026-01-01")[0]
     assert read_json()["groups"] == []
 

@@ -281,7 +281,8 @@ class PostgresBackend:
                 add_cost_columns(run, self.schema, self.table)
         except (psycopg.Error, TierError) as error:
             log.warning(
-                "could not add the columns for costs to the table %s.%s (%s); run `embedonce migrate` to add them",
+                "could not add the columns for costs to the table %s.%s (%s); costs are not stored until you run "
+                "`embedonce migrate` and restart this process",
                 self.schema,
                 self.table,
                 type(error).__name__,

@@ -18,7 +18,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames, is_valid_cost
+from embedonce.vectors import (
+    MAX_SECONDS,
+    MAX_TOKENS,
+    Block,
+    Dtype,
+    Entries,
+    Entry,
+    decode_frames,
+    encode_frames,
+    is_valid_cost,
+)
 
 from .connections import Binary
 
@@ -99,7 +109,10 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
             plain[key] = item
             continue
         if not is_valid_cost(item.tokens, item.seconds):
-            raise ValueError(f"{key}: tokens or seconds of the entry are outside their limits")
+            raise ValueError(
+                f"{key}: tokens must be an int from 0 to {MAX_TOKENS:,} or None, and seconds a number from 0 to "
+                f"{MAX_SECONDS:,.0f} or None"
+            )
         if vector_oid is not None and _fits_vector_column(item):
             vectors.setdefault(item.vector.size, []).append(key)
         else:

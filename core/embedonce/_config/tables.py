@@ -16,7 +16,7 @@ from embedonce.contracts import Capabilities
 from embedonce.drift import DriftGuard
 from embedonce.keys import Hash
 from embedonce.options import BadValue, Doc, Duration, Parsed
-from embedonce.prices import PATTERN, parse_option
+from embedonce.prices import PATTERN, parse_price_option
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
@@ -124,7 +124,7 @@ class EmbedTable:
     ] = ()
 
 
-PriceText: TypeAlias = Annotated[str, Parsed(parse_option, {"type": "string", "pattern": f"^{PATTERN}$"})]
+PriceText: TypeAlias = Annotated[str, Parsed(parse_price_option, {"type": "string", "pattern": f"^{PATTERN}$"})]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ class ProviderTable:
 
     price: Annotated[
         PriceText | None,
-        Doc('Price of the provider\'s tokens, such as "0.02 USD / 1M tokens". With it, statistics show money.'),
+        Doc('Price of the provider\'s tokens, such as "0.02 USD / 1M tokens". With a price, statistics show money.'),
     ] = None
 
 
@@ -199,4 +199,4 @@ OWN_TABLES: Mapping[str, type[Any]] = {
     "drift": DriftGuard,
     "embed": EmbedTable,
 }
-"""By name: the tables that have options of embedonce, and the class whose arguments these options are."""
+"""The tables that have options of embedonce, by name: the class whose arguments are these options."""

@@ -1,4 +1,4 @@
-"""What it would cost to embed a stream of texts.
+"""Estimate what it would cost to embed a stream of texts.
 
 An estimate reads the tiers. It computes and stores nothing, and changes no counter and no breaker.
 """
@@ -71,7 +71,7 @@ class Estimator:
         self._known = KnownTexts()
         self._errors: dict[str, str] = {}
         self._failed: set[str] = set()
-        """Names of the tiers that are not asked again."""
+        """Names of the tiers that have failed, and are not asked again."""
         self._hits: Counter[str] = Counter()
         self.texts = 0
         """Number of texts so far, which is the position of the next one."""
@@ -91,7 +91,7 @@ class Estimator:
     async def add(self, port: Port, texts: Sequence[str]) -> None:
         """Add the next texts of the stream. They must be plain ``str``."""
         self.texts += len(texts)
-        normalized = self._drop_known(texts)
+        normalized = self._select_new(texts)
         sizes = {key: count_bytes(text) for key, text in normalized.items()}
         missing = list(normalized)
         for tier in self._tiers:
@@ -101,14 +101,14 @@ class Estimator:
             # These entries are queued for a background write. A call would use them too.
             landed = self._in_flight.find_landed(missing)
             entries = {key: flight.entry for key, flight in landed.items() if flight.entry is not None}
-            self._take_hits(self._tiers[-1].name, entries, sizes)
+            self._count_hits(self._tiers[-1].name, entries, sizes)
             missing = [key for key in missing if key not in entries]
         self._missing += len(missing)
         self._bytes += sum(sizes[key] for key in missing)
         if missing:
             await self._count_tokens(port, [normalized[key] for key in missing])
 
-    def _drop_known(self, texts: Sequence[str]) -> dict[str, str]:
+    def _select_new(self, texts: Sequence[str]) -> dict[str, str]:
         """Return by key the normalized texts that have not been added before. Count the texts without a key."""
         keyer = self._route.keyer
         normalized: dict[str, str] = {}
@@ -142,7 +142,7 @@ class Estimator:
     # --- reading tiers ------------------------------------------------------------------------
 
     async def _read(self, port: Port, tier: LiveTier, keys: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-        """Look for keys in a tier, and return those that it does not have. After a failure, it is not asked again."""
+        """Look for keys in a tier, and return those that it does not have. A failed tier is not asked again."""
         if tier.reader.breaker.is_open and tier.name not in self._failed:
             self._failed.add(tier.name)
             self._errors.setdefault(tier.name, SKIPPED)
@@ -151,7 +151,7 @@ class Estimator:
             if tier.name in self._failed:
                 break
             entries = self._decode(tier, await self._peek(port, tier, chunk))
-            self._take_hits(tier.name, entries, sizes)
+            self._count_hits(tier.name, entries, sizes)
             found.update(entries)
         return [key for key in keys if key not in found]
 
@@ -164,7 +164,7 @@ class Estimator:
             failed, values = split_partial(keys, cause, Mapping)
             if isinstance(cause, PartialAnswer) and isinstance(cause.__cause__, Exception):
                 cause = cause.__cause__
-            # A busy answer comes at once, and the tier's other nodes have their entries.
+            # A busy tier answers immediately, so asking it again takes no time. Its other nodes may have entries.
             if len(failed) == len(keys) or not isinstance(cause, TierBusy):
                 self._failed.add(tier.name)
             self._errors.setdefault(tier.name, _name_cause(cause))
@@ -177,7 +177,7 @@ class Estimator:
             self._dimensions = _find_usual_dimensions(entries)
         return {key: entry for key, entry in entries.as_dict().items() if entry.vector.size == self._dimensions}
 
-    def _take_hits(self, tier: str, entries: Mapping[str, Entry], sizes: Mapping[str, int]) -> None:
+    def _count_hits(self, tier: str, entries: Mapping[str, Entry], sizes: Mapping[str, int]) -> None:
         if entries:
             self._hits[tier] += len(entries)
         for key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""The ledger: the work in each vector space. A provider has done it, or the hits of a tier have saved it."""
+"""The ledger. It counts the work in each vector space: work that a provider has done, and work that hits have saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedonce.prices import Price
 from embedonce.vectors import NO_WORK, CostColumns, Work, sum_costs
 
 MAX_SPACES = 1024
-"""Maximum number of scopes that are counted one by one. The work in more scopes is counted under :data:`OTHERS`."""
+"""Maximum number of scopes with counts of their own. The work in all further scopes is counted under :data:`OTHERS`."""
 OTHERS = "others"
 MAX_UNSUMMED = 64
 """Number of reads of a tier whose costs are added up together."""
@@ -46,12 +46,12 @@ class Ledger:
         self._prices: dict[str, Price | None] = {}
         self._computed: dict[str, Work] = {}
         self._saved: dict[str, dict[str, Work]] = {}
-        """By scope and tier."""
+        """Work by scope and tier."""
         self._unsummed: dict[tuple[str, str], list[CostColumns]] = {}
-        """By scope and tier: costs of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
+        """Costs by scope and tier, of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
         more than a hundredth of the time of the batch."""
         self._hot_hits: dict[str, HotHits] = {}
-        """By scope. They are hits of the first tier."""
+        """Hits of the first tier, by scope."""
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -61,10 +61,10 @@ class Ledger:
         """
         self._lock = threading.RLock()
 
-    def open_space(self, scope: str, card: Mapping[str, Value], price: Price | None) -> None:
-        """Note the card and the price of a scope, before any work in it is counted."""
+    def add_space(self, scope: str, card: Mapping[str, Value], price: Price | None) -> None:
+        """Store the card and the price of a scope. Call this before any work in the scope is counted."""
         with self._lock:
-            if self._choose(scope) == scope:
+            if self._choose_scope(scope) == scope:
                 self._cards[scope] = card
                 self._prices[scope] = price
 
@@ -76,18 +76,18 @@ class Ledger:
     def get_hot_hits(self, scope: str) -> HotHits:
         """Return the counts of a scope on the fast path."""
         with self._lock:
-            return self._hot_hits.setdefault(self._choose(scope), HotHits())
+            return self._hot_hits.setdefault(self._choose_scope(scope), HotHits())
 
     def count_computed(self, scope: str, work: Work) -> None:
         """Count work that a provider has done."""
         with self._lock:
-            scope = self._choose(scope)
+            scope = self._choose_scope(scope)
             self._computed[scope] = self._computed.get(scope, NO_WORK) + work
 
     def count_saved(self, scope: str, tier: str, costs: Sequence[CostColumns]) -> None:
         """Count the work that hits of a tier have saved, from the costs of their entries."""
         with self._lock:
-            scope = self._choose(scope)
+            scope = self._choose_scope(scope)
             unsummed = self._unsummed.setdefault((scope, tier), [])
             unsummed += costs
             if len(unsummed) >= MAX_UNSUMMED:
@@ -100,7 +100,7 @@ class Ledger:
             saved = self._saved.setdefault(scope, {})
             saved[tier] = saved.get(tier, NO_WORK) + sum_costs(unsummed)
 
-    def _choose(self, scope: str) -> str:
+    def _choose_scope(self, scope: str) -> str:
         """Return the scope under which the work of a scope is counted. Hold the lock."""
         if scope in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
             self._hot_hits.setdefault(scope, HotHits())

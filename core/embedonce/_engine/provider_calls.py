@@ -34,7 +34,7 @@ PROVIDER_GRACES = 2
 def read_tokens(reply: Any, count: int) -> int | list[int | None] | None:
     """Return the tokens that a provider reports for its answer: one number, one number per text, or None.
 
-    A number that is not valid counts as unknown. Numbers per text that are not ``count`` numbers are not valid.
+    An invalid number counts as unknown. A list of numbers must have ``count`` items; otherwise all of them are unknown.
     """
     tokens: Any = reply.tokens if isinstance(reply, Embedded) else None
     is_array = isinstance(tokens, np.ndarray) and tokens.ndim > 0

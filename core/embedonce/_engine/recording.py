@@ -2,8 +2,8 @@
 
 A record is an entry with an empty vector, like a space card, under the key
 ``eo1.savings.<yyyymmdd>.<scope>.<process>``. The metadata of the entry has the numbers. A process writes its record
-again and again, with all of its work in this space on this day. So a record that is lost, or written twice, costs a
-statistic only.
+again and again, with all of its work in this space on this day. Writing a record twice changes nothing. If a record is
+lost, only a statistic is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tiers import LiveTier
 log = logging.getLogger("embedonce")
 
 RECORD_SECONDS = 30.0
-"""While a cache is used, it writes its records about once in this time. It writes them also when it is closed."""
+"""Minimum seconds between two writes of the records while a cache is used. Closing the cache also writes them."""
 LIFETIME = 366 * 86_400.0
 """Seconds after which a record expires."""
 READ_AT_ONCE = 1024
@@ -51,11 +51,11 @@ class SavingsRecorder:
         self.reset()
 
     def reset(self) -> None:
-        """Start over in a forked child. The parent records what it has done until then."""
+        """Start with no records in a forked child. The parent records the work before the fork."""
         self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._process = os.urandom(6).hex()
         self._seen = self._ledger.read()
-        """What the ledger had when the records were last updated, by scope."""
+        """The work in the ledger when the records were last updated, by scope."""
         self._records: dict[str, SavingsRecord] = {}
         """The records of this process that are not stored yet, or that may still change, by key."""
         self._unwritten: set[str] = set()
@@ -84,7 +84,11 @@ class SavingsRecorder:
                 items = self._tier.codec.encode({key: entries[key] for key in chunk})
                 stored = self._tier.writer.replace(items, LIFETIME)
                 if len(stored) < len(chunk):
-                    log.info("tier %r did not store %d savings records", self._tier.name, len(chunk) - len(stored))
+                    log.info(
+                        "tier %r did not store %d savings records; retrying later",
+                        self._tier.name,
+                        len(chunk) - len(stored),
+                    )
                 self._unwritten.difference_update(stored)
             self._next = time.monotonic() + RECORD_SECONDS
 
@@ -102,13 +106,13 @@ class SavingsRecorder:
             if computed == NO_WORK and all(work == NO_WORK for work in saved.values()):
                 continue
             key = f"{SAVINGS_PREFIX}{day.replace('-', '')}.{scope}.{self._process}"
-            self._records[key] = self._add(self._records.get(key), day, scope, space, computed, saved)
+            self._records[key] = self._extend_record(self._records.get(key), day, scope, space, computed, saved)
             self._unwritten.add(key)
         self._seen = spaces
         for key in [key for key, record in self._records.items() if record.day != day and key not in self._unwritten]:
             del self._records[key]
 
-    def _add(
+    def _extend_record(
         self,
         record: SavingsRecord | None,
         day: str,
@@ -129,7 +133,7 @@ class SavingsRecorder:
         )
 
     async def read(self, port: Port, since: float) -> FoundSavings:
-        """Return the records of all processes, of the days since the Unix time ``since`` and within a year."""
+        """Return the records of all processes, from the day of the Unix time ``since`` on, and of at most one year."""
         first = _format_day(max(since, self._clock() - LIFETIME)).replace("-", "")
         records: dict[str, SavingsRecord] = {}
         errors: dict[str, str] = {}
@@ -208,5 +212,5 @@ def _read_record(key: str, metadata: Any) -> SavingsRecord | None:
 def _read_work(value: Any) -> Work:
     work = Work(**value)
     if not all(isinstance(number, int | float) and number >= 0 and math.isfinite(number) for number in work):
-        raise ValueError("not a number of work")
+        raise ValueError("a part of the work is not a finite number of at least 0")
     return work

@@ -530,7 +530,7 @@ def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
         if cost is not None and not (isinstance(cost, tuple) and len(cost) == 2 and is_valid_cost(*cost)):
             raise ValueError(
                 f"costs: item {i} must be None or a Cost(tokens, seconds). Tokens are None or an int from 0 to "
-                f"{MAX_TOKENS}, seconds are None or a number from 0 to {MAX_SECONDS:g}"
+                f"{MAX_TOKENS:,}, seconds are None or a number from 0 to {MAX_SECONDS:,.0f}"
             )
     return [Cost() if cost is None else Cost(*cost) for cost in costs]
 

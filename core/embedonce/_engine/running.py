@@ -185,9 +185,9 @@ class RunningChain:
             return list(self._caches)
 
     def add_space(self, route: Route) -> None:
-        """Note the card and the price of a route's vector space."""
+        """Store the card and the price of a route's vector space."""
         scope, described = route.keyer.scope, card(self.policy, route.space)
-        self.ledger.open_space(scope, described, route.source.price)
+        self.ledger.add_space(scope, described, route.source.price)
         self._add_card(scope, described)
 
     def _add_card(self, scope: str, card: dict[str, Value]) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of texts that no tier has, measured on texts that a tier has: their lengths, tokens and calls."""
+"""Estimate the tokens of texts that no tier has, from the lengths, tokens and calls of texts that a tier has."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ GROUPS = 20
 """Maximum number of groups of calls whose residuals are compared.
 
 A corpus is mostly embedded in its own order, so calls that follow each other are alike. Groups of such calls are more
-independent than the calls. With 20 groups, the quantile is only 7 % larger than with any number of them.
+independent than the calls. With 20 groups, the quantile is only 7 % larger than with infinitely many.
 """
 
 MIN_GROUPS = 4
 """Minimum number of groups, weighted by their size, from which a bound can be measured."""
 
 QUANTILE = 1.959964
-"""The 97.5 % quantile of the normal distribution. The bound has this share of the probability below its upper end."""
+"""The 97.5 % quantile of the normal distribution. The real number is above the maximum with a
+probability of 2.5 %, and below the minimum with the same probability."""
 
 BYTES_PER_TOKEN = 4
 MAX_BYTES_PER_TOKEN = 16
@@ -59,13 +60,13 @@ class TokenSample:
         if sums is None:
             sums = self._calls[created] = [0, 0]
             if len(self._calls) > MAX_CALLS:
-                self._halve()
+                self._merge_pairs()
                 sums = self._calls.setdefault(created, [0, 0])
         sums[0] += tokens
         sums[1] += size
 
-    def _halve(self) -> None:
-        """Add up each two calls that follow each other."""
+    def _merge_pairs(self) -> None:
+        """Merge pairs of calls that follow each other, so that half as many sums are left."""
         dates = sorted(self._calls)
         for earlier, later in zip(dates[::2], dates[1::2], strict=False):
             tokens, size = self._calls.pop(later)

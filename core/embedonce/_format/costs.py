@@ -1,4 +1,4 @@
-"""What it cost to compute a vector: the tokens that the provider charged, and the seconds that the call took."""
+"""The cost of a vector: the tokens charged for its text, and the text's share of the seconds of the provider's call."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class Block:
 
 
 def _to_optional_tokens(tokens: NDArray[np.int64]) -> list[int | None]:
-    # Another negative number is not "unknown" but invalid, and the engine drops its entry.
+    # Only -1 means unknown. Every other negative number is invalid, and the engine drops its entry.
     return [None if number == -1 else number for number in tokens.tolist()]
 
 

@@ -156,8 +156,8 @@ def _build_frame(key: str, entry: Entry, dimension: int, payload: bytes) -> byte
 def _encode_cost(key: str, tokens: int | None, seconds: float | None) -> bytes:
     if not is_valid_cost(tokens, seconds):
         raise ValueError(
-            f"{key}: tokens must be an int from 0 to {MAX_TOKENS} or None, and seconds a number from 0 to "
-            f"{MAX_SECONDS:g} or None"
+            f"{key}: tokens must be an int from 0 to {MAX_TOKENS:,} or None, and seconds a number from 0 to "
+            f"{MAX_SECONDS:,.0f} or None"
         )
     cost = _COST.pack(tokens or 0, (seconds or 0.0) + 0.0)  # adding 0.0 turns minus zero into zero
     if tokens is None:

@@ -73,10 +73,11 @@ reported on standard error, grouped by file and reason, and the exit code is 1. 
 code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same
 command again. Vectors that a disk tier or a network tier has already stored are not computed again.
 
---dry-run reads the same files and looks their texts up, but it computes, stores and sends nothing. --max-cost does the
-same first, so it reads the files twice. If the price may be above the limit, it asks on a terminal. Elsewhere the exit
-code is 1, and nothing is computed. Both know the price if the configuration has, for example, price = "0.02 USD / 1M
-tokens" in the table provider.
+--dry-run reads the same files as a run and looks up their texts. It computes and stores nothing, and sends no text to
+the provider. --max-cost makes this estimate before the run, so the files are read twice. If the price may be above the
+limit, embed asks for confirmation on a terminal. Without a terminal, the exit code is 1, and nothing is computed. Set
+the price of the provider's tokens in the table provider, for example price = "0.02 USD / 1M tokens". --max-cost
+requires a price. Without a price, --dry-run shows no amount of money.
 """
 
 
@@ -116,7 +117,7 @@ def embed(
         bool,
         typer.Option(
             "--dry-run",
-            help="Show what a run would compute: the texts that no tier has, their tokens, their price and the time.",
+            help="Embed nothing. Show how many texts no tier has, and the tokens, price and time of a run.",
         ),
     ] = False,
     max_cost: Annotated[
@@ -124,7 +125,7 @@ def embed(
         typer.Option(
             "--max-cost",
             metavar="AMOUNT",
-            help="Stop, or ask on a terminal, if the texts that no tier has may cost more than this.",
+            help="If the texts that no tier has may cost more, ask for confirmation. Without a terminal, stop.",
             show_default=False,
         ),
     ] = None,
@@ -276,8 +277,8 @@ def _list_persistent_tiers(config: Config) -> list[str]:
 def _execute_dry_run(trial: DryRun, config: Config, limit: CostLimit | None, *, show: bool, can_ask: bool) -> int:
     """Execute a dry run and return the exit code.
 
-    If ``can_ask`` is set, this is the first part of a run, and 0 means that the run may go on. Then the run will
-    report the failures of the input.
+    If ``can_ask`` is set, this is the first part of a run, and 0 means that the run may go on. In this case the run,
+    not the dry run, reports the failures of the input.
     """
     from .embedding.dry_run import describe_tier_errors
     from .embedding.run import Stopped
@@ -293,13 +294,13 @@ def _execute_dry_run(trial: DryRun, config: Config, limit: CostLimit | None, *, 
             if can_ask and _can_ask():
                 from .embedding.cost_limit import ask_to_embed
 
-                return OK if ask_to_embed(summary.stopped) else _report_dry_end(trial, summary.stopped, "stopped")
+                return OK if ask_to_embed(summary.stopped) else _report_early_end(trial, summary.stopped, "stopped")
             advice = " To embed anyway, raise --max-cost; --dry-run shows more." if can_ask else ""
-            return _report_dry_end(trial, summary.stopped, f"error: {summary.stopped}", advice)
+            return _report_early_end(trial, summary.stopped, f"error: {summary.stopped}", advice)
     except Stopped as error:
-        return _report_dry_end(trial, str(error), f"stopped: {error}")
+        return _report_early_end(trial, str(error), f"stopped: {error}")
     except KeyboardInterrupt as error:
-        _report_dry_end(trial, "interrupted", "interrupted")
+        _report_early_end(trial, "interrupted", "interrupted")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     if can_ask:
         return OK
@@ -309,8 +310,8 @@ def _execute_dry_run(trial: DryRun, config: Config, limit: CostLimit | None, *, 
     return FAILED if summary.failed or fails_in_replay else OK
 
 
-def _report_dry_end(trial: DryRun, reason: str, message: str, advice: str = "") -> int:
-    """Report why a dry run ended early or why no run follows, after its failures. Return the exit code."""
+def _report_early_end(trial: DryRun, reason: str, message: str, advice: str = "") -> int:
+    """Report the failures of a dry run, and why it ended early or why no run follows. Return the exit code."""
     trial.summary.stopped = reason
     for line in trial.failures.describe():
         say(line)
@@ -323,7 +324,7 @@ def _can_ask() -> bool:
 
 
 def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool, dry_run: bool) -> None:
-    """Print the result of a dry run that ends the command. For people, print it only if they asked for a dry run."""
+    """Print the result of a dry run that ends the command. Without ``as_json``, print it only with ``--dry-run``."""
     from .embedding.dry_run import describe_dry_run
 
     if not quiet:

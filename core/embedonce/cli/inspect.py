@@ -14,7 +14,7 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .money import describe_unknown, export_work, list_work
+from .money import describe_unknown, export_work, list_cells
 from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
 from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
@@ -64,8 +64,9 @@ embedonce stats
 embedonce stats --json
 
 A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
-has no value if the value is unknown. The second table has the work of all processes within the last year: the texts
-that were computed, and those whose vectors a tier had. `embedonce savings` adds it up by model, tier or day.
+has no value if the value is unknown. The second table shows the work of all processes within the last year. A row
+"computed" is work that the provider has done. A row "saved by" is work that the hits of a tier have saved. The time is
+the sum of the seconds of all calls. `embedonce savings` adds the work up by model, tier, namespace or day.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -266,7 +267,7 @@ def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, 
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show what each tier holds, scope by scope, and the work that was computed and saved in each scope."""
+    """Show the entries that each tier has in each scope, and the work that was computed and saved in each scope."""
     from embedonce.savings import add_up, group_by_scope
 
     from .opened import list_folders, open_for_upkeep
@@ -326,10 +327,10 @@ def _make_work_table(work: Mapping[str, Sequence[SavingsRecord]]) -> Any:
     for scope, records in work.items():
         sums = add_up(records)
         card = [getattr(records[-1], name) for name in CARD]
-        rows.append([scope, *card, "computed", *list_work(sums.computed, sums.spent)])
+        rows.append([scope, *card, "computed", *list_cells(sums.computed, sums.spent)])
         for tier, saved in group_savings(records, "tier").items():
             if saved.saved.texts:
-                rows.append([scope, *card, f"saved by {tier}", *list_work(saved.saved, saved.money_saved)])
+                rows.append([scope, *card, f"saved by {tier}", *list_cells(saved.saved, saved.money_saved)])
     numbers = ("texts", "tokens", "time", "money")
     titles = ("scope", *CARD, "work", *numbers)
     return make_table({title: "right" if title in numbers else "left" for title in titles}, rows)

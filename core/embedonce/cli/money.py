@@ -1,4 +1,4 @@
-"""Work and money in tables: tokens, durations and amounts."""
+"""Format work and money for tables and JSON documents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def format_work_seconds(work: Work) -> str | None:
     return format_seconds(work.seconds) if work.seconds >= 1 else f"{work.seconds * 1000:.3g} ms"
 
 
-def list_work(work: Work, money: Mapping[str, Decimal]) -> list[Any]:
+def list_cells(work: Work, money: Mapping[str, Decimal]) -> list[Any]:
     """Return the cells of a table for some work: texts, tokens, time and money. A cell is None if it is unknown."""
     has_tokens = work.unknown_tokens < work.texts or not work.texts
     return [
@@ -46,7 +46,7 @@ def describe_unknown(work: Work, what: str) -> str | None:
     if not 0 < work.unknown_tokens < work.texts:
         return None
     texts = format_count(work.unknown_tokens, f"{what} text")
-    return f"note: the tokens of {texts} are unknown, and are not included"
+    return f"note: the tokens of {texts} are unknown and not included"
 
 
 def export_work(work: Work, money: Mapping[str, Decimal]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the plots of the command line have in common. They require the extra ``plot``."""
+"""Functions that all plots of the command line use. They require the extra ``plot``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import typer
 
 from embedonce._reprs import format_percent
 
-from .money import describe_unknown, export_work, list_work
+from .money import describe_unknown, export_work, list_cells
 from .options import ConfigOption, JsonOption
 from .output import FAILED, Failed, emit, make_table, say, show
 
@@ -30,9 +30,11 @@ embedonce savings --since 2026-01-01 --by day --plot savings.png
 
 embedonce savings --json
 
-Each process records its work in the slowest tier that can list its keys, about twice a minute and when it ends. So the
-work of the last seconds may be missing. A record is of one day in UTC, and expires after a year. To see amounts of
-money, set price in [provider], for example price = "0.02 USD / 1M tokens".
+Each process records its work in its slowest tier that can list its keys and outlives the process. It writes the record
+about twice a minute while it works, and when it ends. So the work of the last half minute may be missing. Each record
+has the work of one day in UTC, and expires after a year. Money is shown for the work that was done with a price in the
+table provider, for example price = "0.02 USD / 1M tokens". The time is the sum of the seconds of
+all calls.
 """
 
 NO_NAME = "(none)"
@@ -47,12 +49,12 @@ def savings(
         typer.Option(
             "--since",
             metavar="TIME",
-            help="Add up only the days since then: a duration such as 30d, or a date. Default: a year.",
+            help="First day to add up: a date, or a duration before now, such as 30d. Default: one year ago.",
             show_default=False,
         ),
     ] = None,
     by: Annotated[
-        str, typer.Option("--by", metavar="GROUP", help="Add up by tier, model, namespace or day.")
+        str, typer.Option("--by", metavar="GROUP", help="Show one sum for each tier, model, namespace or day.")
     ] = "model",
     plot: Annotated[
         Path | None,
@@ -79,8 +81,8 @@ def savings(
             {
                 "since": None if since is None else datetime.fromtimestamp(start, UTC).date().isoformat(),
                 "by": group,
-                "groups": [{"name": name, **_export(sums)} for name, sums in groups.items()],
-                "total": _export(total),
+                "groups": [{"name": name, **_export_sums(sums)} for name, sums in groups.items()],
+                "total": _export_sums(total),
                 "tiers": found.tiers,
                 "errors": dict(found.errors),
             }
@@ -90,7 +92,7 @@ def savings(
         for line in draw_bars(groups, group):
             show(line)
     elif found.tiers:
-        show(f"No work has been recorded{_describe_since(since)} in {' and '.join(found.tiers)}.")
+        show(f"No record of work{_describe_since(since)} found in {' and '.join(found.tiers)}.")
     if groups and not json:
         for note in (describe_unknown(total.computed, "computed"), describe_unknown(total.saved, "saved")):
             if note:
@@ -104,7 +106,12 @@ def savings(
 
 
 def _report_tiers(found: FoundSavings) -> None:
-    """Report the tiers that failed. Raise if no tier can keep records at all."""
+    """Report the tiers that failed.
+
+    Raises:
+        typer.Exit: a tier failed.
+        Failed: no tier can keep records.
+    """
     for tier, reason in found.errors.items():
         say(f"error: tier {tier!r}: {reason}")
     if found.errors:
@@ -134,9 +141,9 @@ def _read_since(since: str | None) -> float:
     except ValueError:
         try:
             return time.time() - parse_duration(since)
-        except BadValue as error:
+        except BadValue:
             raise typer.BadParameter(
-                f"{error}; give a duration such as 30d, or a date such as 2026-01-31", param_hint="--since"
+                "must be a date such as 2026-01-31, or a duration such as 30d or 12h", param_hint="--since"
             ) from None
     return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
 
@@ -145,7 +152,7 @@ def _describe_since(since: str | None) -> str:
     return "" if since is None else f" since {datetime.fromtimestamp(_read_since(since), UTC).date()}"
 
 
-def _export(sums: Savings) -> dict[str, Any]:
+def _export_sums(sums: Savings) -> dict[str, Any]:
     return {
         "computed": export_work(sums.computed, sums.spent),
         "saved": export_work(sums.saved, sums.money_saved),
@@ -162,7 +169,7 @@ def _make_savings_table(group: str, groups: Mapping[str, Savings], total: Saving
             if work.texts or group != "tier"
         ]
         for number, (word, work, money) in enumerate(lines):
-            rows.append([" " if number else name or NO_NAME, word, *list_work(work, money)])
+            rows.append([" " if number else name or NO_NAME, word, *list_cells(work, money)])
     numbers = ("texts", "tokens", "time", "money")
     return make_table({title: "right" if title in numbers else "left" for title in (group, "work", *numbers)}, rows)
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from embedonce.savings import Savings
 
 MOST_BARS = 60
-"""Maximum number of bars. Of more days, the last ones are shown; of other groups, the largest ones."""
+"""Maximum number of bars. If there are more days, the plot shows the last ones. If there are more groups of another
+kind, it shows the largest ones."""
 
 
 def draw_savings(groups: Mapping[str, Savings], by: str, file: Path) -> None:

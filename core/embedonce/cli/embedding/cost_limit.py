@@ -1,4 +1,4 @@
-"""The limit of ``embedonce embed --max-cost``: how it is written, and what happens if a run may cost more."""
+"""The limit of ``embedonce embed --max-cost``: read it, compare an estimate with it, and ask whether to exceed it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CostLimit:
         return f"note: the run cost {shown}, more than --max-cost {self}"
 
     def describe_excess(self, estimate: Estimate) -> str:
-        """Return what the missing texts may cost, beside the limit."""
+        """Return a sentence that compares what the missing texts may cost with the limit."""
         most = format_money(self.price.of(estimate.max_tokens), self.price.currency, round_up=True)
         verb = "would cost" if estimate.method == "counted" else "may cost up to"
         return f"a run {verb} {most}, more than --max-cost {self}"
@@ -79,7 +79,7 @@ def read_limit(written: str, config: Config) -> CostLimit:
 
 
 def check_can_read_twice(paths: Sequence[str]) -> None:
-    """Check that all inputs are files and folders. With ``--max-cost``, they are read once to estimate the price.
+    """Check that all inputs are files and folders, because ``--max-cost`` reads them twice.
 
     Raises:
         Refused: an input is standard input or a pipe.

@@ -1,6 +1,6 @@
-"""A dry run of ``embedonce embed``: what a run would read, find in the tiers and compute, and what it would cost.
+"""A dry run of ``embedonce embed``: it reads the input and looks up the texts, and estimates what a run would cost.
 
-Nothing is computed, stored or sent.
+Nothing is computed or stored, and no text is sent to the provider.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DryRun:
         self.failures = Failures()
         self.summary = Summary(unique=None, hits=dict.fromkeys(cache.tiers, 0))
         self.estimate: Estimate | None = None
-        """The result. None until all passages were read, and if a run would end early."""
+        """The result. None until all passages have been read. It stays None if a run would end early."""
 
     def execute(self, display: Display) -> Estimate:
         """Read and look up all passages, and return the estimate.
@@ -65,7 +65,7 @@ class DryRun:
             summary.seconds = round(time.monotonic() - started, 3)
 
     def _read_texts(self, display: Display) -> Iterator[str]:
-        """Yield the texts of all passages, also those that cannot be embedded. Report windows that are done."""
+        """Yield the texts of all passages, including those that cannot be embedded. Show the progress."""
         items = read_passages(self.reader, self.summary, self.failures, self._strict)
         for passages in split_windows(items):
             display.start_window(len(passages), self.reader.bytes_read)
@@ -106,14 +106,14 @@ def describe_as_json(estimate: Estimate) -> dict[str, Any]:
     """Return the fields of an estimate. An amount of money is a text with its currency."""
     price = estimate.price
 
-    def pay(tokens: int) -> str | None:
+    def format_price(tokens: int) -> str | None:
         return None if price is None else f"{price.of(tokens):f} {price.currency}"
 
     return asdict(estimate) | {
         "price": None if price is None else str(price),
-        "money": pay(estimate.tokens),
-        "min_money": pay(estimate.min_tokens),
-        "max_money": pay(estimate.max_tokens),
+        "money": format_price(estimate.tokens),
+        "min_money": format_price(estimate.min_tokens),
+        "max_money": format_price(estimate.max_tokens),
     }
 
 
@@ -147,7 +147,7 @@ def describe_dry_run(summary: Summary, estimate: Estimate, *, is_replay: bool = 
         yield f"time: {_describe_time(estimate)}"
     else:
         yield "a run would compute nothing"
-    yield "this dry run has computed, stored and sent nothing"
+    yield "nothing was computed or stored, and no text was sent to the provider"
 
 
 def _describe_replay(estimate: Estimate) -> Iterator[str]:
@@ -162,18 +162,15 @@ def describe_tokens(estimate: Estimate) -> str:
         return f"{estimate.tokens:,}, counted with the provider's tokenizer"
     tokens, low, high = round_estimate(estimate.tokens, estimate.min_tokens, estimate.max_tokens)
     if estimate.method == "guessed":
-        reason = "because the tiers know the tokens of too few texts"
+        reason = "because the tiers have too few texts with known tokens"
         return f"between {low:,} and {high:,}, guessed from the length, {reason}"
     error = max(estimate.max_tokens - estimate.tokens, estimate.tokens - estimate.min_tokens) / max(estimate.tokens, 1)
     percent = max(-int(-100 * error // 1), 1)
-    return (
-        f"about {tokens:,} (± {percent:,} %), estimated from the length and "
-        f"{format_count(estimate.sample, 'text')} with known tokens"
-    )
+    return f"about {tokens:,} (± {percent:,} %), measured on {format_count(estimate.sample, 'text')} with known tokens"
 
 
 def round_estimate(tokens: int, low: int, high: int) -> tuple[int, int, int]:
-    """Round an estimate and its bounds to the digits that mean something: two digits of the larger error.
+    """Round an estimate and its bounds, so that the larger error has two digits.
 
     The bounds are rounded away from the estimate.
 
@@ -185,7 +182,7 @@ def round_estimate(tokens: int, low: int, high: int) -> tuple[int, int, int]:
 
 
 def describe_price(estimate: Estimate) -> str:
-    """Return the price of the missing texts, with the most that it may be, or how to make it known."""
+    """Return the price of the missing texts and its maximum. Without a price, say how to set one."""
     price = estimate.price
     if price is None:
         return f'unknown; to see it, write the price of the provider\'s tokens into [provider]: price = "{EXAMPLE}"'
@@ -206,7 +203,7 @@ def describe_most_money(price: Price, tokens: int) -> str:
 
 def _describe_time(estimate: Estimate) -> str:
     if estimate.seconds is None:
-        return "unknown, because the tiers do not know how long other texts took"
+        return "unknown, because the tiers have no text with known seconds"
     return f"about {format_seconds(estimate.seconds)}" if estimate.seconds >= 1 else "less than 1 s"
 
 

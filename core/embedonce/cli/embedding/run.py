@@ -27,8 +27,8 @@ from .summary import (
     collect_tier_failures,
     describe_skipped,
     has_stored_nothing,
-    make_cost,
     subtract_money,
+    sum_cost,
 )
 
 if TYPE_CHECKING:
@@ -276,8 +276,8 @@ class Run:
             summary.computed = max(answered, 0)
             return
         summary.computed = _count_computed_texts(stats) - _count_computed_texts(before)
-        summary.spent = make_cost(stats.computed - before.computed, subtract_money(stats.spent, before.spent))
-        summary.saved = make_cost(stats.saved - before.saved, subtract_money(stats.money_saved, before.money_saved))
+        summary.spent = sum_cost(stats.computed - before.computed, subtract_money(stats.spent, before.spent))
+        summary.saved = sum_cost(stats.saved - before.saved, subtract_money(stats.money_saved, before.money_saved))
         summary.repeated = max(answered - summary.computed, 0)
         summary.trouble = collect_tier_failures(stats)
         summary.causes = collect_causes(stats)

@@ -34,9 +34,9 @@ class Summary:
     """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
     """Passages whose vector a tier had, by tier name."""
-    spent: Cost | None = None
+    spent: SummedCost | None = None
     """Cost of the texts that the provider embedded. None if it could not be computed, and in a dry run."""
-    saved: Cost | None = None
+    saved: SummedCost | None = None
     """Cost that was stored with the vectors that were read from the tiers: what it would have cost to embed their texts
     again. Each distinct text counts once per window. None if it could not be computed, and in a dry run."""
     repeated: int = 0
@@ -75,31 +75,32 @@ class Summary:
     stopped: str | None = None
     """Reason why the run ended early, or None."""
     estimate: dict[str, Any] | None = None
-    """With ``--dry-run`` and ``--max-cost``: what it would cost to embed the passages, as it was estimated before
-    anything was computed."""
+    """With ``--dry-run`` and ``--max-cost``: the estimate of what it costs to embed the passages. It is made before
+    anything is computed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Cost of some texts. Texts without a known cost are counted, but they do not count as free."""
+class SummedCost:
+    """Cost of some texts. Texts whose cost is unknown are counted separately, so that they do not count as free."""
 
     texts: int
     tokens: int | None
     """Tokens of the texts whose tokens are known; None if there are texts, but the tokens of none are known."""
     seconds: float | None
-    """Seconds of computation, in the same way. Seconds of simultaneous calls are added up."""
+    """Seconds of computation of the texts whose seconds are known; None if there are texts, but the seconds of none are
+    known. Seconds of simultaneous calls are added up."""
     money: dict[str, str]
-    """Price of ``tokens`` by currency. It is empty if the price of a token is unknown, or if ``tokens`` is None."""
+    """Price of ``tokens`` by currency. It is empty if the configuration has no price, or if ``tokens`` is None."""
     unknown_tokens: int
     """Number of texts whose tokens are unknown."""
     unknown_seconds: int
     """Number of texts whose seconds are unknown."""
 
 
-def make_cost(work: Work, money: Mapping[str, Decimal]) -> Cost:
+def sum_cost(work: Work, money: Mapping[str, Decimal]) -> SummedCost:
     """Return the cost of some work, whose price by currency is ``money``."""
     is_known = work.unknown_tokens < work.texts or not work.texts
-    return Cost(
+    return SummedCost(
         texts=work.texts,
         tokens=work.tokens if is_known else None,
         seconds=round(work.seconds, 3) if work.unknown_seconds < work.texts or not work.texts else None,
@@ -114,7 +115,7 @@ def subtract_money(after: Mapping[str, Decimal], before: Mapping[str, Decimal]) 
     return {currency: amount - before.get(currency, Decimal(0)) for currency, amount in after.items()}
 
 
-def describe_cost(cost: Cost | None) -> str | None:
+def describe_cost(cost: SummedCost | None) -> str | None:
     """Return a cost for people, or None if there is nothing to say: no text, or less than a second and no tokens."""
     if cost is None or not cost.texts:
         return None
@@ -127,7 +128,7 @@ def describe_cost(cost: Cost | None) -> str | None:
         is_unknown = cost.tokens is None and cost.seconds is None
         return f"the cost of {format_count(cost.texts, 'text')} is unknown" if is_unknown else None
     unknown = cost.unknown_seconds if cost.tokens is None else max(cost.unknown_tokens, cost.unknown_seconds)
-    note = f" ({format_count(unknown, 'text')} without a known cost not included)" if unknown else ""
+    note = f" (not included: {format_count(unknown, 'text')} with unknown cost)" if unknown else ""
     return f"{', '.join(parts)}{note}"
 
 
