@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,13 @@ OTHERS: list[Any] = [
     {**GOOD, "computed": {"texts": True, "other": 1}},
     {**GOOD, "saved": []},
     {**GOOD, "saved": {"far": {"texts": None}}},
+    {**GOOD, "computed": {"texts": 1.5}},
+    {**GOOD, "computed": {"texts": True}},
+    {**GOOD, "computed": {"texts": 1, "tokens": 10**400}},
+    {**GOOD, "computed": {"texts": 1, "seconds": 1e308}},
+    {**GOOD, "computed": {"texts": 1, "unknown_tokens": 2}},
+    {**GOOD, "price": {"amount": "1E999999", "currency": "USD", "tokens": "1"}},
+    {**GOOD, "price": {"amount": "NaN", "currency": "USD", "tokens": "1"}},
     {**GOOD, "price": "free"},
     {**GOOD, "price": 7},
     {**GOOD, "model": ["m"]},
@@ -264,6 +273,47 @@ def test_what_another_program_wrote_is_left_out(metadata: Any) -> None:
     assert len(read(far)) == 1
     far._store.update({key: (encode_frames({key: Entry(freeze(()), 1.0, None, GOOD)})[key], None)})
     assert len(read(far)) == 2
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        Price(Decimal("0.00000000000001"), "USD", 1),
+        Price(Decimal("1E+10"), "USD", 1),
+        Price(Decimal(1), "USD", 10**13 + 1),
+        Price(Decimal("-0"), "USD", 1),
+    ],
+    ids=str,
+)
+def test_a_price_that_python_made_is_recorded_exactly(price: Price) -> None:
+    far = make_far()
+    embed(far, ["a"], price=price)
+    assert [record.price for record in read(far)] == [price]
+
+
+@pytest.mark.parametrize("since", [1e20, math.inf])
+def test_a_time_that_no_date_can_have_finds_no_records(since: float) -> None:
+    far = make_far()
+    embed(far, ["a"])
+    assert read(far, since) == []
+
+
+def test_a_tier_that_stores_no_record_is_asked_once_when_the_cache_is_closed() -> None:
+    far = make_far(max_batch=1)
+    tried = []
+    store = far.set_many
+
+    def set_many(items: Any, ttl: float | None) -> None:
+        if any(key.startswith(recording.SAVINGS_PREFIX) for key in items):
+            tried.append(len(items))
+            raise TimeoutError
+        store(items, ttl)
+
+    far.set_many = set_many  # type: ignore[method-assign]
+    with Cache(CountingProvider(), [Tier(far, name="far")]) as cache:
+        for model in ("one", "two", "three"):
+            cache.for_provider(CountingProvider(model=model)).embed("a")
+    assert tried == [1]
 
 
 @pytest.mark.parametrize("key", ["20990101", "20990101.a", "20990101.a.b.c", "2099.a.b", "20991399.a.b", "x.y.z", ""])

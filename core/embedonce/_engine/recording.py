@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 from embedonce.errors import ConfigError, TierError
@@ -37,6 +38,10 @@ LIFETIME = 366 * 86_400.0
 """Seconds after which a record expires."""
 READ_AT_ONCE = 1024
 """Maximum number of records that are read in one call."""
+MAX_COUNT = 2**53
+"""Maximum number of texts, tokens and seconds in a record. Larger numbers come from another program or from damage."""
+MAX_MAGNITUDE = 100
+"""Maximum power of ten of a price in a record."""
 CARD_PARTS = ("provider", "model", "task", "version", "namespace")
 
 
@@ -87,6 +92,8 @@ class SavingsRecorder:
                 if len(stored) < len(chunk):
                     log.info("tier %r did not store %d savings records", self._tier.name, len(chunk) - len(stored))
                 self._unwritten.difference_update(stored)
+                if not stored:
+                    break  # the tier may hang, and the cache that is closed must not wait for each chunk
             self._next = time.monotonic() + RECORD_SECONDS
 
     def _update_records(self) -> None:
@@ -131,7 +138,9 @@ class SavingsRecorder:
 
     async def read(self, port: Port, since: float) -> FoundSavings:
         """Return the records of all processes, of the days since the Unix time ``since`` and within a year."""
-        first = _format_day(max(since, self._clock() - LIFETIME)).replace("-", "")
+        now = self._clock()
+        # A date after year 9999 cannot be formatted. No record is from tomorrow or later, except after a clock change.
+        first = _format_day(min(max(since, now - LIFETIME), now + LIFETIME)).replace("-", "")
         records: dict[str, SavingsRecord] = {}
         errors: dict[str, str] = {}
         read: list[str] = []
@@ -179,7 +188,7 @@ def _format_day(seconds: float) -> str:
 def _write_metadata(record: SavingsRecord) -> dict[str, Any]:
     return {
         **{part: getattr(record, part) for part in CARD_PARTS},
-        "price": None if record.price is None else str(record.price),
+        "price": None if record.price is None else _write_price(record.price),
         "computed": record.computed._asdict(),
         "saved": {tier: work._asdict() for tier, work in record.saved.items()},
     }
@@ -200,14 +209,33 @@ def _read_record(key: str, metadata: Any) -> SavingsRecord | None:
             **card,
             computed=_read_work(metadata["computed"]),
             saved={str(tier): _read_work(work) for tier, work in metadata["saved"].items()},
-            price=None if price is None else Price.parse(price),
+            price=None if price is None else _read_price(price),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError):
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ConfigError):
         return None
+
+
+def _write_price(price: Price) -> dict[str, str]:
+    """Return the parts of a price as texts. A price made in Python may have more digits than its text can have."""
+    return {"amount": str(price.amount), "currency": price.currency, "tokens": str(price.tokens)}
+
+
+def _read_price(value: Any) -> Price:
+    if isinstance(value, str):
+        return Price.parse(value)
+    amount, tokens = Decimal(value["amount"]), int(value["tokens"])
+    if amount and abs(amount.adjusted()) > MAX_MAGNITUDE:
+        raise ValueError("not an amount of money")
+    return Price(amount, value["currency"], tokens)
 
 
 def _read_work(value: Any) -> Work:
     work = Work(**value)
-    if not all(isinstance(number, int | float) and number >= 0 and math.isfinite(number) for number in work):
-        raise ValueError("not a number of work")
+    counts = (work.texts, work.tokens, work.unknown_tokens, work.unknown_seconds)
+    if not all(type(number) is int and 0 <= number <= MAX_COUNT for number in counts):
+        raise ValueError("not a number of texts or tokens")
+    if max(work.unknown_tokens, work.unknown_seconds) > work.texts:
+        raise ValueError("more unknown texts than texts")
+    if type(work.seconds) not in (int, float) or not 0 <= work.seconds <= MAX_COUNT:
+        raise ValueError("not a number of seconds")
     return work
