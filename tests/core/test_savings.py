@@ -360,3 +360,29 @@ def test_a_forked_child_records_only_its_own_work(tmp_path: Path) -> None:
     assert len({record.process for record in records}) == len(records) == 2
     sums = add_up(records)
     assert (sums.computed.texts, sums.saved.texts) == (3, 2)
+
+
+def test_work_at_two_prices_in_one_space_is_paid_at_its_own_price() -> None:
+    far = make_far()
+    with Cache(CountingProvider(), [MemoryBackend(), Tier(far, name="far")], price="1 USD / 1 token") as cache:
+        cache.embed("aa")
+        spent = cache.stats().spent["USD"]
+        dearer = cache.for_provider(CountingProvider(), price="100 USD / 1 token")
+        dearer.embed_batch(["bb"])
+        dearer.embed_batch(["aa"])
+        unpriced = cache.for_provider(CountingProvider())
+        unpriced.embed_batch(["cc"])
+        unpriced.embed("cc")
+        cache.embed_batch(["aa"])
+        stats = cache.stats()
+        (space,) = stats.spaces.values()
+        assert (stats.spent["USD"], stats.money_saved["USD"]) == (101 * spent, 101 * spent)
+        assert [part.price and part.price.amount for part in space.split_prices()] == [1, 100, None]
+        assert sum((part.computed for part in space.parts), Work()) == space.computed == stats.computed
+        assert stats.saved.texts == 3
+        cache.savings()
+    records = read(far)
+    total = add_up(records)
+    assert (total.spent["USD"], total.money_saved["USD"]) == (101 * spent, 101 * spent)
+    assert (total.computed, total.saved) == (stats.computed, stats.saved)
+    assert len(list_keys(far)) == len(records) == 3

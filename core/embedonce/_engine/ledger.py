@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from embedonce.events import SpaceStats
 from embedonce.keys import Value
@@ -35,18 +36,24 @@ class HotHits:
         return Work(self.texts, self.tokens, self.seconds, self.unknown_tokens, self.unknown_seconds)
 
 
+Account: TypeAlias = tuple[str, Price | None]
+"""A scope and a price. Two providers of one space may have different prices, for example a fallback of the same model.
+"""
+
+OTHER_ACCOUNT: Account = (OTHERS, None)
+
+
 class Ledger:
-    """Counts the work in each vector space. Many threads use it."""
+    """Counts the work in each vector space, at each price. Many threads use it."""
 
     def __init__(self, tiers: list[str]) -> None:
         self._tiers = tiers
         self._cards: dict[str, Mapping[str, Value]] = {}
-        self._prices: dict[str, Price | None] = {}
-        self._computed: dict[str, Work] = {}
-        self._saved: dict[str, dict[str, Work]] = {}
-        """By scope and tier."""
-        self._hot_hits: dict[str, HotHits] = {}
-        """By scope. They are hits of the first tier."""
+        self._computed: dict[Account, Work] = {}
+        self._saved: dict[Account, dict[str, Work]] = {}
+        """By account and tier."""
+        self._hot_hits: dict[Account, HotHits] = {}
+        """By account. They are hits of the first tier."""
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -57,55 +64,79 @@ class Ledger:
         self._lock = threading.RLock()
 
     def open_space(self, scope: str, card: Mapping[str, Value], price: Price | None) -> None:
-        """Note the card and the price of a scope, before any work in it is counted."""
+        """Note the card of a scope, before any work in it is counted at this price."""
         with self._lock:
-            if self._choose(scope) == scope:
+            if self._choose((scope, price)) != OTHER_ACCOUNT:
                 self._cards[scope] = card
-                self._prices[scope] = price
 
     def count_hot_hits(self) -> int:
         """Return the number of hits on the fast path."""
         with self._lock:
             return sum(hits.texts for hits in self._hot_hits.values())
 
-    def get_hot_hits(self, scope: str) -> HotHits:
+    def get_hot_hits(self, scope: str, price: Price | None) -> HotHits:
         """Return the counts of a scope on the fast path."""
         with self._lock:
-            return self._hot_hits.setdefault(self._choose(scope), HotHits())
+            return self._hot_hits.setdefault(self._choose((scope, price)), HotHits())
 
-    def count_computed(self, scope: str, work: Work) -> None:
+    def count_computed(self, scope: str, price: Price | None, work: Work) -> None:
         """Count work that a provider has done."""
         with self._lock:
-            scope = self._choose(scope)
-            self._computed[scope] = self._computed.get(scope, NO_WORK) + work
+            account = self._choose((scope, price))
+            self._computed[account] = self._computed.get(account, NO_WORK) + work
 
-    def count_saved(self, scope: str, tier: str, work: Work) -> None:
+    def count_saved(self, scope: str, price: Price | None, tier: str, work: Work) -> None:
         """Count work that hits of a tier have saved."""
         with self._lock:
-            saved = self._saved.setdefault(self._choose(scope), {})
+            saved = self._saved.setdefault(self._choose((scope, price)), {})
             saved[tier] = saved.get(tier, NO_WORK) + work
 
-    def _choose(self, scope: str) -> str:
-        """Return the scope under which the work of a scope is counted. Hold the lock."""
-        if scope in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
-            self._hot_hits.setdefault(scope, HotHits())
-            return scope
-        return OTHERS
+    def _choose(self, account: Account) -> Account:
+        """Return the account under which the work of an account is counted. Hold the lock."""
+        if account in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
+            self._hot_hits.setdefault(account, HotHits())
+            return account
+        return OTHER_ACCOUNT
 
-    def read(self) -> dict[str, SpaceStats]:
-        """Return the work in each scope in which there was any."""
+    def read_accounts(self) -> dict[Account, SpaceStats]:
+        """Return the work at each price in each scope in which there was any."""
         with self._lock:
-            spaces = {}
-            for scope, hot in list(self._hot_hits.items()):
-                saved = dict(self._saved.get(scope, {}))
+            accounts = {}
+            for account, hot in list(self._hot_hits.items()):
+                scope, price = account
+                saved = dict(self._saved.get(account, {}))
                 if hot.texts:
                     saved[self._tiers[0]] = saved.get(self._tiers[0], NO_WORK) + hot.read()
-                computed = self._computed.get(scope, NO_WORK)
+                computed = self._computed.get(account, NO_WORK)
                 if saved or computed != NO_WORK:
-                    spaces[scope] = SpaceStats(
+                    accounts[account] = SpaceStats(
                         card=self._cards.get(scope, {}),
                         computed=computed,
                         saved={tier: saved[tier] for tier in self._tiers if tier in saved},
-                        price=self._prices.get(scope),
+                        price=price,
                     )
-            return spaces
+            return accounts
+
+    def read(self) -> dict[str, SpaceStats]:
+        """Return the work in each scope in which there was any."""
+        parts: dict[str, list[SpaceStats]] = {}
+        for (scope, _), part in self.read_accounts().items():
+            parts.setdefault(scope, []).append(part)
+        return {scope: _merge(of_scope) for scope, of_scope in parts.items()}
+
+
+def _merge(parts: list[SpaceStats]) -> SpaceStats:
+    """Return the work in one scope at all prices."""
+    if len(parts) == 1:
+        return parts[0]
+    saved: dict[str, Work] = {}
+    for part in parts:
+        for tier, work in part.saved.items():
+            saved[tier] = saved.get(tier, NO_WORK) + work
+    return SpaceStats(
+        card=parts[0].card,
+        computed=sum((part.computed for part in parts), NO_WORK),
+        saved=saved,
+        price=next((part.price for part in parts if part.price is not None), None),
+        parts=tuple(parts),
+    )

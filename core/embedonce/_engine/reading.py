@@ -182,7 +182,7 @@ class TierReader:
         saved = NO_WORK
         if hits:
             saved = read.entries.sum_costs()
-            self._ledger.count_saved(scope, name, saved)
+            self._ledger.count_saved(scope, route.source.price, name, saved)
         if self._has_listeners():
             self._emit(
                 LookedUp(

@@ -25,7 +25,7 @@ from embedonce.prices import Price
 from embedonce.savings import FoundSavings, SavingsRecord
 from embedonce.vectors import NO_WORK, Entry, Work, freeze
 
-from .ledger import Ledger
+from .ledger import Account, Ledger
 from .ports import Port
 from .tiers import LiveTier
 
@@ -53,15 +53,17 @@ class SavingsRecorder:
         self._tier = next((tier for tier in reversed(tiers) if _can_keep_records(tier)), None)
         self._ledger = ledger
         self._clock = clock
-        self._seen: dict[str, SpaceStats] = {}
+        self._seen: dict[Account, SpaceStats] = {}
         self.reset()
 
     def reset(self) -> None:
         """Start over in a forked child. The parent records what it has done until then."""
         self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._process = os.urandom(6).hex()
-        self._seen = self._ledger.read()
-        """What the ledger had when the records were last updated, by scope."""
+        self._names: dict[Account, str] = {}
+        """The name of the process in the records of each account."""
+        self._seen = self._ledger.read_accounts()
+        """What the ledger had when the records were last updated."""
         self._records: dict[str, SavingsRecord] = {}
         """The records of this process that are not stored yet, or that may still change, by key."""
         self._unwritten: set[str] = set()
@@ -99,9 +101,9 @@ class SavingsRecorder:
     def _update_records(self) -> None:
         """Add the work since the last update to the records of today."""
         day = _format_day(self._clock())
-        spaces = self._ledger.read()
-        for scope, space in spaces.items():
-            before = self._seen.get(scope)
+        spaces = self._ledger.read_accounts()
+        for account, space in spaces.items():
+            scope, before = account[0], self._seen.get(account)
             computed = space.computed - (NO_WORK if before is None else before.computed)
             saved = {
                 tier: work - (NO_WORK if before is None else before.saved.get(tier, NO_WORK))
@@ -109,18 +111,25 @@ class SavingsRecorder:
             }
             if computed == NO_WORK and all(work == NO_WORK for work in saved.values()):
                 continue
-            key = f"{SAVINGS_PREFIX}{day.replace('-', '')}.{scope}.{self._process}"
-            self._records[key] = self._add(self._records.get(key), day, scope, space, computed, saved)
+            key = f"{SAVINGS_PREFIX}{day.replace('-', '')}.{scope}.{self._choose_name(account)}"
+            self._records[key] = self._add(self._records.get(key), day, account, space, computed, saved)
             self._unwritten.add(key)
         self._seen = spaces
         for key in [key for key, record in self._records.items() if record.day != day and key not in self._unwritten]:
             del self._records[key]
 
+    def _choose_name(self, account: Account) -> str:
+        """Return the name of the process for an account. A record has one price, so each price gets another name."""
+        if account not in self._names:
+            is_first = all(scope != account[0] for scope, _ in self._names)
+            self._names[account] = self._process if is_first else os.urandom(6).hex()
+        return self._names[account]
+
     def _add(
         self,
         record: SavingsRecord | None,
         day: str,
-        scope: str,
+        account: Account,
         space: SpaceStats,
         computed: Work,
         saved: Mapping[str, Work],
@@ -133,7 +142,13 @@ class SavingsRecorder:
         card = {part: str(space.card.get(part) or "") for part in CARD_PARTS}
         kept = {tier: work for tier, work in saved.items() if work != NO_WORK}
         return SavingsRecord(
-            day=day, scope=scope, process=self._process, **card, computed=computed, saved=kept, price=space.price
+            day=day,
+            scope=account[0],
+            process=self._choose_name(account),
+            **card,
+            computed=computed,
+            saved=kept,
+            price=space.price,
         )
 
     async def read(self, port: Port, since: float) -> FoundSavings:
