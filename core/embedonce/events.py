@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal, TypeAlias
@@ -137,7 +137,13 @@ class SpaceStats:
     saved: Mapping[str, Work]
     """The work that hits have saved, by tier."""
     price: Price | None = None
-    """The price of the provider's tokens, or None if it is unknown."""
+    """The price of the provider's tokens, or None if it is unknown. If there are several prices, this is the first."""
+    parts: Sequence[SpaceStats] = ()
+    """The work at each price, if providers with different prices share the space. Empty if there is only one price."""
+
+    def split_prices(self) -> Sequence[SpaceStats]:
+        """Return the work at each price: ``parts``, or this object alone if there is only one price."""
+        return self.parts or (self,)
 
     @property
     def all_saved(self) -> Work:
@@ -176,12 +182,16 @@ class Stats:
     @property
     def spent(self) -> Mapping[str, Decimal]:
         """The price of the computed tokens, by currency, for the spaces whose price is known."""
-        return sum_prices((space.price, space.computed) for space in self.spaces.values())
+        return sum_prices(
+            (part.price, part.computed) for space in self.spaces.values() for part in space.split_prices()
+        )
 
     @property
     def money_saved(self) -> Mapping[str, Decimal]:
         """The price of the saved tokens, by currency, for the spaces whose price is known."""
-        return sum_prices((space.price, space.all_saved) for space in self.spaces.values())
+        return sum_prices(
+            (part.price, part.all_saved) for space in self.spaces.values() for part in space.split_prices()
+        )
 
     @property
     def hit_rate(self) -> float | None:

@@ -258,7 +258,7 @@ def _list_work(stats: Stats) -> dict[_Sample, float]:
         if space.price is not None:
             sums[f"{kind}_money", (*labels, space.price.currency)] += float(space.price.of(work.tokens))
 
-    for space in stats.spaces.values():
+    for space in (part for whole in stats.spaces.values() for part in whole.split_prices()):
         if space.computed != NO_WORK:
             add("computed", str(space.card.get("provider") or ""), space, space.computed)
         for tier, work in space.saved.items():

@@ -196,8 +196,8 @@ def test_a_dry_run_shows_what_a_run_would_do(command: Any, corpus: Path) -> None
         "5 passages from 2 files, 4 distinct texts",
         "             2 ( 50.0 %) in disk",
         "             2 ( 50.0 %) in no tier",
-        "tokens: between 0 and 6, guessed from the length, because the tiers have too few texts with known tokens",
-        "price: at most 0.00000012 USD, at 0.02 USD / 1M tokens",
+        "tokens: between 0 and 14, guessed from the length, because the tiers have too few texts with known tokens",
+        "price: at most 0.00000028 USD, at 0.02 USD / 1M tokens",
         "time: less than 1 s",
         NOTHING,
     ]
@@ -310,13 +310,13 @@ def test_a_run_above_the_limit_computes_nothing(command: Any, corpus: Path) -> N
     done = command("embed", "docs", "--out", "out.npy", "--max-cost", "0.0000001")
     assert (done.code, done.out) == (1, "")
     assert done.err == (
-        "error: a run may cost up to 0.00000036 USD, more than --max-cost 0.0000001 USD; nothing was computed. "
+        "error: a run may cost up to 0.00000068 USD, more than --max-cost 0.0000001 USD; nothing was computed. "
         "To embed anyway, raise --max-cost; --dry-run shows more.\n"
     )
     assert Path("out.npy").read_bytes() == b"earlier"
     found = command("embed", "docs", "--out", "out.npy", "--max-cost", "0.0000001", "--json").json
     assert (found["computed"], found["out"], found["estimate"]["missing"]) == (0, None, 4)
-    assert found["stopped"] == "a run may cost up to 0.00000036 USD, more than --max-cost 0.0000001 USD"
+    assert found["stopped"] == "a run may cost up to 0.00000068 USD, more than --max-cost 0.0000001 USD"
     assert command("embed", "docs", "--dry-run", "--json").json["estimate"]["hits"] == {"disk": 0}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from optional import needs
 from typer.testing import CliRunner
 
-from embedonce import Cache
+from embedonce import Cache, KeyPolicy, Tier
 from embedonce.cli import app
 from embedonce.testing.fakes import CountingProvider
 from embedonce.vectors import Work
@@ -49,6 +50,40 @@ def run(*arguments: str, code: int = 0) -> tuple[str, str]:
 def read_json(*arguments: str, code: int = 0) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(run(*arguments, "--json", code=code)[0])
     return document
+
+
+@pytest.mark.parametrize("by", ["model", "namespace", "tier"])
+def test_no_name_of_another_program_controls_the_terminal(by: str) -> None:
+    name = "[red]x\x1b]0;title\x07\r\nline" + "long" * 100
+    with Cache(
+        CountingProvider(model=name), [Tier(DiskBackend(path="vectors"), name=name)], key=KeyPolicy(namespace=name)
+    ) as cache:
+        cache.embed_batch(["a"])
+        cache.forget(["a"])
+        cache.embed_batch(["b"])
+        cache.embed_batch(["b"])
+    out, _ = run("--by", by)
+    assert "[red]x\\x1b]0;title\\x07\\r\\nline" in out.replace(" ", "")
+    stats = CliRunner().invoke(app, ["stats"]).stdout
+    assert not {"\x1b", "\x07", "\r"} & set(out + stats)
+    assert max(len(line) for line in out.splitlines() if "█" in line or "░" in line) < 160
+
+
+@needs("matplotlib")
+def test_a_plot_escapes_the_characters_that_a_font_lacks() -> None:
+    work("$x\x1b\x07$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("--plot", "plot.png")
+    assert Path("plot.png").stat().st_size > 1000
+
+
+def test_a_console_without_block_characters_shows_bars_of_ascii() -> None:
+    work()
+    result = CliRunner(charset="ascii").invoke(app, ["savings"])
+    assert result.exit_code == 0
+    (bar,) = [line for line in result.stdout.splitlines() if line.endswith(" saved")]
+    assert bar == f"m  {'#' * 20}{'-' * 20} 50.0 % saved"
 
 
 def test_a_table_and_a_bar_chart() -> None:

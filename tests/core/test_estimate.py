@@ -409,7 +409,7 @@ def test_a_providers_tokenizer_counts_the_missing_texts(ask: Ask) -> None:
 def test_a_tokenizer_that_fails_is_replaced_by_an_estimate(ask: Ask, answer: Any) -> None:
     with Cache(Counted(answer), [MemoryBackend()]) as cache:
         found = ask(cache, ["a" * 160, "b"])
-    assert (found.method, found.tokens, found.min_tokens, found.max_tokens) == ("guessed", 41, 10, 161)
+    assert (found.method, found.tokens, found.min_tokens, found.max_tokens) == ("guessed", 41, 10, 169)
 
 
 @faces
@@ -430,8 +430,18 @@ def test_tokens_are_guessed_from_the_length_if_nothing_is_known(ask: Ask) -> Non
     with open_cache(MemoryBackend()) as cache:
         found = ask(cache, ["ä" * 50, "b" * 61])
     assert (found.bytes, found.method, found.sample) == (161, "guessed", 0)
-    assert (found.tokens, found.min_tokens, found.max_tokens) == (41, 10, 161)
+    assert (found.tokens, found.min_tokens, found.max_tokens) == (41, 10, 169)
     assert (found.price, found.money, found.max_money) == (None, None, None)
+
+
+@faces
+@pytest.mark.parametrize("texts", [[""], ["a"], [f"{number}" for number in range(100)]], ids=["empty", "one", "many"])
+def test_a_guess_includes_the_special_tokens_of_short_texts(ask: Ask, texts: list[str]) -> None:
+    with open_cache(MemoryBackend()) as cache:
+        found = ask(cache, texts)
+    paid = sum(len(text) + 2 for text in texts)  # one token per letter, one for the start and one for the end
+    assert found.method == "guessed"
+    assert found.min_tokens <= paid <= found.max_tokens
 
 
 @faces
@@ -443,7 +453,7 @@ def test_few_calls_give_a_ratio_but_no_limits(ask: Ask) -> None:
             cache.embed_batch([f"{number} {text}" for text in ("a", "bb", "ccc")])
         found = ask(cache, ["0 a", "1 bb", "2 ccc", "missing" * 10])
     assert (found.method, found.sample) == ("guessed", 3)
-    assert (found.tokens, found.min_tokens, found.max_tokens) == (70, 4, 70)
+    assert (found.tokens, found.min_tokens, found.max_tokens) == (70, 4, 74)
 
 
 @faces

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,13 @@ OTHERS: list[Any] = [
     {**GOOD, "computed": {"texts": True, "other": 1}},
     {**GOOD, "saved": []},
     {**GOOD, "saved": {"far": {"texts": None}}},
+    {**GOOD, "computed": {"texts": 1.5}},
+    {**GOOD, "computed": {"texts": True}},
+    {**GOOD, "computed": {"texts": 1, "tokens": 10**400}},
+    {**GOOD, "computed": {"texts": 1, "seconds": 1e308}},
+    {**GOOD, "computed": {"texts": 1, "unknown_tokens": 2}},
+    {**GOOD, "price": {"amount": "1E999999", "currency": "USD", "tokens": "1"}},
+    {**GOOD, "price": {"amount": "NaN", "currency": "USD", "tokens": "1"}},
     {**GOOD, "price": "free"},
     {**GOOD, "price": 7},
     {**GOOD, "model": ["m"]},
@@ -265,6 +274,47 @@ def test_what_another_program_wrote_is_left_out(metadata: Any) -> None:
     assert len(read(far)) == 1
     far._store.update({key: (encode_frames({key: Entry(freeze(()), 1.0, None, GOOD)})[key], None)})
     assert len(read(far)) == 2
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        Price(Decimal("0.00000000000001"), "USD", 1),
+        Price(Decimal("1E+10"), "USD", 1),
+        Price(Decimal(1), "USD", 10**13 + 1),
+        Price(Decimal("-0"), "USD", 1),
+    ],
+    ids=str,
+)
+def test_a_price_that_python_made_is_recorded_exactly(price: Price) -> None:
+    far = make_far()
+    embed(far, ["a"], price=price)
+    assert [record.price for record in read(far)] == [price]
+
+
+@pytest.mark.parametrize("since", [1e20, math.inf])
+def test_a_time_that_no_date_can_have_finds_no_records(since: float) -> None:
+    far = make_far()
+    embed(far, ["a"])
+    assert read(far, since) == []
+
+
+def test_a_tier_that_stores_no_record_is_asked_once_when_the_cache_is_closed() -> None:
+    far = make_far(max_batch=1)
+    tried = []
+    store = far.set_many
+
+    def set_many(items: Any, ttl: float | None) -> None:
+        if any(key.startswith(recording.SAVINGS_PREFIX) for key in items):
+            tried.append(len(items))
+            raise TimeoutError
+        store(items, ttl)
+
+    far.set_many = set_many  # type: ignore[method-assign]
+    with Cache(CountingProvider(), [Tier(far, name="far")]) as cache:
+        for model in ("one", "two", "three"):
+            cache.for_provider(CountingProvider(model=model)).embed("a")
+    assert tried == [1]
 
 
 @pytest.mark.parametrize("key", ["20990101", "20990101.a", "20990101.a.b.c", "2099.a.b", "20991399.a.b", "x.y.z", ""])
@@ -311,3 +361,29 @@ def test_a_forked_child_records_only_its_own_work(tmp_path: Path) -> None:
     assert len({record.process for record in records}) == len(records) == 2
     sums = add_up(records)
     assert (sums.computed.texts, sums.saved.texts) == (3, 2)
+
+
+def test_work_at_two_prices_in_one_space_is_paid_at_its_own_price() -> None:
+    far = make_far()
+    with Cache(CountingProvider(), [MemoryBackend(), Tier(far, name="far")], price="1 USD / 1 token") as cache:
+        cache.embed("aa")
+        spent = cache.stats().spent["USD"]
+        dearer = cache.for_provider(CountingProvider(), price="100 USD / 1 token")
+        dearer.embed_batch(["bb"])
+        dearer.embed_batch(["aa"])
+        unpriced = cache.for_provider(CountingProvider())
+        unpriced.embed_batch(["cc"])
+        unpriced.embed("cc")
+        cache.embed_batch(["aa"])
+        stats = cache.stats()
+        (space,) = stats.spaces.values()
+        assert (stats.spent["USD"], stats.money_saved["USD"]) == (101 * spent, 101 * spent)
+        assert [part.price and part.price.amount for part in space.split_prices()] == [1, 100, None]
+        assert sum((part.computed for part in space.parts), Work()) == space.computed == stats.computed
+        assert stats.saved.texts == 3
+        cache.savings()
+    records = read(far)
+    total = add_up(records)
+    assert (total.spent["USD"], total.money_saved["USD"]) == (101 * spent, 101 * spent)
+    assert (total.computed, total.saved) == (stats.computed, stats.saved)
+    assert len(list_keys(far)) == len(records) == 3

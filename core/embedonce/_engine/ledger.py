@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from embedonce.events import SpaceStats
 from embedonce.keys import Value
@@ -11,7 +12,7 @@ from embedonce.prices import Price
 from embedonce.vectors import NO_WORK, CostColumns, Work, sum_costs
 
 MAX_SPACES = 1024
-"""Maximum number of scopes with counts of their own. The work in all further scopes is counted under :data:`OTHERS`."""
+"""Maximum number of accounts with counts of their own. All further work is counted under :data:`OTHERS`."""
 OTHERS = "others"
 MAX_UNSUMMED = 64
 """Number of reads of a tier whose costs are added up together."""
@@ -37,21 +38,27 @@ class HotHits:
         return Work(self.texts, self.tokens, self.seconds, self.unknown_tokens, self.unknown_seconds)
 
 
+Account: TypeAlias = tuple[str, Price | None]
+"""A scope and a price. Two providers of one space may have different prices, for example a fallback with the same model
+at another endpoint."""
+
+OTHER_ACCOUNT: Account = (OTHERS, None)
+
+
 class Ledger:
-    """Counts the work in each vector space. Many threads use it."""
+    """Counts the work in each vector space, at each price. Many threads use it."""
 
     def __init__(self, tiers: list[str]) -> None:
         self._tiers = tiers
         self._cards: dict[str, Mapping[str, Value]] = {}
-        self._prices: dict[str, Price | None] = {}
-        self._computed: dict[str, Work] = {}
-        self._saved: dict[str, dict[str, Work]] = {}
-        """Work by scope and tier."""
-        self._unsummed: dict[tuple[str, str], list[CostColumns]] = {}
-        """Costs by scope and tier, of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
+        self._computed: dict[Account, Work] = {}
+        self._saved: dict[Account, dict[str, Work]] = {}
+        """Work by account and tier."""
+        self._unsummed: dict[tuple[Account, str], list[CostColumns]] = {}
+        """Costs by account and tier, of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
         more than a hundredth of the time of the batch."""
-        self._hot_hits: dict[str, HotHits] = {}
-        """Hits of the first tier, by scope."""
+        self._hot_hits: dict[Account, HotHits] = {}
+        """Hits of the first tier, by account."""
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -62,67 +69,92 @@ class Ledger:
         self._lock = threading.RLock()
 
     def add_space(self, scope: str, card: Mapping[str, Value], price: Price | None) -> None:
-        """Store the card and the price of a scope. Call this before any work in the scope is counted."""
+        """Store the card of a scope. Call this before any work in the scope is counted at this price."""
         with self._lock:
-            if self._choose_scope(scope) == scope:
+            if self._choose_account(scope, price) != OTHER_ACCOUNT:
                 self._cards[scope] = card
-                self._prices[scope] = price
 
     def count_hot_hits(self) -> int:
         """Return the number of hits on the fast path."""
         with self._lock:
             return sum(hits.texts for hits in self._hot_hits.values())
 
-    def get_hot_hits(self, scope: str) -> HotHits:
+    def get_hot_hits(self, scope: str, price: Price | None) -> HotHits:
         """Return the counts of a scope on the fast path."""
         with self._lock:
-            return self._hot_hits.setdefault(self._choose_scope(scope), HotHits())
+            return self._hot_hits.setdefault(self._choose_account(scope, price), HotHits())
 
-    def count_computed(self, scope: str, work: Work) -> None:
+    def count_computed(self, scope: str, price: Price | None, work: Work) -> None:
         """Count work that a provider has done."""
         with self._lock:
-            scope = self._choose_scope(scope)
-            self._computed[scope] = self._computed.get(scope, NO_WORK) + work
+            account = self._choose_account(scope, price)
+            self._computed[account] = self._computed.get(account, NO_WORK) + work
 
-    def count_saved(self, scope: str, tier: str, costs: Sequence[CostColumns]) -> None:
+    def count_saved(self, scope: str, price: Price | None, tier: str, costs: Sequence[CostColumns]) -> None:
         """Count the work that hits of a tier have saved, from the costs of their entries."""
         with self._lock:
-            scope = self._choose_scope(scope)
-            unsummed = self._unsummed.setdefault((scope, tier), [])
+            account = self._choose_account(scope, price)
+            unsummed = self._unsummed.setdefault((account, tier), [])
             unsummed += costs
             if len(unsummed) >= MAX_UNSUMMED:
-                self._sum_saved(scope, tier)
+                self._sum_saved(account, tier)
 
-    def _sum_saved(self, scope: str, tier: str) -> None:
+    def _sum_saved(self, account: Account, tier: str) -> None:
         """Add up the costs that were only collected so far. Hold the lock."""
-        unsummed = self._unsummed.pop((scope, tier), [])
+        unsummed = self._unsummed.pop((account, tier), [])
         if unsummed:
-            saved = self._saved.setdefault(scope, {})
+            saved = self._saved.setdefault(account, {})
             saved[tier] = saved.get(tier, NO_WORK) + sum_costs(unsummed)
 
-    def _choose_scope(self, scope: str) -> str:
-        """Return the scope under which the work of a scope is counted. Hold the lock."""
-        if scope in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
-            self._hot_hits.setdefault(scope, HotHits())
-            return scope
-        return OTHERS
+    def _choose_account(self, scope: str, price: Price | None) -> Account:
+        """Return the account under which work is counted. Hold the lock."""
+        account = (scope, price)
+        if account in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
+            self._hot_hits.setdefault(account, HotHits())
+            return account
+        return OTHER_ACCOUNT
 
-    def read(self) -> dict[str, SpaceStats]:
-        """Return the work in each scope in which there was any."""
+    def read_accounts(self) -> dict[Account, SpaceStats]:
+        """Return the work at each price in each scope in which there was any."""
         with self._lock:
-            for scope, tier in list(self._unsummed):
-                self._sum_saved(scope, tier)
-            spaces = {}
-            for scope, hot in list(self._hot_hits.items()):
-                saved = dict(self._saved.get(scope, {}))
+            for account, tier in list(self._unsummed):
+                self._sum_saved(account, tier)
+            accounts = {}
+            for account, hot in list(self._hot_hits.items()):
+                scope, price = account
+                saved = dict(self._saved.get(account, {}))
                 if hot.texts:
                     saved[self._tiers[0]] = saved.get(self._tiers[0], NO_WORK) + hot.read()
-                computed = self._computed.get(scope, NO_WORK)
+                computed = self._computed.get(account, NO_WORK)
                 if saved or computed != NO_WORK:
-                    spaces[scope] = SpaceStats(
+                    accounts[account] = SpaceStats(
                         card=self._cards.get(scope, {}),
                         computed=computed,
                         saved={tier: saved[tier] for tier in self._tiers if tier in saved},
-                        price=self._prices.get(scope),
+                        price=price,
                     )
-            return spaces
+            return accounts
+
+    def read(self) -> dict[str, SpaceStats]:
+        """Return the work in each scope in which there was any."""
+        parts: dict[str, list[SpaceStats]] = {}
+        for (scope, _), part in self.read_accounts().items():
+            parts.setdefault(scope, []).append(part)
+        return {scope: _merge(of_scope) for scope, of_scope in parts.items()}
+
+
+def _merge(parts: list[SpaceStats]) -> SpaceStats:
+    """Return the work in one scope at all prices."""
+    if len(parts) == 1:
+        return parts[0]
+    saved: dict[str, Work] = {}
+    for part in parts:
+        for tier, work in part.saved.items():
+            saved[tier] = saved.get(tier, NO_WORK) + work
+    return SpaceStats(
+        card=parts[0].card,
+        computed=sum((part.computed for part in parts), NO_WORK),
+        saved=saved,
+        price=next((part.price for part in parts if part.price is not None), None),
+        parts=tuple(parts),
+    )

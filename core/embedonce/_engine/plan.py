@@ -519,7 +519,7 @@ class Engine:
         else:
             unknown = len(made) if tokens is None else 0
         source.count(texts=len(made), failed=0, tokens=tokens or 0, seconds=seconds)
-        self._ledger.count_computed(route.keyer.scope, Work(len(made), tokens or 0, seconds, unknown))
+        self._ledger.count_computed(route.keyer.scope, source.price, Work(len(made), tokens or 0, seconds, unknown))
         self._emit(
             Computed(
                 provider=source.name,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 from embedonce.errors import ConfigError, TierError
@@ -24,7 +25,7 @@ from embedonce.prices import Price
 from embedonce.savings import FoundSavings, SavingsRecord
 from embedonce.vectors import NO_WORK, Entry, Work, freeze
 
-from .ledger import Ledger
+from .ledger import Account, Ledger
 from .ports import Port
 from .tiers import LiveTier
 
@@ -36,6 +37,10 @@ LIFETIME = 366 * 86_400.0
 """Seconds after which a record expires."""
 READ_AT_ONCE = 1024
 """Maximum number of records that are read in one call."""
+MAX_COUNT = 2**53
+"""Maximum number of texts, tokens and seconds in a record. Larger numbers come from another program or from damage."""
+MAX_MAGNITUDE = 100
+"""Maximum power of ten of a price in a record."""
 CARD_PARTS = ("provider", "model", "task", "version", "namespace")
 
 
@@ -47,15 +52,17 @@ class SavingsRecorder:
         self._tier = next((tier for tier in reversed(tiers) if _can_keep_records(tier)), None)
         self._ledger = ledger
         self._clock = clock
-        self._seen: dict[str, SpaceStats] = {}
+        self._seen: dict[Account, SpaceStats] = {}
         self.reset()
 
     def reset(self) -> None:
         """Start with no records in a forked child. The parent records the work before the fork."""
         self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._process = os.urandom(6).hex()
-        self._seen = self._ledger.read()
-        """The work in the ledger when the records were last updated, by scope."""
+        self._names: dict[Account, str] = {}
+        """The name of the process in the records of each account."""
+        self._seen = self._ledger.read_accounts()
+        """The work in the ledger when the records were last updated."""
         self._records: dict[str, SavingsRecord] = {}
         """The records of this process that are not stored yet, or that may still change, by key."""
         self._unwritten: set[str] = set()
@@ -90,14 +97,16 @@ class SavingsRecorder:
                         len(chunk) - len(stored),
                     )
                 self._unwritten.difference_update(stored)
+                if not stored:
+                    break  # the tier may hang, and the cache that is closed must not wait for each chunk
             self._next = time.monotonic() + RECORD_SECONDS
 
     def _update_records(self) -> None:
         """Add the work since the last update to the records of today."""
         day = _format_day(self._clock())
-        spaces = self._ledger.read()
-        for scope, space in spaces.items():
-            before = self._seen.get(scope)
+        spaces = self._ledger.read_accounts()
+        for account, space in spaces.items():
+            scope, before = account[0], self._seen.get(account)
             computed = space.computed - (NO_WORK if before is None else before.computed)
             saved = {
                 tier: work - (NO_WORK if before is None else before.saved.get(tier, NO_WORK))
@@ -105,18 +114,25 @@ class SavingsRecorder:
             }
             if computed == NO_WORK and all(work == NO_WORK for work in saved.values()):
                 continue
-            key = f"{SAVINGS_PREFIX}{day.replace('-', '')}.{scope}.{self._process}"
-            self._records[key] = self._extend_record(self._records.get(key), day, scope, space, computed, saved)
+            key = f"{SAVINGS_PREFIX}{day.replace('-', '')}.{scope}.{self._choose_name(account)}"
+            self._records[key] = self._extend_record(self._records.get(key), day, account, space, computed, saved)
             self._unwritten.add(key)
         self._seen = spaces
         for key in [key for key, record in self._records.items() if record.day != day and key not in self._unwritten]:
             del self._records[key]
 
+    def _choose_name(self, account: Account) -> str:
+        """Return the name of the process for an account. A record has one price, so each price gets another name."""
+        if account not in self._names:
+            is_first = all(scope != account[0] for scope, _ in self._names)
+            self._names[account] = self._process if is_first else os.urandom(6).hex()
+        return self._names[account]
+
     def _extend_record(
         self,
         record: SavingsRecord | None,
         day: str,
-        scope: str,
+        account: Account,
         space: SpaceStats,
         computed: Work,
         saved: Mapping[str, Work],
@@ -129,12 +145,20 @@ class SavingsRecorder:
         card = {part: str(space.card.get(part) or "") for part in CARD_PARTS}
         kept = {tier: work for tier, work in saved.items() if work != NO_WORK}
         return SavingsRecord(
-            day=day, scope=scope, process=self._process, **card, computed=computed, saved=kept, price=space.price
+            day=day,
+            scope=account[0],
+            process=self._choose_name(account),
+            **card,
+            computed=computed,
+            saved=kept,
+            price=space.price,
         )
 
     async def read(self, port: Port, since: float) -> FoundSavings:
         """Return the records of all processes, from the day of the Unix time ``since`` on, and of at most one year."""
-        first = _format_day(max(since, self._clock() - LIFETIME)).replace("-", "")
+        now = self._clock()
+        # A date after year 9999 cannot be formatted. No record is from tomorrow or later, except after a clock change.
+        first = _format_day(min(max(since, now - LIFETIME), now + LIFETIME)).replace("-", "")
         records: dict[str, SavingsRecord] = {}
         errors: dict[str, str] = {}
         read: list[str] = []
@@ -182,7 +206,7 @@ def _format_day(seconds: float) -> str:
 def _write_metadata(record: SavingsRecord) -> dict[str, Any]:
     return {
         **{part: getattr(record, part) for part in CARD_PARTS},
-        "price": None if record.price is None else str(record.price),
+        "price": None if record.price is None else _write_price(record.price),
         "computed": record.computed._asdict(),
         "saved": {tier: work._asdict() for tier, work in record.saved.items()},
     }
@@ -203,14 +227,33 @@ def _read_record(key: str, metadata: Any) -> SavingsRecord | None:
             **card,
             computed=_read_work(metadata["computed"]),
             saved={str(tier): _read_work(work) for tier, work in metadata["saved"].items()},
-            price=None if price is None else Price.parse(price),
+            price=None if price is None else _read_price(price),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError):
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ConfigError):
         return None
+
+
+def _write_price(price: Price) -> dict[str, str]:
+    """Return the parts of a price as texts. A price made in Python may have more digits than its text can have."""
+    return {"amount": str(price.amount), "currency": price.currency, "tokens": str(price.tokens)}
+
+
+def _read_price(value: Any) -> Price:
+    if isinstance(value, str):
+        return Price.parse(value)
+    amount, tokens = Decimal(value["amount"]), int(value["tokens"])
+    if amount and abs(amount.adjusted()) > MAX_MAGNITUDE:
+        raise ValueError("not an amount of money")
+    return Price(amount, value["currency"], tokens)
 
 
 def _read_work(value: Any) -> Work:
     work = Work(**value)
-    if not all(isinstance(number, int | float) and number >= 0 and math.isfinite(number) for number in work):
-        raise ValueError("a part of the work is not a finite number of at least 0")
+    counts = (work.texts, work.tokens, work.unknown_tokens, work.unknown_seconds)
+    if not all(type(number) is int and 0 <= number <= MAX_COUNT for number in counts):
+        raise ValueError("a count is not a whole number from 0 on")
+    if max(work.unknown_tokens, work.unknown_seconds) > work.texts:
+        raise ValueError("more unknown texts than texts")
+    if type(work.seconds) not in (int, float) or not 0 <= work.seconds <= MAX_COUNT:
+        raise ValueError("the seconds are not a number from 0 on")
     return work

@@ -129,7 +129,10 @@ class Requests:
             if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
                 with self._lock:
                     routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
-                hits = {task: chain.ledger.get_hot_hits(route.keyer.scope) for task, route in routes.items()}
+                hits = {
+                    task: chain.ledger.get_hot_hits(route.keyer.scope, route.source.price)
+                    for task, route in routes.items()
+                }
                 return first.backend.get, {task: (route, hits[task]) for task, route in routes.items()}
         return (lambda key: None), {}
 

@@ -86,7 +86,7 @@ class TokenSample:
         """
         tokens_by_group, bytes_by_group = self._sum_groups()
         sampled_bytes = float(bytes_by_group.sum())
-        least, most = size // MAX_BYTES_PER_TOKEN, size
+        least, most = size // MAX_BYTES_PER_TOKEN, size + SPECIAL_TOKENS * texts
         if not sampled_bytes:
             return TokenBound(-(-size // BYTES_PER_TOKEN), least, most, is_measured=False)
         ratio = float(tokens_by_group.sum()) / sampled_bytes
@@ -102,7 +102,7 @@ class TokenSample:
         margin = compute_quantile(max(MIN_GROUPS, groups) - 1) * math.sqrt(variance)
         margin += SPECIAL_TOKENS * abs(size * self.texts / sampled_bytes - texts)
         least = max(least, math.floor(ratio * size - margin))
-        most = min(most + SPECIAL_TOKENS * texts, math.ceil(ratio * size + margin))
+        most = min(most, math.ceil(ratio * size + margin))
         return TokenBound(tokens, min(least, tokens), max(most, tokens), is_measured=True)
 
     def _sum_groups(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

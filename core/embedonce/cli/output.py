@@ -188,7 +188,21 @@ def format_value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.3g}"
-    return str(value)
+    return escape_controls(str(value))
+
+
+def escape_controls(text: str) -> str:
+    """Escape characters that a terminal would interpret. A shared tier may have names that another program chose."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def has_blocks() -> bool:
+    """Return whether standard output can show block characters such as █."""
+    try:
+        "█░".encode(getattr(_results or sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def format_date(seconds: float | None) -> str | None:

@@ -14,7 +14,7 @@ from embedonce._reprs import format_percent
 
 from .money import describe_unknown, export_work, list_cells
 from .options import ConfigOption, JsonOption
-from .output import FAILED, Failed, emit, make_table, say, show
+from .output import FAILED, Failed, emit, escape_controls, has_blocks, make_table, say, show
 
 if TYPE_CHECKING:
     from embedonce.savings import FoundSavings, Group, Savings
@@ -41,6 +41,8 @@ NO_NAME = "(none)"
 """Stands for the namespace of a key policy without a namespace."""
 BAR = 40
 """Length of the longest bar in characters."""
+MAX_NAME = 60
+"""Maximum number of characters of a name beside its bar. The table has the whole name."""
 
 
 def savings(
@@ -89,7 +91,8 @@ def savings(
         )
     elif groups:
         show(_make_savings_table(group, groups, total), "")
-        for line in draw_bars(groups, group):
+        full, light = ("█", "░") if has_blocks() else ("#", "-")
+        for line in draw_bars(groups, group, full=full, light=light):
             show(line)
     elif found.tiers:
         show(f"No record of work{_describe_since(since)} found in {' and '.join(found.tiers)}.")
@@ -174,15 +177,20 @@ def _make_savings_table(group: str, groups: Mapping[str, Savings], total: Saving
     return make_table({title: "right" if title in numbers else "left" for title in (group, "work", *numbers)}, rows)
 
 
-def draw_bars(groups: Mapping[str, Savings], by: Group) -> list[str]:
+def draw_bars(groups: Mapping[str, Savings], by: Group, *, full: str = "█", light: str = "░") -> list[str]:
     """Return a bar chart: one line per group, with a bar of the texts that were saved (█) and computed (░)."""
     sizes = {name: sums.computed.texts + sums.saved.texts for name, sums in groups.items()}
-    width, longest, total = max(len(name or NO_NAME) for name in groups), max(sizes.values()), sum(sizes.values())
+    names = {name: _shorten(escape_controls(name or NO_NAME)) for name in groups}
+    width, longest, total = max(map(len, names.values())), max(sizes.values()), sum(sizes.values())
     lines = []
     for name, sums in groups.items():
         size = max(round(BAR * sizes[name] / max(longest, 1)), 1)
         saved = round(size * sums.saved.texts / max(sizes[name], 1))
         share = sizes[name] / max(total, 1) if by == "tier" else sums.saved.texts / max(sizes[name], 1)
         label = format_percent(share) + (" of all texts" if by == "tier" else " saved")
-        lines.append(f"{(name or NO_NAME).ljust(width)}  {'█' * saved}{'░' * (size - saved)} {label}")
+        lines.append(f"{names[name].ljust(width)}  {full * saved}{light * (size - saved)} {label}")
     return lines
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

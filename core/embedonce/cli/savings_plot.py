@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .output import escape_controls
 from .plot import COLOURS, label_axes, make_figure
 
 if TYPE_CHECKING:
@@ -41,5 +42,5 @@ def draw_savings(groups: Mapping[str, Savings], by: str, file: Path) -> None:
 
 def _shorten(name: str) -> str:
     # matplotlib would read dollar signs as formulas.
-    shown = (name or "(none)").replace("$", r"\$")
+    shown = escape_controls(name or "(none)").replace("$", r"\$")
     return shown if len(shown) <= 30 else f"{shown[:14]}…{shown[-14:]}"
