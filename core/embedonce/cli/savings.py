@@ -33,8 +33,7 @@ embedonce savings --json
 Each process records its work in its slowest tier that can list its keys and outlives the process. It writes the record
 about twice a minute while it works, and when it ends. So the work of the last half minute may be missing. Each record
 has the work of one day in UTC, and expires after a year. Money is shown for the work that was done with a price in the
-table provider, for example price = "0.02 USD / 1M tokens". The time is the sum of the seconds of
-all calls.
+table provider, for example price = "0.02 USD / 1M tokens". The time is the sum of the seconds of all calls.
 """
 
 NO_NAME = "(none)"
