@@ -387,3 +387,14 @@ def test_work_at_two_prices_in_one_space_is_paid_at_its_own_price() -> None:
     assert (total.spent["USD"], total.money_saved["USD"]) == (101 * spent, 101 * spent)
     assert (total.computed, total.saved) == (stats.computed, stats.saved)
     assert len(list_keys(far)) == len(records) == 3
+
+
+@pytest.mark.parametrize(("flush_timeout", "records"), [(5.0, 0), (0.0, 1)])
+def test_a_cache_that_is_closed_after_the_time_of_the_exit_is_used_up_records_nothing(
+    flush_timeout: float, records: int
+) -> None:
+    far = make_far()
+    cache = Cache(CountingProvider(), [Tier(far, name="far", write="inline")], flush_timeout=flush_timeout)
+    cache.embed("a")
+    cache._chain.close(0.0)
+    assert len(list_keys(far)) == records

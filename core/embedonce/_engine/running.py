@@ -267,7 +267,9 @@ class RunningChain:
         if owner is None or not owner._mark_closed():
             return
         self.flush_or_warn(timeout)
-        self.recorder.record()
+        # At exit, the caches are closed one after the other. Once their time is used up, no tier is asked any more.
+        if timeout > 0 or not self.flush_timeout:
+            self.recorder.record()
         for cache in self._list_caches():
             if cache._mark_closed():
                 cache._close_providers()
