@@ -29,7 +29,8 @@ from embedonce.cli.embedding.dry_run import (
 )
 from embedonce.cli.embedding.progress import Display, ReadingProgress
 from embedonce.cli.embedding.sources import Reader
-from embedonce.cli.embedding.summary import Summary, describe_cost, sum_cost
+from embedonce.cli.embedding.summary import Summary, describe_cost
+from embedonce.cli.money import sum_cost
 from embedonce.prices import Price
 from embedonce.testing import OpenAIServer
 from embedonce.vectors import Work

@@ -14,7 +14,7 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .money import describe_unknown, export_work, list_cells
+from .money import describe_unknown, list_cells, sum_cost
 from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
 from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
@@ -343,9 +343,9 @@ def _export_scope(records: Sequence[SavingsRecord]) -> dict[str, Any]:
     return {
         "scope": records[-1].scope,
         **{name: getattr(records[-1], name) for name in CARD},
-        "computed": export_work(sums.computed, sums.spent),
+        "computed": asdict(sum_cost(sums.computed, sums.spent)),
         "saved": {
-            tier: export_work(saved.saved, saved.money_saved)
+            tier: asdict(sum_cost(saved.saved, saved.money_saved))
             for tier, saved in group_savings(records, "tier").items()
             if saved.saved.texts
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,37 @@ from .embedding.progress import format_seconds
 
 if TYPE_CHECKING:
     from embedonce.vectors import Work
+
+
+@dataclass(frozen=True, slots=True)
+class SummedCost:
+    """Cost of some texts. Texts whose cost is unknown are counted separately, so that they do not count as free."""
+
+    texts: int
+    tokens: int | None
+    """Tokens of the texts whose tokens are known; None if there are texts, but the tokens of none are known."""
+    seconds: float | None
+    """Seconds of computation of the texts whose seconds are known; None if there are texts, but the seconds of none are
+    known. Seconds of simultaneous calls are added up."""
+    money: dict[str, str]
+    """Price of ``tokens`` by currency. It is empty if the configuration has no price, or if ``tokens`` is None."""
+    unknown_tokens: int
+    """Number of texts whose tokens are unknown."""
+    unknown_seconds: int
+    """Number of texts whose seconds are unknown."""
+
+
+def sum_cost(work: Work, money: Mapping[str, Decimal]) -> SummedCost:
+    """Return the cost of some work, whose price by currency is ``money``."""
+    is_known = work.unknown_tokens < work.texts or not work.texts
+    return SummedCost(
+        texts=work.texts,
+        tokens=work.tokens if is_known else None,
+        seconds=round(work.seconds, 3) if work.unknown_seconds < work.texts or not work.texts else None,
+        money={currency: f"{amount:f}" for currency, amount in money.items()} if is_known else {},
+        unknown_tokens=work.unknown_tokens,
+        unknown_seconds=work.unknown_seconds,
+    )
 
 
 def format_sums(sums: Mapping[str, Decimal]) -> str | None:
@@ -29,13 +61,8 @@ def format_work_seconds(work: Work) -> str | None:
 
 def list_cells(work: Work, money: Mapping[str, Decimal]) -> list[Any]:
     """Return the cells of a table for some work: texts, tokens, time and money. A cell is None if it is unknown."""
-    has_tokens = work.unknown_tokens < work.texts or not work.texts
-    return [
-        work.texts,
-        work.tokens if has_tokens else None,
-        format_work_seconds(work),
-        format_sums(money) if has_tokens else None,
-    ]
+    cost = sum_cost(work, money)
+    return [cost.texts, cost.tokens, format_work_seconds(work), format_sums(money) if cost.money else None]
 
 
 def describe_unknown(work: Work, what: str) -> str | None:
@@ -47,8 +74,3 @@ def describe_unknown(work: Work, what: str) -> str | None:
         return None
     texts = format_count(work.unknown_tokens, f"{what} text")
     return f"note: the tokens of {texts} are unknown and not included"
-
-
-def export_work(work: Work, money: Mapping[str, Decimal]) -> dict[str, Any]:
-    """Return some work for a JSON document. Amounts are strings, because JSON numbers are not exact."""
-    return {**work._asdict(), "money": {currency: f"{amount:f}" for currency, amount in sorted(money.items())}}

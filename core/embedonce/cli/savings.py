@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 
 from embedonce._reprs import format_percent
 
-from .money import describe_unknown, export_work, list_cells
+from .money import describe_unknown, list_cells, sum_cost
 from .options import ConfigOption, JsonOption
 from .output import FAILED, Failed, emit, escape_controls, has_blocks, make_table, say, show
 
@@ -156,8 +157,8 @@ def _describe_since(since: str | None) -> str:
 
 def _export_sums(sums: Savings) -> dict[str, Any]:
     return {
-        "computed": export_work(sums.computed, sums.spent),
-        "saved": export_work(sums.saved, sums.money_saved),
+        "computed": asdict(sum_cost(sums.computed, sums.spent)),
+        "saved": asdict(sum_cost(sums.saved, sums.money_saved)),
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from embedonce._messages import format_count
+from embedonce.cli.money import sum_cost
 from embedonce.errors import ReplayMiss, TextError, TextRefused
 from embedonce.keys import NORMALIZERS
 
@@ -28,7 +29,6 @@ from .summary import (
     describe_skipped,
     has_stored_nothing,
     subtract_money,
-    sum_cost,
 )
 
 if TYPE_CHECKING:

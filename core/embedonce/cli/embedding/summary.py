@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from embedonce._messages import format_count
+from embedonce.cli.money import SummedCost
 from embedonce.prices import format_money
 
 from .failures import FailureGroup
@@ -15,7 +16,6 @@ from .progress import format_seconds
 
 if TYPE_CHECKING:
     from embedonce.events import Stats, TierStats
-    from embedonce.vectors import Work
 
 
 @dataclass(slots=True)
@@ -77,37 +77,6 @@ class Summary:
     estimate: dict[str, Any] | None = None
     """With ``--dry-run`` and ``--max-cost``: the estimate of what it costs to embed the passages. It is made before
     anything is computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class SummedCost:
-    """Cost of some texts. Texts whose cost is unknown are counted separately, so that they do not count as free."""
-
-    texts: int
-    tokens: int | None
-    """Tokens of the texts whose tokens are known; None if there are texts, but the tokens of none are known."""
-    seconds: float | None
-    """Seconds of computation of the texts whose seconds are known; None if there are texts, but the seconds of none are
-    known. Seconds of simultaneous calls are added up."""
-    money: dict[str, str]
-    """Price of ``tokens`` by currency. It is empty if the configuration has no price, or if ``tokens`` is None."""
-    unknown_tokens: int
-    """Number of texts whose tokens are unknown."""
-    unknown_seconds: int
-    """Number of texts whose seconds are unknown."""
-
-
-def sum_cost(work: Work, money: Mapping[str, Decimal]) -> SummedCost:
-    """Return the cost of some work, whose price by currency is ``money``."""
-    is_known = work.unknown_tokens < work.texts or not work.texts
-    return SummedCost(
-        texts=work.texts,
-        tokens=work.tokens if is_known else None,
-        seconds=round(work.seconds, 3) if work.unknown_seconds < work.texts or not work.texts else None,
-        money={currency: f"{amount:f}" for currency, amount in money.items()} if is_known else {},
-        unknown_tokens=work.unknown_tokens,
-        unknown_seconds=work.unknown_seconds,
-    )
 
 
 def subtract_money(after: Mapping[str, Decimal], before: Mapping[str, Decimal]) -> dict[str, Decimal]:
