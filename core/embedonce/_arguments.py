@@ -44,9 +44,18 @@ def check_parts(key: object, drift: object, listeners: Any, clock: object) -> li
     return functions
 
 
-def read_price(price: Any) -> Price | None:
-    """Return a price from a :class:`Price` or from a text; None stays None."""
-    return price if price is None or isinstance(price, Price) else Price.parse(price)
+def read_price(name: str, price: Any) -> Price | None:
+    """Return a price from a :class:`Price` or from a text; None stays None. ``name`` is the name of the argument.
+
+    Raises:
+        ConfigError: the argument is not a price; the message names the argument.
+    """
+    if price is None or isinstance(price, Price):
+        return price
+    try:
+        return Price.parse(price)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def find_normalizer(name: str) -> Normalizer:

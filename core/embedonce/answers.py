@@ -12,7 +12,7 @@ from ._messages import format_count, quote_toml_key, strip_credentials
 from ._reprs import format_counts, make_html_table, shorten
 from .errors import Incomplete
 from .keys import Value, VectorSpace
-from .prices import Price
+from .prices import Price, format_money
 from .vectors import Matrix, Metadata, Vector, matrix
 
 
@@ -149,7 +149,7 @@ class Estimate:
             f"{self.missing:,} missing",
             f"{self.invalid:,} invalid" if self.invalid else "",
             f"{format_count(self.tokens, 'token')} ({self.method}{between})",
-            f"{self.money:.6f} {self.price.currency}" if self.price is not None else "",
+            format_money(self.money, self.price.currency) if self.money is not None and self.price is not None else "",
             f"{self.seconds:.1f} s" if self.seconds else "",
             "tier errors: " + ", ".join(map(quote_toml_key, self.errors)) if self.errors else "",
         ]

@@ -91,8 +91,8 @@ class Cache(Requests):
         listeners = check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
         steps = [find_normalizer(name) for name in policy.normalize]
-        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price(price))
-        other_price = read_price(fallback_price)
+        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price("price", price))
+        other_price = read_price("fallback_price", fallback_price)
         second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True, price=other_price)
         chain = RunningChain(
             tiers,
@@ -127,7 +127,7 @@ class Cache(Requests):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price(price))
+        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price("price", price))
         return _CacheOfSameTiers(self._chain, source)
 
     # --- blocking methods --------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from ._messages import format_count, quote_toml_key
 from ._reprs import format_percent, make_html_table
 from .keys import Value
-from .prices import Price
+from .prices import Price, format_money
 from .vectors import NO_WORK, Work
 
 
@@ -215,7 +215,7 @@ class Stats:
         saved = self.saved
         if saved.unknown_tokens == saved.texts:
             return ""
-        money = "".join(f" ({amount:.2g} {currency})" for currency, amount in sorted(self.money_saved.items()))
+        money = "".join(f" ({format_money(amount, currency)})" for currency, amount in sorted(self.money_saved.items()))
         return f", {format_count(saved.tokens, 'token')} saved{money}"
 
     def _repr_html_(self) -> str:

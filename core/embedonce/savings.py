@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal, TypeAlias
 
+from ._messages import format_count, quote_toml_key
 from .events import sum_prices
 from .prices import Price
 from .vectors import NO_WORK, Work
@@ -57,7 +58,7 @@ class Savings:
     """Price of the saved tokens, by currency. Tokens whose price is unknown are not included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FoundSavings:
     """The records that were found in the tiers, and the tiers that could not be read."""
 
@@ -66,6 +67,11 @@ class FoundSavings:
     """The reason, for each tier that failed."""
     tiers: list[str]
     """The tiers that were read. A memory tier, and a tier that cannot list its keys, keep no records."""
+
+    def __repr__(self) -> str:
+        failed = f", failed: {', '.join(map(quote_toml_key, self.errors))}" if self.errors else ""
+        tiers = ", ".join(map(quote_toml_key, self.tiers)) or "no tier"
+        return f"<FoundSavings {format_count(len(self.records), 'record')} in {tiers}{failed}>"
 
 
 def add_up(records: Iterable[SavingsRecord]) -> Savings:

@@ -199,7 +199,7 @@ def test_a_dry_run_shows_what_a_run_would_do(command: Any, corpus: Path) -> None
         "             2 ( 50.0 %) in no tier",
         "tokens: between 0 and 14, guessed from the length, because the tiers have too few texts with known tokens",
         "price: at most 0.00000028 USD, at 0.02 USD / 1M tokens",
-        "time: less than 1 s",
+        "time of the provider's calls: less than 1 s",
         NOTHING,
     ]
     assert list_folder() == before
@@ -435,7 +435,7 @@ def test_an_estimate_names_its_bounds_and_its_sample() -> None:
     measured = make_estimate()
     assert describe_tokens(measured) == ("about 1,000,000 (± 3 %), measured on 50 texts with known tokens")
     assert describe_price(measured) == f"about 0.020 USD, at most 0.021 USD, at {PRICE}"
-    assert "time: about 1 min 30 s" in describe_dry_run(Summary(), measured)
+    assert "time of the provider's calls: about 1 min 30 s" in describe_dry_run(Summary(), measured)
     guessed = make_estimate(method="guessed", min_tokens=10, max_tokens=2_000_000)
     assert describe_price(guessed) == f"at most 0.040 USD, at {PRICE}"
     free = make_estimate(method="counted", tokens=0, min_tokens=0, max_tokens=0, price=None)

@@ -264,5 +264,5 @@ def test_stats_for_people_name_the_saved_tokens() -> None:
         cache.embed("abc")
         assert "saved" not in repr(cache.stats())
         cache.embed("abc")
-        assert repr(cache.stats()).endswith(", 0 shared, 3 tokens saved (6 EUR)>")
+        assert repr(cache.stats()).endswith(", 0 shared, 3 tokens saved (6.00 EUR)>")
         assert "<th>saved tokens</th>" in cache.stats()._repr_html_()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedonce import Cache
 from embedonce.errors import ConfigError
 from embedonce.prices import EXAMPLE, Price, format_money
 
@@ -121,3 +122,9 @@ def test_a_price_has_valid_parts(amount: Any, currency: Any, tokens: Any) -> Non
 def test_money_is_rounded_for_people(amount: str, rounded: str, rounded_up: str) -> None:
     assert format_money(Decimal(amount), "USD") == rounded
     assert format_money(Decimal(amount), "USD", round_up=True) == rounded_up
+
+
+@pytest.mark.parametrize("name", ["price", "fallback_price"])
+def test_the_message_names_the_argument_of_the_cache(name: str) -> None:
+    with pytest.raises(ConfigError, match=f'^{name}: a price must be written like "{EXAMPLE}"'):
+        Cache(lambda texts: [[1.0]] * len(texts), space={"model": "m"}, **{name: "2"})  # type: ignore[arg-type]

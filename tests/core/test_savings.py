@@ -177,6 +177,7 @@ def test_the_slowest_tier_that_can_list_and_is_written_keeps_the_records() -> No
         found = cache.savings()
     assert [len(list_keys(one)) for one in (near, far, unlisted, unwritten)] == [0, 1, 0, 0]
     assert (found.tiers, found.errors) == (["near", "far", "unwritten"], {})
+    assert repr(found) == "<FoundSavings 1 record in near, far, unwritten>"
 
 
 @pytest.mark.parametrize("tiers", [[], [MemoryBackend()], [make_far(scan=False)]])

@@ -144,7 +144,7 @@ def describe_dry_run(summary: Summary, estimate: Estimate, *, is_replay: bool = 
             yield f"price: {describe_price(estimate)}"
         else:
             yield "tokens: 0, so the price is 0"
-        yield f"time: {_describe_time(estimate)}"
+        yield f"time of the provider's calls: {_describe_time(estimate)}"
     else:
         yield "a run would compute nothing"
     yield "nothing was computed or stored, and no text was sent to the provider"
