@@ -441,7 +441,7 @@ def test_an_estimate_names_its_bounds_and_its_sample() -> None:
     free = make_estimate(method="counted", tokens=0, min_tokens=0, max_tokens=0, price=None)
     assert "tokens: 0, so the price is 0" in describe_dry_run(Summary(), free)
     unknown = describe_dry_run(Summary(), make_estimate(seconds=None))
-    assert "time: unknown, because the tiers have no text with known seconds" in unknown
+    assert "time of the provider's calls: unknown, because the tiers have no text with known seconds" in unknown
     assert not list(describe_tier_errors(measured))
 
 
