@@ -217,6 +217,18 @@ def test_a_record_is_written_while_the_cache_is_used(monkeypatch: pytest.MonkeyP
         assert written.wait(60)
 
 
+def test_hits_on_the_fast_path_are_recorded_while_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = make_far()
+    with Cache(CountingProvider(), [MemoryBackend(), Tier(far, name="far")]) as cache:
+        cache.embed("a")
+        monkeypatch.setattr(cache._chain.recorder, "_next", 0.0)
+        started: list[Any] = []
+        monkeypatch.setattr(cache._chain.recorder._tier.calls, "run_in_background", started.append)  # type: ignore[union-attr]
+        for _ in range(1000):
+            cache.embed("a")
+        assert started == [cache._chain.recorder.record]
+
+
 def test_records_in_an_encrypted_tier_are_encrypted() -> None:
     pytest.importorskip("cryptography")
     from embedonce.encryption import Encryption
