@@ -219,10 +219,11 @@ def _are_as_stored(columns: Columns, now: float, dtype: Dtype, dimensions: int |
 
     If the result is True, the entries need no other check.
     """
+    dates = {date for date in set(columns.expires) if date is not None}
     return (
         set(columns.dtypes) <= {dtype}
         and set(map(len, columns.vectors)) <= {dimensions}
-        and all(expires is None or expires > now for expires in set(columns.expires))
+        and min(dates, default=math.inf) > now
     )
 
 

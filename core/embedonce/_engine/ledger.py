@@ -54,9 +54,9 @@ class Ledger:
         self._computed: dict[Account, Work] = {}
         self._saved: dict[Account, dict[str, Work]] = {}
         """Work by account and tier."""
-        self._unsummed: dict[tuple[Account, str], list[CostColumns]] = {}
-        """Costs by account and tier, of hits that are not part of ``_saved`` yet. Adding up each batch alone would take
-        more than a hundredth of the time of the batch."""
+        self._unsummed: list[tuple[str, Price | None, str, Sequence[CostColumns]]] = []
+        """Scope, price, tier and costs of hits that are not part of ``_saved`` yet. Adding up each batch alone would
+        take more than a hundredth of the time of the batch."""
         self._hot_hits: dict[Account, HotHits] = {}
         """Hits of the first tier, by account."""
         self.renew_lock()
@@ -92,19 +92,22 @@ class Ledger:
 
     def count_saved(self, scope: str, price: Price | None, tier: str, costs: Sequence[CostColumns]) -> None:
         """Count the work that hits of a tier have saved, from the costs of their entries."""
-        with self._lock:
-            account = self._choose_account(scope, price)
-            unsummed = self._unsummed.setdefault((account, tier), [])
-            unsummed += costs
-            if len(unsummed) >= MAX_UNSUMMED:
-                self._sum_saved(account, tier)
+        unsummed = self._unsummed
+        unsummed.append((scope, price, tier, costs))  # one step for other threads, so it needs no lock
+        if len(unsummed) >= MAX_UNSUMMED:
+            with self._lock:
+                self._sum_saved()
 
-    def _sum_saved(self, account: Account, tier: str) -> None:
+    def _sum_saved(self) -> None:
         """Add up the costs that were only collected so far. Hold the lock."""
-        unsummed = self._unsummed.pop((account, tier), [])
-        if unsummed:
+        collected = self._unsummed[:]
+        del self._unsummed[: len(collected)]
+        groups: dict[tuple[Account, str], list[CostColumns]] = {}
+        for scope, price, tier, costs in collected:
+            groups.setdefault((self._choose_account(scope, price), tier), []).extend(costs)
+        for (account, tier), columns in groups.items():
             saved = self._saved.setdefault(account, {})
-            saved[tier] = saved.get(tier, NO_WORK) + sum_costs(unsummed)
+            saved[tier] = saved.get(tier, NO_WORK) + sum_costs(columns)
 
     def _choose_account(self, scope: str, price: Price | None) -> Account:
         """Return the account under which work is counted. Hold the lock."""
@@ -117,8 +120,7 @@ class Ledger:
     def read_accounts(self) -> dict[Account, SpaceStats]:
         """Return the work at each price in each scope in which there was any."""
         with self._lock:
-            for account, tier in list(self._unsummed):
-                self._sum_saved(account, tier)
+            self._sum_saved()
             accounts = {}
             for account, hot in list(self._hot_hits.items()):
                 scope, price = account

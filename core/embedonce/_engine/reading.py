@@ -180,7 +180,8 @@ class TierReader:
         }
         self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
         costs = read.entries.list_costs() if hits else []
-        self._ledger.count_saved(scope, route.source.price, name, costs)
+        if costs:
+            self._ledger.count_saved(scope, route.source.price, name, costs)
         if self._has_listeners():
             self._emit(
                 LookedUp(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,9 +65,9 @@ class CostColumns(NamedTuple):
     """The costs of several texts, as columns that are not added up yet."""
 
     texts: int
-    tokens: NDArray[np.int64] | Sequence[int | None] | None
+    tokens: NDArray[np.int64] | tuple[int | None, ...] | None
     """One number per text; -1 or None means unknown. None for the column means that no number is known."""
-    seconds: NDArray[np.float64] | Sequence[float | None] | None
+    seconds: NDArray[np.float64] | tuple[float | None, ...] | None
     """One number per text; NaN or None means unknown."""
 
 
@@ -82,21 +82,20 @@ def sum_costs(columns: Sequence[CostColumns]) -> Work:
 def _sum_known(columns: Sequence[Any], total: Any) -> tuple[Any, int]:
     """Return ``total`` plus the known numbers of all columns, and how many numbers are known."""
     known = 0
-    arrays = [column for column in columns if isinstance(column, np.ndarray)]
+    arrays = [column for column in columns if type(column) is np.ndarray]
     if arrays:
         numbers = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         numbers = numbers[numbers >= 0]  # an unknown number is -1 or NaN
         total += numbers.sum().item()
         known += len(numbers)
-    for column in columns:
-        if column is not None and not isinstance(column, np.ndarray):
-            try:
-                total += sum(column)
-                known += len(column)
-            except TypeError:  # a number is None
-                given = [number for number in column if number is not None]
-                total += sum(given)
-                known += len(given)
+    if len(arrays) < len(columns):
+        given = [*chain.from_iterable(column for column in columns if type(column) is tuple)]
+        try:
+            total += sum(given)
+        except TypeError:  # a number is None
+            given = [number for number in given if number is not None]
+            total += sum(given)
+        known += len(given)
     return total, known
 
 
