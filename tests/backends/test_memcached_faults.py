@@ -313,6 +313,16 @@ def test_the_keys_of_a_dead_node_fail_and_the_other_node_serves(
     ]
 
 
+def test_a_node_that_is_skipped_while_it_comes_back_is_down_for_this_call(
+    proxies: list[FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_backend(*proxies) as backend:
+        monkeypatch.setattr(nodes.Node, "admits_call", lambda node: False)
+        with pytest.raises(NodeDown, match="failed recently") as caught:
+            backend.get_many(keys_of(range(20)))
+        assert type(caught.value) is NodeDown  # the name of the class is the cause in statistics
+
+
 def call_until_other_node_answers(clock: ManualClock, call: Callable[[], R]) -> R:
     """Make a call while one node does not answer; if the other one is too slow as well, retry with more time."""
     for seconds in (0.9, 9.0):

@@ -360,7 +360,8 @@ class CellRun:
                     self.outcome.causes.add(event.cause)
         if found["corrupt"]:
             self.outcome.causes.add("corrupt")
-        assert self.outcome.causes <= self.fault.get_causes(self.cell.operation)
+        expected = self.fault.get_causes(self.cell.operation)
+        assert self.outcome.causes <= expected, f"unexpected causes: {sorted(self.outcome.causes - expected)}"
         if self.effect == "partly":
             return
         wrong = {name: number for name, number in found.items() if number}

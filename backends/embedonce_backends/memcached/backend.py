@@ -246,6 +246,8 @@ class MemcachedBackend:
         if not failures:
             return
         problem = self._make_error(failures)
+        if type(problem) is _NodeSkipped:  # another call has changed the state of the node since it was skipped
+            problem = NodeDown(str(problem))
         if len(failures) == len(parts):
             raise problem
         failed = [key for node in failures for key in parts[node]]
