@@ -1,8 +1,8 @@
 """Add up what caches have computed and saved, over processes and days.
 
 Each process records its work in its slowest tier that can list its keys and outlives the process. It has one record per
-vector space and day. The
-records contain numbers and the names of models, namespaces and tiers. They contain no texts and no keys.
+vector space and day. The records contain numbers and the names of models, namespaces and tiers. They contain no texts
+and no keys.
 """
 
 from __future__ import annotations

@@ -238,6 +238,18 @@ def test_the_work_in_more_scopes_than_the_ledger_keeps_is_added_up(monkeypatch: 
     assert stats.spaces[ledger.OTHERS].card == {}
 
 
+def test_the_work_in_further_scopes_is_read_without_a_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MAX_SPACES", 4)
+    with Cache(CountingProvider(symmetric=False), [Tier(DictBackend(scope="network"), name="far")]) as cache:
+        for number in range(10):
+            cache.embed("abc", task=f"task {number}")
+            cache.flush()
+            cache.embed("abc", task=f"task {number}")
+        stats = cache.stats()
+    assert (stats.computed.texts, stats.saved.texts, stats.saved.tokens) == (10, 10, 30)
+    assert stats.spaces[ledger.OTHERS].computed.texts > 0
+
+
 def test_metrics_show_the_work_by_tier_and_model() -> None:
     registry = CollectorRegistry()
     with Cache(CountingProvider(model="m"), [MemoryBackend()], price=PRICE) as cache:

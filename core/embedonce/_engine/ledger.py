@@ -82,7 +82,7 @@ class Ledger:
     def get_hot_hits(self, scope: str, price: Price | None) -> HotHits:
         """Return the counts of a scope on the fast path."""
         with self._lock:
-            return self._hot_hits.setdefault(self._choose_account(scope, price), HotHits())
+            return self._hot_hits[self._choose_account(scope, price)]
 
     def count_computed(self, scope: str, price: Price | None, work: Work) -> None:
         """Count work that a provider has done."""
@@ -112,10 +112,11 @@ class Ledger:
     def _choose_account(self, scope: str, price: Price | None) -> Account:
         """Return the account under which work is counted. Hold the lock."""
         account = (scope, price)
-        if account in self._hot_hits or len(self._hot_hits) < MAX_SPACES:
-            self._hot_hits.setdefault(account, HotHits())
-            return account
-        return OTHER_ACCOUNT
+        if account not in self._hot_hits:
+            if len(self._hot_hits) >= MAX_SPACES:
+                account = OTHER_ACCOUNT
+            self._hot_hits.setdefault(account, HotHits())  # an account without hits is read too
+        return account
 
     def read_accounts(self) -> dict[Account, SpaceStats]:
         """Return the work at each price in each scope in which there was any."""

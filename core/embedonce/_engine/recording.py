@@ -52,7 +52,6 @@ class SavingsRecorder:
         self._tier = next((tier for tier in reversed(tiers) if _can_keep_records(tier)), None)
         self._ledger = ledger
         self._clock = clock
-        self._seen: dict[Account, SpaceStats] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -61,7 +60,7 @@ class SavingsRecorder:
         self._process = os.urandom(6).hex()
         self._names: dict[Account, str] = {}
         """The name of the process in the records of each account."""
-        self._seen = self._ledger.read_accounts()
+        self._seen: dict[Account, SpaceStats] = self._ledger.read_accounts()
         """The work in the ledger when the records were last updated."""
         self._records: dict[str, SavingsRecord] = {}
         """The records of this process that are not stored yet, or that may still change, by key."""

@@ -442,7 +442,7 @@ def _print_summary(summary: Summary, *, as_json: bool, quiet: bool) -> None:
 
 def describe_summary(summary: Summary) -> Iterator[str]:
     """Yield the lines of the summary for people."""
-    from .embedding.summary import describe_cost, describe_skipped, format_share
+    from .embedding.summary import describe_cost, describe_left_out, format_share
 
     passages, files = format_count(summary.texts, "passage"), format_count(summary.files, "file")
     yield f"{passages} from {files}" + ("" if summary.unique is None else f", {summary.unique:,} distinct")
@@ -455,12 +455,7 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     for label, cost in (("cost", summary.spent), ("saved", summary.saved)):
         if line := describe_cost(cost):
             yield f"{label}: {line}"
-    if summary.failed:
-        yield f"{summary.failed:,} failed, reported above"
-    if summary.binary:
-        yield f"{format_count(summary.binary, 'binary file')} skipped"
-    if summary.skipped:
-        yield f"skipped: {describe_skipped(summary.skipped)}"
+    yield from describe_left_out(summary)
     if summary.out is not None:
         yield f"wrote {format_count(summary.rows, 'row')} of {summary.dimensions:,} dimensions to {summary.out}"
     if summary.index is not None:

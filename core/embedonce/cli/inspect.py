@@ -301,9 +301,8 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         if work:
             show("", _make_work_table(work))
             total = add_up(found.records)
-            for note in (describe_unknown(total.computed, "computed"), describe_unknown(total.saved, "saved")):
-                if note:
-                    say(note)
+            for note in describe_unknown(total.computed, total.saved):
+                say(note)
     for tier, reason in dict.fromkeys((one.tier, one.unmeasured) for one in held if one.unmeasured):
         say(f"note: tier {tier!r}: bytes and dates not measured: {reason}")
     for tier, error in errors.items():

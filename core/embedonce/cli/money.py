@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,12 @@ def list_cells(work: Work, money: Mapping[str, Decimal]) -> list[Any]:
     return [cost.texts, cost.tokens, format_work_seconds(work), format_sums(money) if cost.money else None]
 
 
-def describe_unknown(work: Work, what: str) -> str | None:
-    """Return a note about texts whose tokens are unknown, or None. ``what`` is ``"computed"`` or ``"saved"``.
+def describe_unknown(computed: Work, saved: Work) -> Iterator[str]:
+    """Yield a note for each of the two works in which some texts have unknown tokens.
 
     If no tokens are known at all, the table shows that, and no note is needed.
     """
-    if not 0 < work.unknown_tokens < work.texts:
-        return None
-    texts = format_count(work.unknown_tokens, f"{what} text")
-    return f"note: the tokens of {texts} are unknown and not included"
+    for word, work in (("computed", computed), ("saved", saved)):
+        if 0 < work.unknown_tokens < work.texts:
+            texts = format_count(work.unknown_tokens, f"{word} text")
+            yield f"note: the tokens of {texts} are unknown and not included"

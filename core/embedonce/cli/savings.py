@@ -97,9 +97,8 @@ def savings(
     elif found.tiers:
         show(f"No record of work{_describe_since(since)} found in {' and '.join(found.tiers)}.")
     if groups and not json:
-        for note in (describe_unknown(total.computed, "computed"), describe_unknown(total.saved, "saved")):
-            if note:
-                say(note)
+        for note in describe_unknown(total.computed, total.saved):
+            say(note)
     if plot is not None and groups:
         from .savings_plot import draw_savings
 

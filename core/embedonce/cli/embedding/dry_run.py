@@ -16,7 +16,7 @@ from embedonce.prices import EXAMPLE, Price, format_money
 from .failures import Failures
 from .progress import format_seconds
 from .run import Stopped, describe_empty_input, read_passages, split_windows
-from .summary import Summary, describe_skipped, format_share
+from .summary import Summary, describe_left_out, format_share
 
 if TYPE_CHECKING:
     from embedonce.answers import Estimate
@@ -130,12 +130,7 @@ def describe_dry_run(summary: Summary, estimate: Estimate, *, is_replay: bool = 
     yield f"  {format_share(estimate.missing, estimate.distinct)} in no tier"
     if estimate.invalid:
         yield f"  {format_share(estimate.invalid, estimate.distinct)} cannot be embedded"
-    if summary.failed:
-        yield f"{summary.failed:,} failed, reported above"
-    if summary.binary:
-        yield f"{format_count(summary.binary, 'binary file')} skipped"
-    if summary.skipped:
-        yield f"skipped: {describe_skipped(summary.skipped)}"
+    yield from describe_left_out(summary)
     if is_replay:
         yield from _describe_replay(estimate)
     elif estimate.missing:

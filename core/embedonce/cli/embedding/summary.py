@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,16 @@ def has_stored_nothing(tier: TierStats) -> bool:
 def format_share(part: int, whole: int) -> str:
     """Return a number and its share of the whole, in columns: ``      12 ( 33.3 %)``."""
     return f"{part:>12,} ({100 * part / max(whole, 1):5.1f} %)"
+
+
+def describe_left_out(summary: Summary) -> Iterator[str]:
+    """Yield the lines about what failed and what was skipped."""
+    if summary.failed:
+        yield f"{summary.failed:,} failed, reported above"
+    if summary.binary:
+        yield f"{format_count(summary.binary, 'binary file')} skipped"
+    if summary.skipped:
+        yield f"skipped: {describe_skipped(summary.skipped)}"
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:
