@@ -32,10 +32,15 @@ from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce_backends.disk import BytesDisk, DiskBackend, sqlite
 from embedonce_backends.disk import file as disk_file
 from embedonce_backends.disk.folder import find_permission_problem
+from embedonce_backends.disk.stored_keys import encode_key
 
 MIB = 2**20
 PATIENT = 60.0
 """Seconds within which a healthy disk answers on any machine."""
+
+
+LEASE = f"eo1.lease.{'0' * 16}.{'1' * 64}"
+"""Key of a lease."""
 
 
 def key_of(number: int) -> str:
@@ -138,20 +143,31 @@ class Canary:
         return os.mkdir, (str(self.path), 0o700)
 
 
-def plant(folder: Path, canary: Path) -> None:
+def encode_in_place(key: str) -> bytes | str:
+    return encode_key(key)[1]
+
+
+@pytest.fixture(params=[encode_in_place, str], ids=["stored as bytes", "stored as text by an earlier version"])
+def encode(request: pytest.FixtureRequest) -> Callable[[str], bytes | str]:
+    """How keys are stored."""
+    found: Callable[[str], bytes | str] = request.param
+    return found
+
+
+def plant(folder: Path, canary: Path, encode: Callable[[str], bytes | str]) -> None:
     """Plant pickles as values, in files and as keys, and odd settings, as anyone who may write to the folder can."""
     with diskcache.Cache(str(folder)) as cache:
-        cache[key_of(1)] = Canary(canary)
+        cache[encode(key_of(1))] = Canary(canary)
         cache[(key_of(2), Canary(canary))] = b"value"
     with diskcache.Cache(str(folder), disk_min_file_size=0) as cache:
-        cache[key_of(3)] = Canary(canary)
+        cache[encode(key_of(3))] = Canary(canary)
     evil = pickle.dumps(Canary(canary))
     with connect_directly(folder) as connection:
         insert = "INSERT INTO Cache (key, raw, mode, filename, value) VALUES (?, ?, ?, ?, ?)"
-        connection.execute(insert, (key_of(4), 1, 4, None, evil))
-        connection.execute(insert, (key_of(5), 0, 4, None, evil))
-        connection.execute(insert, (key_of(6), 1, 2, "../../../etc/passwd", None))
-        connection.execute(insert, (key_of(7), 1, 1, None, "text"))
+        connection.execute(insert, (encode(key_of(4)), 1, 4, None, evil))
+        connection.execute(insert, (encode(key_of(5)), 0, 4, None, evil))
+        connection.execute(insert, (encode(key_of(6)), 1, 2, "../../../etc/passwd", None))
+        connection.execute(insert, (encode(key_of(7)), 1, 1, None, "text"))
         connection.execute(insert, (evil, 0, 4, None, evil))
         connection.execute(insert, (evil, 1, 4, None, evil))
         connection.execute("INSERT INTO Cache (key, raw, mode, value) VALUES (CAST(x'656f312eff' AS TEXT), 1, 1, 'x')")
@@ -174,9 +190,9 @@ def plant(folder: Path, canary: Path) -> None:
         connection.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(settings.items()))
 
 
-def test_planted_pickles_are_never_loaded(tmp_path: Path) -> None:
+def test_planted_pickles_are_never_loaded(tmp_path: Path, encode: Callable[[str], bytes | str]) -> None:
     folder, canary = tmp_path / "cache", tmp_path / "canary"
-    plant(folder, canary)
+    plant(folder, canary, encode)
     planted = [key_of(number) for number in range(1, 8)]
     with open_backend(folder) as backend:
         found = backend.get_many(planted)
@@ -201,7 +217,7 @@ def test_a_planted_pickle_is_a_corrupt_miss(tmp_path: Path) -> None:
         expected = cache.embed("text")
     evil = sqlite3.Binary(pickle.dumps(Canary(canary)))
     with connect_directly(folder) as connection:
-        connection.execute("UPDATE Cache SET mode = 4, value = ? WHERE key NOT GLOB 'eo1.card.*'", (evil,))
+        connection.execute("UPDATE Cache SET mode = 4, value = ? WHERE TYPEOF(key) = 'blob'", (evil,))
     with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=folder))]) as cache:
         np.testing.assert_array_equal(cache.embed("text"), expected)
         assert cache.stats().tiers["disk"].corrupt == 1
@@ -211,7 +227,7 @@ def test_a_planted_pickle_is_a_corrupt_miss(tmp_path: Path) -> None:
 
 def test_bytes_disk_refuses_everything_else(tmp_path: Path) -> None:
     folder, canary = tmp_path / "cache", tmp_path / "canary"
-    plant(folder, canary)
+    plant(folder, canary, encode_in_place)
     with connect_directly(folder) as connection:
         connection.execute("DELETE FROM Settings")
         connection.execute("DELETE FROM Cache WHERE value = 'x'")  # diskcache itself fails at its invalid UTF-8 key
@@ -254,8 +270,13 @@ def test_diskcache_reads_the_folder_and_finds_it_sound(tmp_path: Path) -> None:
         backend.set_many(items_of(range(50)), 60.0)
         backend.delete_many([key_of(99)])
     with diskcache.Cache(str(tmp_path), disk=BytesDisk) as cache:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            (warning,) = cache.check(fix=True)  # counts the entries, because this backend keeps no counts
+        assert "count" in str(warning.message)
         assert len(cache) == 99
         assert cache.check() == []
+        assert set(cache) == {key_of(number) for number in range(99)}
         assert cache.get(key_of(7)) == value_of(7)
 
 
@@ -433,11 +454,11 @@ def test_a_clock_that_jumps_keeps_no_entry_beyond_its_ttl(tmp_path: Path, jump: 
         backend.clock = lambda: now[0]
         backend.set_many(items_of(range(10)), 3600.0)
         backend.set_many(items_of(range(10, 20)), None)
-        assert backend.add_many({"eo1.x.lease": b"token"}, 60.0) == {"eo1.x.lease"}
+        assert backend.add_many({LEASE: b"token"}, 60.0) == {LEASE}
         now[0] += jump
         assert backend.get_many(list(items_of(range(20)))) == items_of(range(10, 20))
         assert [backend.get(key_of(number)) for number in range(10)] == [None] * 10
-        assert backend.add_many({"eo1.x.lease": b"other"}, 60.0) == {"eo1.x.lease"}, "the lease of a dead process ends"
+        assert backend.add_many({LEASE: b"other"}, 60.0) == {LEASE}, "the lease of a dead process ends"
         backend.set_many(items_of(range(5)), 3600.0)
         assert backend.get_many(list(items_of(range(20)))) == items_of(range(5)) | items_of(range(10, 20))
         now[0] += 3500.0

@@ -23,6 +23,7 @@ from embedonce_backends.disk import DiskBackend
 from embedonce_backends.disk import log as disk_log
 
 MIB = 2**20
+LEASE = f"eo1.lease.{'0' * 16}.{'1' * 64}"
 SECRET = b"a vector that somebody wants forgotten" * 40
 
 
@@ -218,10 +219,10 @@ def test_forget_and_purge_name_a_tier_whose_file_still_contains_the_data(tmp_pat
 def test_removing_a_lease_does_not_empty_the_log(tmp_path: Path, attempts: list[bool]) -> None:
     with closing(DiskBackend(path=tmp_path)) as backend:
         backend.set_many(make_items(0, 5), None)
-        backend.add_many({"eo1.x.lease": b"token"}, 10.0)
-        backend.delete_many(["eo1.x.lease"])
+        backend.add_many({LEASE: b"token"}, 10.0)
+        backend.delete_many([LEASE])
         assert attempts == []
-        assert backend.get("eo1.x.lease") is None
+        assert backend.get(LEASE) is None
         backend.delete_many([next(iter(make_items(0, 5)))])
         assert attempts == [True]
 

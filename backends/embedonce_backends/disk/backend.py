@@ -7,8 +7,9 @@ process is killed or the disk is full.
 from __future__ import annotations
 
 import errno
-import json
+import heapq
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 from annotated_types import Ge
 
@@ -28,13 +29,27 @@ from embedonce.options import Doc, Size
 from .errors import DiskFull, explain_error, get_primary_code, is_writable
 from .file import DatabaseFile
 from .folder import check_folder
-from .layout import MODE_RAW
 from .log import LOG_BYTES
 from .sqlite import Connection, Connections, fetch_rows, get_remaining_seconds, hold_lock, retry_while_locked
+from .statements import (
+    COUNT,
+    DELETE,
+    EVICT,
+    EXPIRE,
+    EXPIRE_LEASES,
+    GET,
+    GET_MANY,
+    MEASURE,
+    SCAN,
+    STORE,
+    Statement,
+)
+from .stored_keys import Form, decode_key, encode_key, find_range, group_keys, group_texts
 
 api = 1
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 log = logging.getLogger("embedonce.disk")
 
@@ -43,46 +58,16 @@ GIB = 2**30
 MIN_FILE_BYTES = 2**20
 """Smallest ``max_bytes`` that is accepted."""
 CHUNK_KEYS = 512
-"""Maximum number of keys per statement; the deadline is checked between statements."""
-SMALL_BYTES = 64
-"""Values of fewer bytes are leases. They contain no vector, so removing them does not empty the log each time."""
+"""Maximum number of keys per statement that reads; the deadline is checked between statements."""
+CHUNK_ITEMS = 4096
+"""Maximum number of items per transaction. A transaction writes each page of the index that it changes once, so one
+large transaction takes less time than many small ones. Other processes wait for a transaction to end."""
+CLEAR_SECONDS = 2.0
+"""Seconds after which a process deletes the expired leases again. It reads all leases for that."""
 CLOCK_SECONDS = 1.0
 """If an entry with a TTL seems to have been stored further in the future, the clock has been set back since then. The
 entry has expired, because its true age is unknown."""
 
-# The first parameter is the time now, and the second one is the latest time at which an entry may have been stored.
-_IS_ALIVE = "(expire_time IS NULL OR (expire_time > ? AND store_time <= ?))"
-_GET_MANY = (
-    "SELECT wanted.key, Cache.value FROM json_each(?) AS wanted"
-    f" CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1 WHERE {_IS_ALIVE}"
-)
-_GET = f"SELECT value FROM Cache WHERE key = ? AND raw = 1 AND {_IS_ALIVE}"
-_COUNT_LARGE = (
-    "SELECT COUNT(*), COUNT(CASE WHEN LENGTH(Cache.value) < ? THEN 1 END) FROM json_each(?) AS wanted"
-    " CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1"
-)
-_DELETE = (
-    "DELETE FROM Cache WHERE rowid IN (SELECT Cache.rowid FROM json_each(?) AS wanted"
-    " CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1)"
-)
-_STORE = (
-    "INSERT INTO Cache (key, raw, store_time, expire_time, access_time, mode, value)"
-    f" VALUES (?, 1, ?, ?, ?, {MODE_RAW}, ?)"
-    " ON CONFLICT (key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = excluded.expire_time,"
-    " access_time = excluded.access_time, mode = excluded.mode, value = excluded.value,"
-    " size = 0, tag = NULL, filename = NULL"
-)
-_EXPIRE = (
-    "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)"
-)
-_EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
-# The keys are read as bytes, because another program may have stored a key that is invalid UTF-8. The unary plus
-# removes the TEXT affinity of CAST. With that affinity, SQLite could convert stored keys before it compares them.
-_SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
-_COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
-_MEASURE = (
-    "SELECT SUM(LENGTH(value)), MIN(store_time), MAX(store_time) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
-)
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 
 
@@ -134,6 +119,7 @@ class DiskBackend:
         self._file = DatabaseFile(folder, max_bytes)
         self._connections = Connections(self._file.connect)
         self._has_warned = False
+        self._leases_cleared_at = -math.inf
         weakref.finalize(self, self._connections.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
@@ -145,24 +131,22 @@ class DiskBackend:
         if len(keys) == 1:  # for a single key, get() takes a third of the time of the query below
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
-        found: dict[str, bytes] = {}
-        times = self._get_times()
-        for start in range(0, len(keys), CHUNK_KEYS):
-            chunk = list(keys[start : start + CHUNK_KEYS])
-            for index, value in self._read(_GET_MANY, (json.dumps(chunk), *times)):
-                found[chunk[index]] = value if type(value) is bytes else b""
-        return found
+        return self._call_with_connection(self._find_values, keys)
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
-        found = self._read(_GET, (key, *self._get_times()))
+        form, stored = encode_key(key)
+        times = self._get_times()
+        found = self._read(GET[form], (stored, *times))
+        if not found and self._file.has_earlier_keys and form is Form.ENTRY:
+            found = self._read(GET[Form.TEXT], (key, *times))
         if not found:
             return None
         value = found[0][0]
         return value if type(value) is bytes else b""
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, in transactions of up to 512 items; each transaction succeeds as a whole or not at all.
+        """Store every item, in transactions of up to 4,096 items; each transaction succeeds as a whole or not at all.
 
         After this has returned, no item is lost even if the process is killed.
 
@@ -185,9 +169,7 @@ class DiskBackend:
         added: set[str] = set()
         for chunk in self._split_items(items):
             with self._open_transaction() as connection:
-                keys = list(chunk)
-                found = fetch_rows(connection, _GET_MANY, (json.dumps(keys), *self._get_times()))
-                held = {keys[index] for index, _ in found}
+                held = self._find_values(connection, list(chunk))
                 new = {key: value for key, value in chunk.items() if key not in held}
                 evicted = self._make_room(connection, new)
                 self._store(connection, new, ttl)
@@ -207,13 +189,16 @@ class DiskBackend:
         """
         is_overwrite_needed = False
         for start in range(0, len(keys), CHUNK_KEYS):
-            chunk = json.dumps(list(keys[start : start + CHUNK_KEYS]))
-            size = min(CHUNK_KEYS, len(keys) - start)
+            chunk = keys[start : start + CHUNK_KEYS]
             with self._open_transaction(2 * self._file.log.limit) as connection:
-                # If a key is missing, an earlier call may have removed it without overwriting its data.
-                are_small = fetch_rows(connection, _COUNT_LARGE, (SMALL_BYTES, chunk)) == [(size, size)]
-                is_overwrite_needed = is_overwrite_needed or not are_small
-                fetch_rows(connection, _DELETE, (chunk,))
+                for group in group_keys(chunk):
+                    fetch_rows(connection, DELETE[group.form], group.parameters)
+                    # A lease contains no vector. Of any other key, an earlier call may have removed the entry without
+                    # overwriting its data.
+                    is_overwrite_needed = is_overwrite_needed or group.form is not Form.LEASE
+                    if group.form is Form.ENTRY:
+                        # An earlier version stored the keys of entries as text.
+                        fetch_rows(connection, DELETE[Form.TEXT], group_texts(group.keys).parameters)
             self._call_for_upkeep(lambda connection: _release_pages(connection, None))
         if is_overwrite_needed:
             with hold_lock(self._connections.write_lock):
@@ -232,24 +217,38 @@ class DiskBackend:
         Each page of 512 keys has its own query, so a key that is stored or removed during the scan may or may not be
         listed.
         """
-        start, end = prefix.encode(), _find_prefix_end(prefix)
-        while True:
-            page = self._read(_SCAN, (start, end, CHUNK_KEYS))
-            for (key,) in page:
-                yield key.decode("utf-8", "replace")
-            if len(page) < CHUNK_KEYS:
-                return
-            start = page[-1][0] + b"\0"
+        pages = (self._scan_form(form, prefix) for form in Form)
+        last = None
+        for key in heapq.merge(*pages):
+            if key != last:  # a folder of an earlier version may have a key in two forms
+                yield key
+            last = key
+
+    def _scan_form(self, form: Form, prefix: str) -> Iterator[str]:
+        bounds = find_range(form, prefix)
+        while bounds is not None:
+            page = self._read(SCAN[form], (*bounds, CHUNK_KEYS))
+            for (stored,) in page:
+                yield decode_key(form, stored)
+            bounds = (page[-1][0] + b"\0", bounds[1]) if len(page) == CHUNK_KEYS else None
 
     def count(self, prefix: str, /) -> int:
         """Return how many keys ``scan(prefix)`` yields."""
-        ((count,),) = self._read(_COUNT, (prefix, _find_prefix_end(prefix)))
-        return int(count)
+        return sum(int(count) for (count,) in self._read_ranges(COUNT, prefix))
 
     def measure(self, prefix: str, /) -> StoredSize:
         """Return the size and the dates of the entries whose keys start with ``prefix``."""
-        ((size, oldest, newest),) = self._read(_MEASURE, (prefix, _find_prefix_end(prefix)))
-        return StoredSize(bytes=int(size or 0), oldest=oldest, newest=newest)
+        sizes, oldest, newest = zip(*self._read_ranges(MEASURE, prefix), strict=True)
+        return StoredSize(
+            bytes=sum(int(size or 0) for size in sizes),
+            oldest=min((date for date in oldest if date is not None), default=None),
+            newest=max((date for date in newest if date is not None), default=None),
+        )
+
+    def _read_ranges(self, statement: Statement, prefix: str) -> list[tuple[Any, ...]]:
+        """Return one row for each form of keys."""
+        bounds = {form: found for form in Form if (found := find_range(form, prefix)) is not None}
+        return [row for form, found in bounds.items() for row in self._read(statement[form], found)]
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
@@ -262,15 +261,30 @@ class DiskBackend:
         now = self.clock()
         return now, now + CLOCK_SECONDS
 
-    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        return self._call_with_connection(lambda connection: fetch_rows(connection, sql, values))
+    def _find_values(self, connection: Connection, keys: Sequence[str]) -> dict[str, bytes]:
+        """Return the values that are stored under ``keys``, with one query for each chunk and form of keys."""
+        found: dict[str, bytes] = {}
+        times = self._get_times()
+        for start in range(0, len(keys), CHUNK_KEYS):
+            for group in group_keys(keys[start : start + CHUNK_KEYS]):
+                rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
+                if len(rows) < len(group.keys) and self._file.has_earlier_keys:
+                    rows += fetch_rows(connection, GET_MANY[Form.TEXT], (*group_texts(group.keys).parameters, *times))
+                for index, value in rows:
+                    found.setdefault(group.keys[index], value if type(value) is bytes else b"")
+        return found
 
-    def _call_with_connection(self, call: Callable[[Connection], T]) -> T:
+    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        return self._call_with_connection(fetch_rows, sql, values)
+
+    def _call_with_connection(
+        self, call: Callable[Concatenate[Connection, P], T], *values: P.args, **named: P.kwargs
+    ) -> T:
         connection: Connection | None = None
         is_reusable = False
         try:
             connection = self._take_connection()
-            result = call(connection)
+            result = call(connection, *values, **named)
             is_reusable = True
             return result
         except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -281,7 +295,7 @@ class DiskBackend:
 
     def _take_connection(self) -> Connection:
         connection = self._connections.take()
-        while self._file.is_outdated(connection):
+        while connection.stamp is not None and self._file.is_outdated(connection):
             self._connections.give(connection, is_reusable=False)
             connection = self._connections.take()
         return connection
@@ -324,7 +338,7 @@ class DiskBackend:
         for key, value in items.items():
             if len(value) > self._max_value_bytes:
                 raise ValueError(f"value has {len(value)} bytes; max_bytes allows at most {self._max_value_bytes}")
-            if chunk and (len(chunk) == CHUNK_KEYS or size + len(value) > max_chunk_bytes):
+            if chunk and (len(chunk) == CHUNK_ITEMS or size + len(value) > max_chunk_bytes):
                 yield chunk
                 chunk, size = {}, 0
             chunk[key] = value
@@ -335,7 +349,17 @@ class DiskBackend:
     def _store(self, connection: Connection, items: Mapping[str, bytes], ttl: float | None) -> None:
         now = self.clock()
         expires = None if ttl is None else now + ttl
-        connection.executemany(_STORE, [(key, now, expires, now, value) for key, value in items.items()])
+        rows: dict[str, list[tuple[object, ...]]] = {}
+        for key, value in items.items():
+            form, stored = encode_key(key)
+            rows.setdefault(STORE[form], []).append((stored, now, expires, value))
+        for statement, values in rows.items():
+            connection.executemany(statement, values)
+        if self._file.has_earlier_keys:
+            for start in range(0, len(items), CHUNK_KEYS):
+                for group in group_keys(list(items)[start : start + CHUNK_KEYS]):
+                    if group.form is Form.ENTRY:
+                        fetch_rows(connection, DELETE[Form.TEXT], group_texts(group.keys).parameters)
 
     def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
         """Delete some expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
@@ -346,14 +370,18 @@ class DiskBackend:
         Raises:
             OSError: the call has no time left to make enough room. The entries evicted so far stay deleted.
         """
-        connection.execute(_EXPIRE, (self.clock(), 2 * len(items) + 64))
+        now = self.clock()
+        connection.execute(EXPIRE, (now, 2 * len(items) + 64))
+        if not 0 <= now - self._leases_cleared_at < CLEAR_SECONDS:
+            self._leases_cleared_at = now
+            connection.execute(EXPIRE_LEASES, (now,))
         # At the usual sizes, a row takes 30 to 40 % more space than its value, because the row's key is also in an
         # index, and because pages are not full.
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
         while self._count_used_bytes(connection) + need > self.max_bytes:
-            count = connection.execute(_EVICT, (max(8, len(items) // 4),)).rowcount
+            count = connection.execute(EVICT, (max(8, len(items) // 4),)).rowcount
             evicted += count
             if not count:
                 break
@@ -403,11 +431,6 @@ def _release_pages(connection: Connection, max_bytes: int | None) -> None:
     if excess > 0:
         # This uses executescript, because `execute` would stop the statement after the first page.
         retry_while_locked(lambda: connection.executescript(f"PRAGMA incremental_vacuum({min(excess, 1000)})"))
-
-
-def _find_prefix_end(prefix: str) -> str | bytes:
-    """Return a value that sorts after every key that starts with ``prefix``."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else b""  # SQLite sorts every blob after every text
 
 
 @hookimpl

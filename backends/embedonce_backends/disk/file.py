@@ -11,11 +11,12 @@ import diskcache  # type: ignore[import-untyped]
 
 from .errors import ReadOnlyFile, get_primary_code, is_writable
 from .folder import check_folder, make_file, make_folder
-from .layout import COUNTERS, SCHEMA_OBJECTS, SETTINGS, Layout
+from .layout import COUNTERS, MAKE_LEASES, SCHEMA_OBJECTS, SETTINGS, TRIGGERS, Layout
 from .log import LOG_BYTES, Log
 from .sqlite import PROGRESS_STEPS, Connection, Stamp, fetch_rows, is_out_of_time
+from .statements import HAS_EARLIER_KEYS
 
-PAGE_BYTES = 8192
+PAGE_BYTES = 16384
 """Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
 pages, storing an entry would write more bytes, because SQLite writes whole pages."""
 # These pragmas have an effect only before the first table is made. Later, auto_vacuum would have no effect, but setting
@@ -45,6 +46,8 @@ class DatabaseFile:
         self.max_bytes = max_bytes
         self.log = Log(self.path, max_bytes)
         self.is_made = False
+        self.has_earlier_keys = False
+        """Whether the file may have entries whose keys are stored as text. An earlier version stored them so."""
 
     def connect(self) -> Connection:
         """Open a connection. The first call also makes the folder and the tables if they are missing."""
@@ -57,6 +60,15 @@ class DatabaseFile:
             if get_primary_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
                 raise
             connection = self._open_immutable(error)
+        try:
+            if not self.is_made:
+                self.has_earlier_keys = bool(fetch_rows(connection, HAS_EARLIER_KEYS))
+            if not fetch_rows(connection, "PRAGMA table_info(Leases)"):
+                # The file is read-only. With an empty table, every statement works.
+                fetch_rows(connection, MAKE_LEASES.format(temporary="TEMPORARY"))
+        except BaseException:
+            connection.close()
+            raise
         self.is_made = True
         return connection
 
@@ -151,7 +163,11 @@ class DatabaseFile:
         existing = {name for (name,) in fetch_rows(connection, "SELECT name FROM sqlite_master")}
         if "Settings" in existing:
             found = dict(fetch_rows(connection, "SELECT key, value FROM Settings"))
-            if existing >= SCHEMA_OBJECTS and {key: found[key] for key in found if key not in COUNTERS} == settings:
+            if (
+                existing >= SCHEMA_OBJECTS
+                and not existing & TRIGGERS
+                and {key: found[key] for key in found if key not in COUNTERS} == settings
+            ):
                 return
         try:
             self._write_settings(connection, settings, is_new="Settings" not in existing)
@@ -165,3 +181,6 @@ class DatabaseFile:
             marks = ", ".join("?" * len(known))
             fetch_rows(connection, f"DELETE FROM Settings WHERE key NOT IN ({marks})", known)
         Layout(self.folder, connection, settings)
+        for trigger in TRIGGERS:
+            fetch_rows(connection, f"DROP TRIGGER IF EXISTS {trigger}")
+        fetch_rows(connection, MAKE_LEASES.format(temporary=""))

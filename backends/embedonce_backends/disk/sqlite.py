@@ -59,6 +59,8 @@ class Connection(sqlite3.Connection):
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
     stamp: Stamp | None = None
     """State of the file when this connection opened it as immutable; None if SQLite itself notices changes."""
+    is_lent = False
+    """Whether a call uses this connection, or is closing it."""
 
     def close(self) -> None:
         """Close the connection. A forked child that must not use SQLite keeps the connection open instead."""
@@ -151,9 +153,9 @@ class Connections:
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        # A fork waits until this set is empty. The references are weak, because a call that Ctrl-C has interrupted may
-        # end without giving its connection back.
-        self._lent: WeakSet[Connection] = WeakSet()
+        # A fork waits until none of these is lent. The references are weak, because a call that Ctrl-C has interrupted
+        # may end without giving its connection back.
+        self._open: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._open_lock = threading.Lock()
         self.write_lock = threading.RLock()
@@ -168,11 +170,11 @@ class Connections:
             TierError: this process is a forked child that must not use SQLite.
         """
         while True:
-            self._check_usable()
+            if _forking_threads or _is_stranded or self._closed or self._pid != os.getpid():
+                self._check_usable()
             with self._lock:
-                if not _forking_threads and self._idle:
-                    connection = self._idle[-1]
-                    self._lent.add(connection)
+                if self._idle and not _forking_threads:
+                    self._idle[-1].is_lent = True
                     return self._idle.pop()
                 generation = self._generation
             # A fork waits for this lock, so no fork happens while a file is being opened. If a fork began before this
@@ -182,7 +184,9 @@ class Connections:
                     continue
                 connection = self._connect()
                 connection.generation = generation
-                self._lent.add(connection)
+                connection.is_lent = True
+                with self._lock:
+                    self._open.add(connection)
                 return connection
 
     def _check_usable(self) -> None:
@@ -205,7 +209,7 @@ class Connections:
         with self._lock:
             if is_reusable and connection.generation == self._generation and self._may_keep():
                 self._idle.append(connection)
-                self._lent.discard(connection)
+                connection.is_lent = False
                 return
         self._close_connection(connection)
 
@@ -213,7 +217,7 @@ class Connections:
         try:
             connection.close()
         finally:
-            self._lent.discard(connection)
+            connection.is_lent = False
 
     def _may_keep(self) -> bool:
         return not (self._closed or _forking_threads or _is_stranded) and len(self._idle) < MAX_IDLE
@@ -225,7 +229,8 @@ class Connections:
         """
         with self._lock:
             self._generation += 1
-            self._lent.update(self._idle)  # so that a fork waits until the idle connections are closed
+            for connection in self._idle:
+                connection.is_lent = True  # so that a fork waits until the idle connections are closed
             idle, self._idle = self._idle, []
         for connection in idle:
             self._close_connection(connection)
@@ -252,7 +257,7 @@ class Connections:
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             return True
         try:
-            return bool(self._lent)
+            return self._has_lent()
         finally:
             self._lock.release()
 
@@ -261,7 +266,10 @@ class Connections:
 
         A forked child calls this before :meth:`restart`, to find out whether a connection was open at the fork.
         """
-        return bool(self._lent or self._idle) or self._open_lock.locked()
+        return bool(self._idle) or self._has_lent() or self._open_lock.locked()
+
+    def _has_lent(self) -> bool:
+        return any(connection.is_lent for connection in self._open)
 
     def restart(self) -> None:
         """In a forked child, start without connections and with new locks.
