@@ -16,8 +16,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge
 
@@ -44,12 +45,11 @@ from .statements import (
     STORE,
     Statement,
 )
-from .stored_keys import Form, decode_key, encode_key, find_range, group_keys, group_texts
+from .stored_keys import Form, decode_key, encode_key, find_range, group_keys
 
 api = 1
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 log = logging.getLogger("embedonce.disk")
 
@@ -198,7 +198,7 @@ class DiskBackend:
                     is_overwrite_needed = is_overwrite_needed or group.form is not Form.LEASE
                     if group.form is Form.ENTRY:
                         # An earlier version stored the keys of entries as text.
-                        fetch_rows(connection, DELETE[Form.TEXT], group_texts(group.keys).parameters)
+                        fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
             self._call_for_upkeep(lambda connection: _release_pages(connection, None))
         if is_overwrite_needed:
             with hold_lock(self._connections.write_lock):
@@ -269,7 +269,7 @@ class DiskBackend:
             for group in group_keys(keys[start : start + CHUNK_KEYS]):
                 rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
                 if len(rows) < len(group.keys) and self._file.has_earlier_keys:
-                    rows += fetch_rows(connection, GET_MANY[Form.TEXT], (*group_texts(group.keys).parameters, *times))
+                    rows += fetch_rows(connection, GET_MANY[Form.TEXT], (*group.as_texts().parameters, *times))
                 for index, value in rows:
                     found.setdefault(group.keys[index], value if type(value) is bytes else b"")
         return found
@@ -277,21 +277,20 @@ class DiskBackend:
     def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         return self._call_with_connection(fetch_rows, sql, values)
 
-    def _call_with_connection(
-        self, call: Callable[Concatenate[Connection, P], T], *values: P.args, **named: P.kwargs
-    ) -> T:
+    def _call_with_connection(self, call: Callable[..., T], *values: object) -> T:
+        """Return ``call(connection, *values)``."""
         connection: Connection | None = None
-        is_reusable = False
         try:
             connection = self._take_connection()
-            result = call(connection, *values, **named)
-            is_reusable = True
-            return result
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise self._handle_error(error) from error
-        finally:
+            result = call(connection, *values)
+        except BaseException as error:
             if connection is not None:
-                self._connections.give(connection, is_reusable)
+                self._connections.give(connection, is_reusable=False)
+            if isinstance(error, sqlite3.Error | UnicodeDecodeError):
+                raise self._handle_error(error) from error
+            raise
+        self._connections.give(connection, is_reusable=True)
+        return result
 
     def _take_connection(self) -> Connection:
         connection = self._connections.take()
@@ -349,17 +348,13 @@ class DiskBackend:
     def _store(self, connection: Connection, items: Mapping[str, bytes], ttl: float | None) -> None:
         now = self.clock()
         expires = None if ttl is None else now + ttl
-        rows: dict[str, list[tuple[object, ...]]] = {}
-        for key, value in items.items():
-            form, stored = encode_key(key)
-            rows.setdefault(STORE[form], []).append((stored, now, expires, value))
-        for statement, values in rows.items():
-            connection.executemany(statement, values)
-        if self._file.has_earlier_keys:
-            for start in range(0, len(items), CHUNK_KEYS):
-                for group in group_keys(list(items)[start : start + CHUNK_KEYS]):
-                    if group.form is Form.ENTRY:
-                        fetch_rows(connection, DELETE[Form.TEXT], group_texts(group.keys).parameters)
+        for start in range(0, len(items), CHUNK_KEYS):
+            chunk = dict(islice(items.items(), start, start + CHUNK_KEYS))
+            for group in group_keys(list(chunk)):
+                rows = [(stored, now, expires, chunk[key]) for key, stored in group.list_stored()]
+                connection.executemany(STORE[group.form], rows)
+                if self._file.has_earlier_keys and group.form is Form.ENTRY:
+                    fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
 
     def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
         """Delete some expired entries and, if the file would grow above ``max_bytes``, the oldest entries.

@@ -9,7 +9,7 @@ the same stored form in the same table.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple, TypeAlias
 
@@ -21,7 +21,7 @@ STORED_BYTES: Final = 40
 """Size in bytes of the stored form of the key of an entry or a lease."""
 
 _SCOPE_DIGITS: Final = 16
-_DIGITS: Final = 2 * STORED_BYTES
+_DIGEST_DIGITS: Final = 64
 
 
 class Form(IntEnum):
@@ -34,16 +34,35 @@ class Form(IntEnum):
 
 _PREFIXES: Final = (KEY_PREFIX, LEASE_PREFIX)
 """First characters of the keys of each form, in the order of :class:`Form`."""
-_FORMS: Final = {len(prefix) + _DIGITS + 1: (Form(i), len(prefix)) for i, prefix in enumerate(_PREFIXES)}
+_FORMS: Final = {
+    len(prefix) + _SCOPE_DIGITS + 1 + _DIGEST_DIGITS: (Form(i), len(prefix)) for i, prefix in enumerate(_PREFIXES)
+}
 """By the length of a key, the form that the key may have, and where its digits start."""
 
 
 class KeyGroup(NamedTuple):
-    """Keys of one form, and the first parameters of a statement for a batch of them."""
+    """Keys of one form."""
 
     form: Form
     keys: Sequence[str]
-    parameters: tuple[object, ...]
+    joined: bytes = b""
+    """The stored forms one after the other, unless they are text."""
+
+    @property
+    def parameters(self) -> tuple[object, ...]:
+        """The first parameters of a statement for a batch of these keys."""
+        return (json.dumps(self.keys),) if self.form is Form.TEXT else (len(self.keys) - 1, self.joined)
+
+    def list_stored(self) -> Iterable[tuple[str, StoredKey]]:
+        """Return each key and its stored form."""
+        if self.form is Form.TEXT:
+            return zip(self.keys, self.keys, strict=True)
+        ends = range(STORED_BYTES, len(self.joined) + 1, STORED_BYTES)
+        return zip(self.keys, [self.joined[end - STORED_BYTES : end] for end in ends], strict=True)
+
+    def as_texts(self) -> KeyGroup:
+        """Return the same keys as an earlier version stored them, as text."""
+        return KeyGroup(Form.TEXT, self.keys)
 
 
 def encode_key(key: str) -> tuple[Form, StoredKey]:
@@ -84,19 +103,14 @@ def group_keys(keys: Sequence[str]) -> list[KeyGroup]:
     group = _group_scope(keys)
     if group is not None:
         return [group]
-    found: dict[Form, dict[str, StoredKey]] = {}
+    stored: dict[Form, list[bytes]] = {form: [] for form in Form}
+    named: dict[Form, list[str]] = {form: [] for form in Form}
     for key in keys:
-        form, stored = encode_key(key)
-        found.setdefault(form, {})[key] = stored
-    return [
-        group_texts(list(stored)) if form is Form.TEXT else _group_stored(form, list(stored), b"".join(stored.values()))  # type: ignore[arg-type]
-        for form, stored in found.items()
-    ]
-
-
-def group_texts(keys: Sequence[str]) -> KeyGroup:
-    """Return a group of keys that are stored as text, whatever they look like."""
-    return KeyGroup(Form.TEXT, keys, (json.dumps(keys),))
+        form, encoded = encode_key(key)
+        named[form].append(key)
+        if isinstance(encoded, bytes):
+            stored[form].append(encoded)
+    return [KeyGroup(form, group, b"".join(stored[form])) for form, group in named.items() if group]
 
 
 def _group_scope(keys: Sequence[str]) -> KeyGroup | None:
@@ -107,7 +121,7 @@ def _group_scope(keys: Sequence[str]) -> KeyGroup | None:
     form, stored = encode_key(keys[0])
     if isinstance(stored, str):
         return None
-    end = len(keys[0]) - _DIGITS + _SCOPE_DIGITS
+    end = len(keys[0]) - _DIGEST_DIGITS
     beginning = keys[0][:end]
     digests = [key[end:] for key in keys]
     if len(set(map(len, keys))) > 1 or beginning + beginning.join(digests) != "".join(keys):
@@ -118,11 +132,7 @@ def _group_scope(keys: Sequence[str]) -> KeyGroup | None:
         joined = bytes.fromhex(digits)
     except ValueError:
         return None
-    return _group_stored(form, keys, joined) if joined.hex() == digits else None
-
-
-def _group_stored(form: Form, keys: Sequence[str], joined: bytes) -> KeyGroup:
-    return KeyGroup(form, keys, (len(keys) - 1, joined))
+    return KeyGroup(form, keys, joined) if joined.hex() == digits else None
 
 
 def find_range(form: Form, prefix: str) -> tuple[StoredKey, StoredKey] | None:
@@ -135,7 +145,7 @@ def find_range(form: Form, prefix: str) -> tuple[StoredKey, StoredKey] | None:
         return prefix.encode(), prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else b""
     ends = []
     for digit in "0f":
-        whole = f"{_PREFIXES[form]}{digit * _SCOPE_DIGITS}.{digit * (_DIGITS - _SCOPE_DIGITS)}"
+        whole = f"{_PREFIXES[form]}{digit * _SCOPE_DIGITS}.{digit * _DIGEST_DIGITS}"
         found, stored = encode_key(prefix + whole[len(prefix) :])
         if found is not form:
             return None
