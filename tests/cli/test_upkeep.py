@@ -317,8 +317,10 @@ def test_stats_tells_vector_spaces_apart(command: Any, two_spaces: Path) -> None
     assert new["bytes"] > old["bytes"] > 128 * 4
     assert 0 < old["oldest"] <= old["newest"] <= new["newest"]
     assert data["folders"] == {"disk": str(two_spaces / "d")}
+    size = sum(file.stat().st_size for file in (two_spaces / "d").iterdir())
+    assert data["folder_bytes"] == {"disk": size}
     shown = command("stats").out
-    assert str(two_spaces / "d") in shown
+    assert f"disk  {two_spaces / 'd'}  {size / 2**10:.1f} KiB\n" in shown
     assert {"128", "384", "yes", "no"} <= set(shown.split())
 
 
