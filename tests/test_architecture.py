@@ -36,7 +36,7 @@ PAGE = ROOT / "docs/design.md"
 
 MAX_LINES = 600
 """Maximum number of lines per file, so that a file holds one idea."""
-MAX_LINES_OF = {"core/embedonce/testing/contracts/backend.py": 1200}
+MAX_LINES_OF = {"core/embedonce/testing/contracts/backend.py": 1300}
 """Exceptions. The contract of backends keeps every standard test in one class, where a reader looks for it."""
 
 # Core modules may import these at the top of a file. Other imports belong in the function that requires them.

@@ -333,6 +333,18 @@ class Cache(Requests):
         self._check_open()
         return run_blocking(self._chain.upkeep.migrate(self._chain.ports.blocking))
 
+    def compact(self) -> dict[str, str]:
+        """Give unused space of every store that keeps some (disk) back to the system. Return the sizes by tier.
+
+        This may take minutes. Other threads and processes may use the stores meanwhile, but a write that waits for
+        longer than its tier's timeout fails. If the call is interrupted, no entry is lost.
+
+        Raises:
+            TierError: a store could not be compacted. The other stores were compacted nevertheless.
+        """
+        self._check_open()
+        return run_blocking(self._chain.upkeep.compact(self._chain.ports.blocking))
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until background writes are done and return True; return False after ``timeout`` seconds.
 
@@ -468,6 +480,11 @@ class Cache(Requests):
         """Async twin of :meth:`migrate`."""
         self._check_open()
         return await self._chain.upkeep.migrate(self._chain.ports.get_loop_port())
+
+    async def acompact(self) -> dict[str, str]:
+        """Async twin of :meth:`compact`."""
+        self._check_open()
+        return await self._chain.upkeep.compact(self._chain.ports.get_loop_port())
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """Async twin of :meth:`flush`. It does not block the event loop."""

@@ -217,6 +217,17 @@ class Extras(Protocol):
         """
         ...
 
+    def compact(self) -> str:
+        """Give unused space of the store back to the system, for ``embedonce compact``.
+
+        Return one sentence that says how large the store is and was, such as ``"4.2 GiB, was 6.0 GiB"``. The call has
+        no deadline and may take minutes. Other threads and processes may use the store meanwhile, and no entry is lost
+        if the call is interrupted.
+
+        The backend declares no capability for this method.
+        """
+        ...
+
     def list_grants(self) -> Sequence[str]:
         """Return the statements that let another role use the store; ``embedonce migrate`` shows them.
 

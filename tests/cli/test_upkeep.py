@@ -14,7 +14,8 @@ from optional import needs
 
 import embedonce
 from embedonce import Cache, Capabilities, Limits, Tier, VectorSpace
-from embedonce.errors import PartialAnswer
+from embedonce.contracts import time_left
+from embedonce.errors import CacheClosed, PartialAnswer, TierError
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 from embedonce_providers.ngram import NgramProvider
@@ -205,6 +206,7 @@ def test_the_check_of_a_provider() -> None:
         ["purge", "--unused", "--yes"],
         ["purge", "--model", "m", "--yes"],
         ["migrate"],
+        ["compact"],
         ["embed", "text.txt", "--out", "out.npy"],
     ],
 )
@@ -218,6 +220,81 @@ def test_the_problems_of_a_configuration_are_a_json_document(command: Any, argum
     assert (problem["file"], problem["line"], problem["column"]) == ("bad.toml", 9, 1)
     assert problem["message"].startswith('unknown key "nonsense"')
     assert "error: bad.toml:9:1" in done.err
+
+
+# --- compact ----------------------------------------------------------------------------------
+
+
+class Compacted(Store):
+    """A store whose ``compact`` fails if ``problem`` is set."""
+
+    def __init__(self, problem: str = "") -> None:
+        super().__init__()
+        self.problem = problem
+        self.calls = 0
+
+    def compact(self) -> str:
+        self.calls += 1
+        if self.problem:
+            raise OSError(self.problem)
+        return "1.0 MiB, was 2.0 MiB"
+
+
+def test_compact_calls_every_store_that_has_it() -> None:
+    stores = [Tier(Store(), name="plain"), Tier(Compacted(), name="one"), Tier(Compacted(), name="two")]
+    with Cache(NgramProvider(), stores) as cache:
+        assert cache.compact() == {"one": "1.0 MiB, was 2.0 MiB", "two": "1.0 MiB, was 2.0 MiB"}
+    with pytest.raises(CacheClosed):
+        cache.compact()
+
+
+async def test_a_store_that_cannot_be_compacted_keeps_no_other_from_it() -> None:
+    works = Compacted()
+    async with Cache(NgramProvider(), [Tier(Compacted("no space"), name="bad"), Tier(works, name="good")]) as cache:
+        with pytest.raises(TierError) as raised:
+            cache.compact()
+        assert (raised.value.tier, str(raised.value.__cause__), works.calls) == ("bad", "no space", 1)
+        with pytest.raises(TierError):
+            await cache.acompact()
+        assert works.calls == 2
+
+
+def test_compact_has_no_timeout() -> None:
+    seen: list[float | None] = []
+
+    class Slow(Compacted):
+        def compact(self) -> str:
+            seen.append(time_left())
+            return super().compact()
+
+    with Cache(NgramProvider(), [Tier(Slow(), timeout=0.01)]) as cache:
+        cache.compact()
+    assert seen == [None]
+
+
+def test_the_command_compact_says_what_each_tier_weighs(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(64)
+    monkeypatch.setattr(DiskBackend, "compact", lambda backend: "4.2 GiB, was 6.0 GiB", raising=False)
+    done = command("compact", "--json")
+    assert (done.code, done.json) == (
+        0,
+        {"tiers": {"disk": "4.2 GiB, was 6.0 GiB"}, "nothing_to_compact": ["memory"]},
+    )
+    lines = command("compact").out.splitlines()
+    assert [line.strip().split(maxsplit=1) for line in lines[-2:]] == [
+        ["memory", "nothing to compact"],
+        ["disk", "4.2 GiB, was 6.0 GiB"],
+    ]
+
+    def fail(backend: Any) -> str:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(DiskBackend, "compact", fail)
+    done = command("compact", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert "error: tier 'disk': OSError: no space left" in done.err
 
 
 # --- stats and purge --------------------------------------------------------------------------
@@ -240,8 +317,10 @@ def test_stats_tells_vector_spaces_apart(command: Any, two_spaces: Path) -> None
     assert new["bytes"] > old["bytes"] > 128 * 4
     assert 0 < old["oldest"] <= old["newest"] <= new["newest"]
     assert data["folders"] == {"disk": str(two_spaces / "d")}
+    size = sum(file.stat().st_size for file in (two_spaces / "d").iterdir())
+    assert data["folder_bytes"] == {"disk": size}
     shown = command("stats").out
-    assert str(two_spaces / "d") in shown
+    assert f"disk  {two_spaces / 'd'}  {size / 2**10:.1f} KiB\n" in shown
     assert {"128", "384", "yes", "no"} <= set(shown.split())
 
 

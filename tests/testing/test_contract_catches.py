@@ -20,6 +20,7 @@ from embedonce_shelf import (
     AddsUnderALockShelfBackend,
     HashingShelfBackend,
     ListsWhatIsUnfinishedShelfBackend,
+    MovesToANewFolderShelfBackend,
     OneConnectionShelfBackend,
     OneFileShelfBackend,
     ShelfBackend,
@@ -435,6 +436,100 @@ class MeasuresInADict(Measures):
 
     def measure(self, prefix):
         return {"bytes": super().measure(prefix).bytes}
+
+
+class Compacts(DictBackend):
+    """Has a right `compact`."""
+
+    def compact(self):
+        return f"{len(self._store)} entries, nothing to give back"
+
+
+class DropsTheDictThatIsEmpty(Compacts):
+    """Drops its table in `compact` if the table is empty, and never makes the table again."""
+
+    def compact(self):
+        if not self._store:
+            self._store = None
+        return "0 bytes"
+
+
+class CompactsOnlyTheFirstPage(Compacts):
+    """Copies the first 100 entries in `compact`, which is one page of its store."""
+
+    def compact(self):
+        self._store = dict(list(self._store.items())[:100])
+        return super().compact()
+
+
+class RestoresOldValues(Compacts):
+    """Keeps old versions of each value, and keeps the first instead of the last version in `compact`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = {}
+
+    def set_many(self, items, ttl):
+        super().set_many(items, ttl)
+        self.first = {key: self._store[key] for key in items} | self.first
+
+    def compact(self):
+        for key in self._store:
+            self._store[key] = self.first[key]
+        return super().compact()
+
+
+class BringsBackWhatWasDeleted(RestoresOldValues):
+    """Brings deleted entries back in `compact`."""
+
+    def compact(self):
+        self._store.update({key: value for key, value in self.first.items() if key not in self._store})
+        return "nothing to give back"
+
+
+class CompactsOnce(Compacts):
+    """Raises in `compact` if there is nothing to give back since the last call."""
+
+    done = False
+
+    def compact(self):
+        if self.done:
+            raise RuntimeError("nothing to compact")
+        self.done = True
+        return super().compact()
+
+
+class CompactsSilently(Compacts):
+    """Returns None from `compact`."""
+
+    def compact(self):
+        super().compact()
+
+
+class CompactsInBytes(Compacts):
+    """Returns a number from `compact`."""
+
+    def compact(self):
+        return len(self._store)
+
+
+class CompactsWithoutALock(Compacts):
+    """Copies its entries in `compact`, and loses what other threads store meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.wrote = threading.Event()
+
+    def set_many(self, items, ttl):
+        super().set_many(items, ttl)
+        self.wrote.set()
+
+    def compact(self):
+        copy = dict(self._store)
+        self.wrote.clear()
+        self.wrote.wait(CALL_TIMEOUT)
+        self._store = copy
+        return super().compact()
 
 
 class AddsOver(DictBackend):
@@ -909,6 +1004,15 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_measure_tells_the_size_of_a_scope", MeasuresInMilliseconds),
     ("test_measure_tells_the_size_of_a_scope", MeasuresBackwards),
     ("test_measure_tells_the_size_of_a_scope", MeasuresInADict),
+    ("test_compact_of_an_empty_store_does_no_harm", DropsTheDictThatIsEmpty),
+    ("test_compact_of_an_empty_store_does_no_harm", CompactsSilently),
+    ("test_compact_of_an_empty_store_does_no_harm", CompactsInBytes),
+    ("test_compact_keeps_every_entry", CompactsOnlyTheFirstPage),
+    ("test_compact_keeps_every_entry", RestoresOldValues),
+    ("test_compact_keeps_every_entry", BringsBackWhatWasDeleted),
+    ("test_compact_keeps_every_entry", CompactsOnce),
+    ("test_compact_keeps_entries_for_other_clients", MovesToANewFolderShelfBackend),
+    ("test_compact_loses_no_entry_of_a_writer", CompactsWithoutALock),
     ("test_add_stores_what_is_absent_alone", AddsOver),
     ("test_an_added_key_has_one_winner", AddsInTwoSteps),
     ("test_an_added_key_has_one_winner_among_processes", AddsUnderALockShelfBackend),

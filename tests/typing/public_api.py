@@ -111,6 +111,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.acheck(), list[TierCheck])
     assert_type(await cache.acheck_providers(embed=True), list[ProviderCheck])
     assert_type(await cache.amigrate(), dict[str, str])
+    assert_type(await cache.acompact(), dict[str, str])
     assert_type(await cache.aflush(1.0), bool)
     assert_type(await cache.aclose(), None)
 
@@ -127,6 +128,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.check(), list[TierCheck])
     assert_type(cache.check_providers(), list[ProviderCheck])
     assert_type(cache.migrate(), dict[str, str])
+    assert_type(cache.compact(), dict[str, str])
     assert_type(cache.flush(), bool)
     assert_type(cache.stats(), Stats)
     assert_type(cache.subscribe(print_event), None)

@@ -204,6 +204,29 @@ class DiskBackend:
             with hold_lock(self._connections.write_lock):
                 self._call_with_connection(self._file.log.overwrite_removed_data)
 
+    def compact(self) -> str:
+        """Rewrite the file without unused space, empty the log, and return the size of both.
+
+        Other threads and processes can read meanwhile, and their writes wait. SQLite needs free space of twice the size
+        of the file: for a temporary file, and for the log. An interrupted call changes nothing.
+
+        Raises:
+            DiskFull: there is not enough free space.
+            ReadOnlyFile: the file or its folder is read-only.
+            TierTimeout: another process writes all the time.
+        """
+        with hold_lock(self._connections.write_lock):
+            self._call_with_connection(self._file.log.limit_size)
+            before = self._count_stored_bytes()
+            self._call_with_connection(_rewrite_file)
+            self._call_with_connection(self._file.log.limit_size)
+        after = self._count_stored_bytes()
+        return f"{after / MIB:.1f} MiB, was {before / MIB:.1f} MiB"
+
+    def _count_stored_bytes(self) -> int:
+        """Return the size of the file and its log in bytes."""
+        return os.stat(self._file.path).st_size + self._file.log.get_bytes()
+
     def describe(self) -> str:
         """Describe the sizes of the file and its log, and whether the file is read-only."""
         is_read_only = self._call_with_connection(lambda connection: connection.stamp is not None)
@@ -412,6 +435,16 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
+
+
+def _rewrite_file(connection: Connection) -> None:
+    """Write the database anew without unused space."""
+    # With the connection's own setting, SQLite would hold the whole database in memory.
+    connection.execute("PRAGMA temp_store = FILE")
+    try:
+        fetch_rows(connection, "VACUUM")
+    finally:
+        connection.execute("PRAGMA temp_store = MEMORY")
 
 
 def _release_pages(connection: Connection, max_bytes: int | None) -> None:

@@ -117,6 +117,11 @@ def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, .
     try:
         return connection.execute(sql, values).fetchall()
     except sqlite3.OperationalError as error:
+        if get_primary_code(error) == sqlite3.SQLITE_INTERRUPT:
+            time_left()
+            # There is time left, so a signal handler has raised an exception in the progress handler, and sqlite3 has
+            # dropped this exception.
+            raise KeyboardInterrupt from error
         if get_primary_code(error) != sqlite3.SQLITE_BUSY:
             raise
     return retry_while_locked(lambda: connection.execute(sql, values).fetchall())

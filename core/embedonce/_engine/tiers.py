@@ -161,6 +161,11 @@ class LiveTier:
             done = f"{done}; a role that only uses the table needs: {'; '.join(grants)}"
         return done
 
+    async def compact(self, port: Port) -> str:
+        """Give unused space of the store back to the system, without a timeout, and return the backend's sentence."""
+        done: str = await self.calls.call_strictly(port, self.backend.compact, listing=True)
+        return done
+
     async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Return the raw values of some keys, without counting hits or misses.
 

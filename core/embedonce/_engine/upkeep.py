@@ -248,6 +248,24 @@ class Upkeep:
         """
         return {tier.name: await tier.migrate(port) for tier in self._tiers if hasattr(tier.backend, "migrate")}
 
+    async def compact(self, port: Port) -> dict[str, str]:
+        """Compact every store that can be compacted. For each such tier, return how large its store is and was.
+
+        Raises:
+            TierError: a store could not be compacted. The other stores were compacted nevertheless.
+        """
+        done: dict[str, str] = {}
+        failed: list[TierError] = []
+        for tier in self._tiers:
+            if hasattr(tier.backend, "compact"):
+                try:
+                    done[tier.name] = await tier.compact(port)
+                except TierError as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
+        return done
+
     # --- explaining ---------------------------------------------------------------------------
 
     async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
 
+from . import compact as _compact
 from . import conformance as _conformance
 from . import embed as _embed
 from . import evaluate as _evaluate
@@ -141,6 +142,7 @@ app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
 app.command(cls=Command, epilog=_savings.EPILOG)(_savings.savings)
 app.command(cls=Command, epilog=_forget.EPILOG)(_forget.forget)
 app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
+app.command(cls=Command, epilog=_compact.EPILOG)(_compact.compact)
 app.command(cls=Command, epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(cls=Command, epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(cls=Command, epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)

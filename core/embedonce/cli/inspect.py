@@ -16,7 +16,7 @@ from embedonce._messages import format_count, quote
 
 from .money import describe_unknown, list_cells, sum_cost
 from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
-from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
+from .output import FAILED, Refused, emit, format_bytes, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
     from embedonce.answers import Held, ProviderCheck
@@ -64,9 +64,11 @@ embedonce stats
 embedonce stats --json
 
 A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
-has no value if the value is unknown. The second table shows the work of all processes within the last year. A row
-"computed" is work that the provider has done. A row "saved by" is work that the hits of a tier have saved. The time is
-the sum of the seconds of all calls. `embedonce savings` adds the work up by model, tier, namespace or day.
+has no value if the value is unknown. The bytes of a scope are the size of its values. The bytes after the folder of a
+tier are the size of its files, which also have keys, indexes and unused space. The second table shows the work of all
+processes within the last year. A row "computed" is work that the provider has done. A row "saved by" is work that the
+hits of a tier have saved. The time is the sum of the seconds of all calls. `embedonce savings` adds the work up by
+model, tier, namespace or day.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -270,7 +272,7 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Show the entries that each tier has in each scope, and the work that was computed and saved in each scope."""
     from embedonce.savings import add_up, group_by_scope
 
-    from .opened import list_folders, open_for_upkeep
+    from .opened import list_folders, measure_folder, open_for_upkeep
 
     with open_for_upkeep(config) as (loaded, cache):
         contents = cache.contents()
@@ -279,6 +281,7 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
     held = [one for one in contents if one.error is None]
     errors = dict(found.errors) | {one.tier: one.error for one in contents if one.error is not None}
     folders = list_folders(loaded)
+    sizes = {tier: measure_folder(folder) for tier, folder in folders.items()}
     if json:
         entries = sum(one.entries for one in held)
         emit(
@@ -288,12 +291,13 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
                 "work": [_export_scope(records) for records in work.values()],
                 "errors": errors,
                 "folders": folders,
+                "folder_bytes": sizes,
             }
         )
     else:
         write_line = show if held else say  # without contents, the folders are only a hint where to look
         for tier, folder in folders.items():
-            write_line(f"{tier}  {folder}")
+            write_line(f"{tier}  {folder}  {format_bytes(sizes[tier])}")
         if held:
             show(_make_contents_table(held))
         elif not errors:  # a tier that cannot be listed may have entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,17 @@ def list_folders(loaded: Config) -> dict[str, str]:
             if option.is_path and value is not None and (name in FOLDER_OPTIONS or os.path.isdir(value)):
                 folders.setdefault(tier.name, str(value))
     return folders
+
+
+def measure_folder(folder: str) -> int:
+    """Return the size of all files in a folder in bytes, or the size of a single file; 0 if it does not exist."""
+    path = Path(folder)
+    files = [path] if path.is_file() else path.rglob("*")
+    size = 0
+    for file in files:
+        with suppress(OSError):  # another process may remove a file meanwhile, for example SQLite's log
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 @contextmanager

@@ -205,6 +205,14 @@ def has_blocks() -> bool:
     return True
 
 
+def format_bytes(number: int) -> str:
+    """Format a number of bytes in KiB, MiB or GiB, as the commands show it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 2**10:.1f} KiB"
+
+
 def format_date(seconds: float | None) -> str | None:
     """Format a Unix time as a date and a time in UTC, to the minute."""
     if seconds is None:

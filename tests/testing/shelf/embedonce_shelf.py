@@ -129,6 +129,17 @@ class WritesAtItsEndShelfBackend(ShelfBackend):
         super().close()
 
 
+class MovesToANewFolderShelfBackend(ShelfBackend):
+    """Moves its entries to a new folder in `compact`, and other clients do not look there."""
+
+    def compact(self) -> str:
+        folder = Path(tempfile.mkdtemp("~", dir=self.folder))
+        for name in self.scan(""):
+            os.replace(self.folder / name, folder / name)
+        self._folder = folder
+        return "nothing to give back"
+
+
 class OneConnectionShelfBackend(ShelfBackend):
     """Keeps a SQLite connection with a WAL across a fork: the parent's `close` deletes the file the child writes to."""
 

@@ -323,7 +323,7 @@ class BackendContract(Contract):
             assert values.is_equal(backend.get(key(1)), values.sample(1)), "get did not return the stored value"
             assert backend.get(key(2)) is None, "get must return None for a missing key"
 
-    # --- delete, scan, count, add -------------------------------------------------------------
+    # --- delete, scan, count ------------------------------------------------------------------
 
     def test_delete_removes_these_keys_alone(self) -> None:
         with self._open() as backend:
@@ -460,6 +460,75 @@ class BackendContract(Contract):
                 assert 0 < size.bytes < larger.bytes, (
                     f"measure returned {size.bytes} bytes for 4 values and {larger.bytes} bytes for 8"
                 )
+
+    # --- compact ------------------------------------------------------------------------------
+
+    def test_compact_of_an_empty_store_does_no_harm(self) -> None:
+        with self._open() as backend:
+            self._skip_without_compact(backend)
+            _compact(backend)
+            self._store(backend, [1])
+            self._require_stored(backend, {key(1): 1})
+
+    def test_compact_keeps_every_entry(self) -> None:
+        with self._open() as backend:
+            self._skip_without_compact(backend)
+            values = self._make_values(backend)
+            names = [key(number) for number in range(min(300, self._get_batch_size(backend)))]
+            backend.set_many({name: values.sample(number) for number, name in enumerate(names)}, None)
+            backend.set_many({name: values.sample(1000 + number) for number, name in enumerate(names[:20])}, None)
+            expected = {name: number if number >= 20 else 1000 + number for number, name in enumerate(names)}
+            if backend.capabilities.delete:
+                backend.delete_many(names[::2])
+                expected = {name: expected[name] for name in names[1::2]}
+            for _ in range(2):  # the second call finds nothing to give back
+                _compact(backend)
+                self._require_equal(backend, backend.get_many(names), expected)
+            if backend.capabilities.scan:
+                assert set(backend.scan("")) == expected.keys(), "compact changed which keys scan lists"
+            self._store(backend, [400])
+            self._require_stored(backend, {key(400): 400})
+
+    def test_compact_keeps_entries_for_other_clients(self) -> None:
+        with self._open() as backend:
+            self._skip_without_compact(backend)
+            self._skip_without_sharing(backend)
+            self._store(backend, range(50))
+            with closing(self.reopen(backend)) as other:
+                self._require_stored(other, {key(1): 1})  # it has the store open before the call
+                _compact(backend)
+                self._require_stored(other, {key(number): number for number in range(50)})
+                self._store(other, [60])
+            self._require_stored(backend, {key(number): number for number in (*range(50), 60)})
+            with closing(self.reopen(backend)) as later:
+                self._require_stored(later, {key(number): number for number in (*range(50), 60)})
+
+    def test_compact_loses_no_entry_of_a_writer(self) -> None:
+        with self._open() as backend:
+            self._skip_without_compact(backend)
+            stored: list[int] = []
+            compacting = [True]
+
+            def write() -> None:
+                # Keep writing until the other thread is done, because a busy machine may start that thread late.
+                for seed in count():
+                    self._store(backend, [seed])
+                    stored.append(seed)
+                    if seed >= 20 and not compacting:
+                        return
+
+            def compact() -> None:
+                try:
+                    for _ in range(3):
+                        _compact(backend)
+                finally:
+                    compacting.clear()
+
+            run_in_threads(2, lambda number: (write, compact)[number](), "set_many during compact")
+            for seed in stored:
+                self._require_stored(backend, {key(seed): seed})
+
+    # --- add ----------------------------------------------------------------------------------
 
     def test_add_stores_what_is_absent_alone(self) -> None:
         with self._open() as backend:
@@ -1144,6 +1213,10 @@ class BackendContract(Contract):
         if backend.capabilities.scope == "single":
             pytest.skip('requires the scope "host" or "network"; the scope "single" allows one process at a time')
 
+    def _skip_without_compact(self, backend: Any) -> None:
+        if not hasattr(backend, "compact"):
+            pytest.skip('requires the optional method "compact"')
+
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)
         if recipe is None:
@@ -1175,6 +1248,14 @@ class BackendContract(Contract):
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
         """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
         require_samples(self._make_values(backend), found, expected)
+
+
+def _compact(backend: Any) -> None:
+    """Call ``compact``, and check that it returns one sentence."""
+    done = backend.compact()
+    assert isinstance(done, str), f"compact must return a str, got {type(done).__name__}"
+    assert done.strip(), "compact must return one sentence that says how large the store is and was, not an empty str"
+    assert "\n" not in done, "compact must return one line"
 
 
 def _measure(backend: Any, prefix: str) -> StoredSize:

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
+from embedonce_lmdb._names import decode_name, encode_key, encode_keys, find_ranges
 from embedonce_lmdb.backend import LmdbBackend
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, TierTimeout
@@ -127,6 +131,69 @@ def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
     backend.close()
 
 
+# --- names ---------------------------------------------------------------------------------------
+
+digits = st.text("0123456789abcdef", min_size=80, max_size=80)
+own_keys = digits.map(lambda text: f"eo1.{text[:16]}.{text[16:]}")
+odd_keys = st.one_of(
+    st.text("eo1.0f g", min_size=1, max_size=90),
+    own_keys.map(str.upper),
+    own_keys.map(lambda key: key.replace("0", " ")),
+    own_keys.map(lambda key: key[:-1]),
+    own_keys.map(lambda key: key + "0"),
+)
+
+
+@given(st.lists(st.one_of(own_keys, odd_keys), unique=True))
+def test_every_key_has_its_own_name(keys: list[str]) -> None:
+    names = encode_keys(keys)
+    assert names == [encode_key(one) for one in keys]
+    assert [decode_name(name) for name in names] == keys
+    assert len(set(names)) == len(keys)
+
+
+@given(own_keys)
+def test_keys_of_embedonce_take_41_bytes(own: str) -> None:
+    assert len(encode_key(own)) == 41
+
+
+@given(st.lists(st.one_of(own_keys, odd_keys), min_size=1), st.data())
+def test_the_ranges_of_a_prefix_have_its_keys_and_no_others(keys: list[str], data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from(keys))
+    prefix = whole[: data.draw(st.integers(0, len(whole)))]
+    ranges = find_ranges(prefix)
+    for one in keys:
+        matches = [first <= encode_key(one) <= last for first, last in ranges]
+        assert sum(matches) == one.startswith(prefix)
+
+
+def test_a_scan_lists_all_keys_in_their_order(tmp_path: Path) -> None:
+    backend = LmdbBackend(path=tmp_path, sync=False)
+    keys = [key(number) for number in range(1500)] + [f"eo1.{number:016x}.x" for number in range(600)] + ["a", "z"]
+    backend.set_many(dict.fromkeys(keys, b"frame"), None)
+    assert list(backend.scan("")) == sorted(keys)
+    assert list(backend.scan("eo1.0")) == sorted(one for one in keys if one.startswith("eo1.0"))
+    assert [backend.count(prefix) for prefix in ("", "eo1.", key(7), "b")] == [2102, 2100, 1, 0]
+    backend.close()
+
+
+def test_the_databases_of_an_earlier_version_are_removed(tmp_path: Path) -> None:
+    with lmdb.open(str(tmp_path), max_dbs=3, map_size=64 * MIB) as handle:
+        for name in (b"frames", b"order", b"due"):
+            database = handle.open_db(name)
+            with handle.begin(write=True) as transaction:
+                for number in range(2000):
+                    transaction.put(key(number).encode(), bytes(1600), db=database)
+    backend = LmdbBackend(path=tmp_path, max_bytes=64 * MIB, sync=False)
+    assert backend.get(key(1)) is None
+    assert list(backend.scan("")) == []
+    before = (tmp_path / "data.mdb").stat().st_size
+    backend.set_many(many(2000), None)
+    assert backend.get_many(list(many(2000))) == many(2000)
+    assert (tmp_path / "data.mdb").stat().st_size == before, "the pages of the earlier version were not reused"
+    backend.close()
+
+
 # --- space ---------------------------------------------------------------------------------------
 
 
@@ -206,9 +273,9 @@ def test_a_value_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_a_key_that_lmdb_cannot_hold_is_refused(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path)
     with pytest.raises(TierError, match=str(tmp_path)):
-        backend.set_many({"k" * 512: b""}, None)
-    backend.set_many({"k" * 511: b"there"}, None)
-    assert backend.get("k" * 511) == b"there"
+        backend.set_many({"k" * 503: b""}, None)
+    backend.set_many({"k" * 502: b"there"}, None)
+    assert backend.get("k" * 502) == b"there"
     backend.close()
 
 

@@ -25,6 +25,9 @@ T = TypeVar("T")
 W = TypeVar("W")
 
 MIB = 2**20
+DATABASES = (b"index", b"frames by number", b"due by number")
+EARLIER_DATABASES = (b"frames", b"order", b"due")
+"""Databases of an earlier version, which kept each frame under its random key."""
 MAX_READERS = 1024
 """Maximum concurrent reads in all processes together. Each takes a slot of 64 bytes in the lock file."""
 DEFAULT_WAIT_SECONDS = 60.0
@@ -45,19 +48,21 @@ class Opened:
     """The open files of a folder."""
 
     handle: lmdb.Environment
+    index: lmdb._Database
+    """Maps a name to its expiry time and number (16 bytes)."""
     frames: lmdb._Database
-    """Maps a key to its expiry time and number (16 bytes), followed by the frame."""
-    order: lmdb._Database
-    """Maps a number to its key, in the order of storing."""
+    """Maps a number and its name to the frame, in the order of storing. New frames go to the end of this database, so
+    that a write changes few pages. If the frames were ordered by their random names, every new frame would change a
+    random page."""
     due: lmdb._Database
-    """Maps an expiry time and number to the key, for entries that expire."""
+    """Maps an expiry time and number to the name, for entries that expire."""
     lock: int
     """Descriptor of the file that a writer locks."""
     inode: int
 
     def count_used_bytes(self, transaction: lmdb.Transaction) -> int:
         """Return the bytes of all pages in use. The rest of the file is free for later writes."""
-        found = [transaction.stat(database) for database in (self.frames, self.order, self.due)]
+        found = [transaction.stat(database) for database in (self.index, self.frames, self.due)]
         return sum(one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) for one in found)
 
 
@@ -216,7 +221,7 @@ class Environment:
             map_size=self.settings.max_bytes + self.settings.max_bytes // 4 + 16 * MIB,
             mode=0o600,
             create=False,
-            max_dbs=3,
+            max_dbs=len(DATABASES) + len(EARLIER_DATABASES),
             max_readers=MAX_READERS,
             metasync=False,
             sync=self.settings.sync,
@@ -226,8 +231,9 @@ class Environment:
         try:
             self._extend_file(handle)
             handle.reader_check()
-            frames, order, due = (handle.open_db(name) for name in (b"frames", b"order", b"due"))
-            return Opened(handle, frames, order, due, lock, self._inode())
+            _drop_earlier_layout(handle)
+            index, frames, due = (handle.open_db(name) for name in DATABASES)
+            return Opened(handle, index, frames, due, lock, self._inode())
         except BaseException:
             handle.close()
             raise
@@ -333,6 +339,17 @@ def _lock_file(descriptor: int, end: float) -> None:
                 raise TierTimeout("another process is writing") from None
         time.sleep(pause)
         pause = min(pause * 2, 0.005)
+
+
+def _drop_earlier_layout(handle: lmdb.Environment) -> None:
+    """Remove the databases of an earlier version. Their vectors will be computed again."""
+    for name in EARLIER_DATABASES:
+        try:
+            database = handle.open_db(name, create=False)
+        except lmdb.NotFoundError:
+            continue
+        with handle.begin(write=True) as transaction:
+            transaction.drop(database)
 
 
 def _hint(error: lmdb.Error) -> str:

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from heapq import merge
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from embedonce.errors import CacheClosed, ConfigError
 from embedonce.options import Doc, Size
 
 from ._environment import Environment, Opened, Settings, acquire, release
+from ._names import decode_name, encode_key, encode_keys, find_ranges
 
 api = 1
 
@@ -38,8 +40,6 @@ MAX_ITEMS = 4096
 MAX_TRANSACTION_BYTES = 2**26
 """Maximum items and bytes of one write transaction, because writers in other processes wait for it."""
 
-HEADER = 16
-"""Bytes before each frame: its expiry time and its number."""
 _UINT64 = struct.Struct(">Q")
 NEVER = b"\xff" * 8
 """Expiry time of an entry that does not expire. As bytes, it sorts after every other time."""
@@ -99,24 +99,27 @@ class LmdbBackend:
         if not keys:
             return {}
         now = self._now()
+        names = encode_keys(keys)
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> dict[str, bytes]:
-            get, frames = transaction.get, opened.frames
+            get, index, frames = transaction.get, opened.index, opened.frames
             return {
-                key: value[HEADER:]
-                for key in keys
-                if (value := get(key.encode(), None, frames)) is not None and value[:8] > now
+                key: frame
+                for key, name in zip(keys, names, strict=True)
+                if (entry := get(name, None, index)) is not None
+                and entry[:8] > now
+                and (frame := get(entry[8:] + name, None, frames)) is not None
             }
 
         return self._environment.read(work)
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
-        now = self._now()
+        now, name = self._now(), encode_key(key)
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> bytes | None:
-            value = transaction.get(key.encode(), None, opened.frames)
-            return None if value is None or value[:8] <= now else value[HEADER:]
+            entry = transaction.get(name, None, opened.index)
+            return None if entry is None or entry[:8] <= now else transaction.get(entry[8:] + name, None, opened.frames)
 
         return self._environment.read(work)
 
@@ -125,23 +128,24 @@ class LmdbBackend:
 
         Keys stored or removed during the scan may or may not appear.
         """
-        encoded, start = prefix.encode(), prefix.encode()
+        return merge(*(self._scan_range(first, last) for first, last in find_ranges(prefix)))
+
+    def _scan_range(self, first: bytes, last: bytes) -> Iterator[str]:
         while True:
-            page = self._environment.read(partial(_read_page, start=start, prefix=encoded, limit=PAGE_KEYS))
-            for key in page:
-                yield key.decode()
+            page = self._environment.read(partial(_read_page, first=first, last=last, limit=PAGE_KEYS))
+            yield from map(decode_name, page)
             if len(page) < PAGE_KEYS:
                 return
-            start = page[-1] + b"\0"
+            first = page[-1] + b"\0"
 
     def count(self, prefix: str, /) -> int:
         """Return the number of keys that ``scan(prefix)`` yields. This walks over them, unless ``prefix`` is empty."""
-        encoded = prefix.encode()
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> int:
-            if not encoded:
-                return transaction.stat(opened.frames)["entries"]
-            return len(_read_page(opened, transaction, start=encoded, prefix=encoded))
+            if not prefix:
+                return transaction.stat(opened.index)["entries"]
+            ranges = find_ranges(prefix)
+            return sum(len(_read_page(opened, transaction, first=first, last=last)) for first, last in ranges)
 
         return self._environment.read(work)
 
@@ -165,8 +169,8 @@ class LmdbBackend:
             return
 
         def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> None:
-            for key in keys:
-                _remove(opened, transaction, key.encode())
+            for name in encode_keys(keys):
+                _remove(opened, transaction, name)
 
         self._environment.write(work)
 
@@ -209,24 +213,19 @@ class LmdbBackend:
         expires = NEVER if ttl is None else _encode_time(self.clock() + ttl)
         now = self._now()
 
+        # Sorted names use the same pages of the index one after the other.
+        rows = sorted(zip(encode_keys(items), items, items.values(), strict=True))
+
         def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> tuple[set[str], int]:
             evicted = self._make_room(opened, transaction, items, now)
-            stored = set()
             first_number = transaction.id() << 24
-            for i, (key, value) in enumerate(items.items()):
-                name = key.encode()
-                existing = transaction.get(name, None, opened.frames)
-                if existing is not None:
-                    if only_absent and bytes(existing[:8]) > now:
-                        continue
-                    _remove_from_indexes(opened, transaction, bytes(existing[:HEADER]))
-                number = _UINT64.pack(first_number + i)
-                transaction.put(name, b"".join((expires, number, value)), db=opened.frames)
-                transaction.put(number, name, append=True, db=opened.order)
-                if expires != NEVER:
-                    transaction.put(expires + number, name, db=opened.due)
-                stored.add(key)
-            return stored, evicted
+            entries = {name: expires + _UINT64.pack(first_number + i) for i, (name, _, _) in enumerate(rows)}
+            kept = _index(opened, transaction, entries, None if not only_absent else now)
+            frames = [(entries[name][8:] + name, value) for name, _, value in rows if name not in kept]
+            _put_all(transaction, opened.frames, frames, append=True)
+            if expires != NEVER:
+                _put_all(transaction, opened.due, [(entries[name], name) for name in entries if name not in kept])
+            return {key for name, key, _ in rows if name not in kept}, evicted
 
         stored, evicted = environment.write(work)
         if evicted and not self._has_warned:
@@ -253,15 +252,15 @@ class LmdbBackend:
             if expires[:8] > now:
                 break
             _remove(opened, transaction, name)
-        page_size = transaction.stat(opened.frames)["psize"]
+        page_size = transaction.stat(opened.index)["psize"]
         needed = sum(_estimate_bytes(len(value), page_size) for value in items.values())
         evicted = 0
         while opened.count_used_bytes(transaction) + needed > self._max_bytes:
-            oldest = _read_first(transaction, opened.order, max(8, len(items) // 4))
+            oldest = _read_first(transaction, opened.frames, max(8, len(items) // 4))
             if not oldest:
                 break
-            for _, name in oldest:
-                _remove(opened, transaction, name)
+            for place, _ in oldest:
+                _remove(opened, transaction, place[8:])
             evicted += len(oldest)
         return evicted
 
@@ -273,19 +272,19 @@ def _encode_time(seconds: float) -> bytes:
 
 def _estimate_bytes(size: int, page_size: int) -> int:
     """Estimate the bytes of the file that a value takes. Small values share a page; larger ones take whole pages."""
-    size += HEADER + 250
+    size += 250
     return size * 3 // 2 if size < page_size // 2 else -(-size // page_size) * page_size + 300
 
 
 def _read_page(
-    opened: Opened, transaction: lmdb.Transaction[bytes], *, start: bytes, prefix: bytes, limit: int | None = None
+    opened: Opened, transaction: lmdb.Transaction[bytes], *, first: bytes, last: bytes, limit: int | None = None
 ) -> list[bytes]:
-    """Return the keys from ``start`` on that start with ``prefix``, up to ``limit`` keys."""
+    """Return the names from ``first`` to ``last``, up to ``limit`` names."""
     page: list[bytes] = []
-    with transaction.cursor(opened.frames) as cursor:
-        has_item = cursor.set_range(start)
-        while has_item and len(page) != limit and (key := cursor.key()).startswith(prefix):
-            page.append(key)
+    with transaction.cursor(opened.index) as cursor:
+        has_item = cursor.set_range(first)
+        while has_item and len(page) != limit and (name := cursor.key()) <= last:
+            page.append(name)
             has_item = cursor.next()
     return page
 
@@ -303,18 +302,54 @@ def _read_first(
     return pairs
 
 
+def _index(
+    opened: Opened, transaction: lmdb.Transaction[memoryview], entries: Mapping[bytes, bytes], now: bytes | None
+) -> set[bytes]:
+    """Add entries to the index, and remove the frames of those that they replace.
+
+    With ``now``, do not replace entries that have not expired, and return their names.
+    """
+    kept: set[bytes] = set()
+    if _put_all(transaction, opened.index, list(entries.items()), overwrite=False) == len(entries):
+        return kept
+    for name, entry in entries.items():
+        existing = bytes(transaction.get(name, b"", opened.index))
+        if existing == entry:
+            continue
+        if now is not None and existing[:8] > now:
+            kept.add(name)
+        else:
+            _remove_frame(opened, transaction, name, existing)
+            transaction.put(name, entry, db=opened.index)
+    return kept
+
+
+def _put_all(
+    transaction: lmdb.Transaction[memoryview],
+    database: lmdb._Database,
+    pairs: Sequence[tuple[bytes, bytes]],
+    *,
+    overwrite: bool = True,
+    append: bool = False,
+) -> int:
+    """Store pairs with one call, and return how many were stored. Without ``overwrite``, existing keys stay."""
+    with transaction.cursor(database) as cursor:
+        _, stored = cursor.putmulti(pairs, overwrite=overwrite, append=append)
+    return stored
+
+
 def _remove(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes) -> None:
-    existing = transaction.get(name, None, opened.frames)
-    if existing is not None:
-        _remove_from_indexes(opened, transaction, bytes(existing[:HEADER]))
-        transaction.delete(name, db=opened.frames)
+    entry = transaction.get(name, None, opened.index)
+    if entry is not None:
+        _remove_frame(opened, transaction, name, bytes(entry))
+        transaction.delete(name, db=opened.index)
 
 
-def _remove_from_indexes(opened: Opened, transaction: lmdb.Transaction[memoryview], header: bytes) -> None:
-    """Remove an entry from the databases ``order`` and ``due``."""
-    transaction.delete(header[8:], db=opened.order)
-    if header[:8] != NEVER:
-        transaction.delete(header, db=opened.due)
+def _remove_frame(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes, entry: bytes) -> None:
+    """Remove a frame, and its expiry time if it has one. ``entry`` is its value in the index."""
+    transaction.delete(entry[8:] + name, db=opened.frames)
+    if entry[:8] != NEVER:
+        transaction.delete(entry, db=opened.due)
 
 
 @hookimpl

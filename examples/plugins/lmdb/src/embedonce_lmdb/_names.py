@@ -1,0 +1,58 @@
+"""Names: the keys of embedonce in binary, which take half the space, and other keys as text.
+
+A key ``eo1.<16 hex digits>.<64 hex digits>`` becomes 41 bytes: the byte 1, and the 40 bytes of its digits. Any other
+key becomes the byte 2 and its UTF-8. So different keys have different names. Among the names that begin with the same
+byte, the order is that of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+BINARY = b"\1"
+TEXT = b"\2"
+DIGITS = 80
+LOWEST = f"eo1.{'0' * 16}.{'0' * 64}"
+HIGHEST = LOWEST.replace("0", "f")
+
+
+def encode_key(key: str) -> bytes:
+    """Return the name of a key."""
+    if len(key) == len(LOWEST) and key[:4] == "eo1." and key[20] == ".":
+        digits = key[4:20] + key[21:]
+        try:
+            name = bytes.fromhex(digits)
+        except ValueError:
+            return TEXT + key.encode()
+        # fromhex also takes capital letters and spaces, which no key of embedonce has.
+        if name.hex() == digits:
+            return BINARY + name
+    return TEXT + key.encode()
+
+
+def encode_keys(keys: Collection[str]) -> list[bytes]:
+    """Return the names of several keys. If all of them are keys of embedonce, converting them takes one call."""
+    if all([len(key) == len(LOWEST) and key[:4] == "eo1." and key[20] == "." for key in keys]):
+        digits = "".join([key[4:20] + key[21:] for key in keys])
+        try:
+            names = bytes.fromhex(digits)
+        except ValueError:
+            names = b""
+        if names.hex() == digits:
+            return [BINARY + names[start : start + DIGITS // 2] for start in range(0, len(names), DIGITS // 2)]
+    return [encode_key(key) for key in keys]
+
+
+def decode_name(name: bytes) -> str:
+    """Return the key of a name."""
+    if name[:1] == TEXT:
+        return name[1:].decode()
+    digits = name[1:].hex()
+    return f"eo1.{digits[:16]}.{digits[16:]}"
+
+
+def find_ranges(prefix: str) -> list[tuple[bytes, bytes]]:
+    """Return the first and the last name of each range in which the keys start with ``prefix``."""
+    first, last = (encode_key(prefix + whole[len(prefix) :]) for whole in (LOWEST, HIGHEST))
+    text = TEXT + prefix.encode(), TEXT + prefix.encode() + b"\xff"  # UTF-8 does not contain the byte 255
+    return [(first, last), text] if first[:1] == last[:1] == BINARY else [text]
