@@ -118,7 +118,7 @@ class TestDisk(BackendContract):
 
     @contextmanager
     def stall(self, backend: DiskBackend) -> Iterator[None]:
-        backend._connections.renew()
+        backend._database.connections.renew()
         with connect_directly(backend.path) as other:
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             other.execute("BEGIN EXCLUSIVE")
@@ -376,7 +376,7 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     with open_backend(folder) as backend:
         backend.set_many(items_of(range(3)), None)
-        backend._connections.renew()
+        backend._database.connections.renew()
         shutil.rmtree(folder)
         with pytest.raises(OSError, match="cannot open the file for writing"):
             backend.get(key_of(1))
@@ -491,7 +491,7 @@ def test_the_first_stored_entry_is_evicted_whatever_the_clock_says(tmp_path: Pat
 def test_removing_entries_shrinks_the_file(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(5000)), None)
-        backend._connections.renew()
+        backend._database.connections.renew()
         full = size_of(tmp_path)
         for start in range(0, 5000, 250):
             backend.delete_many([key_of(number) for number in range(start, start + 250)])
@@ -512,9 +512,9 @@ def test_a_batch_is_one_query(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(600)), None)
         statements: list[str] = []
-        connection = backend._connections.take()
+        connection = backend._database.connections.take()
         connection.set_trace_callback(statements.append)
-        backend._connections.give(connection, is_reusable=True)
+        backend._database.connections.give(connection, is_reusable=True)
         assert len(backend.get_many([key_of(number) for number in range(512)])) == 512
         assert len(statements) == 1
 
@@ -550,7 +550,7 @@ def test_threads_wait_for_each_other_until_the_deadline_at_most(tmp_path: Path) 
         taken = threading.Event()
 
         def hold() -> None:
-            with backend._open_transaction():
+            with backend._database.open_transaction():
                 taken.set()
                 release.wait(60)
 
@@ -571,14 +571,14 @@ def test_a_long_query_is_interrupted(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(1)), None)
         with deadline(0.1), pytest.raises(TimeoutError):
-            backend._read(endless, ())
+            backend._database.read(endless, ())
         assert backend.get(key_of(0)) == value_of(0)
 
 
 def test_an_interrupted_transaction_is_rolled_back(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
-        with suppress(KeyboardInterrupt), backend._open_transaction() as connection:
+        with suppress(KeyboardInterrupt), backend._database.open_transaction() as connection:
             backend._store(connection, items_of(range(5, 20), size=64), None)
             raise KeyboardInterrupt
         assert backend.get_many(list(items_of(range(20)))) == items_of(range(10))
@@ -656,7 +656,7 @@ def test_only_a_few_idle_connections_are_kept(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
         run_in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
-        assert len(backend._connections._idle) <= sqlite.MAX_IDLE
+        assert len(backend._database.connections._idle) <= sqlite.MAX_IDLE
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -802,7 +802,7 @@ def test_a_child_forked_in_the_middle_of_a_call_is_refused(tmp_path: Path, monke
         taken, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with backend._open_transaction() as connection:
+            with backend._database.open_transaction() as connection:
                 backend._store(connection, items_of(range(5, 10)), None)
                 taken.set()
                 release.wait(60)
@@ -866,7 +866,7 @@ def test_a_backend_made_while_a_fork_waits_has_to_wait(tmp_path: Path, monkeypat
     errors: list[BaseException] = []
 
     def hold() -> None:
-        with busy._open_transaction():
+        with busy._database.open_transaction():
             taken.set()
             release.wait(PATIENT)
 
@@ -963,13 +963,13 @@ def test_a_fork_waits_for_connections_that_are_being_closed(tmp_path: Path, monk
 def test_a_call_that_forks_continues_only_in_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
     with open_backend(tmp_path) as backend:
-        with backend._open_transaction() as connection:
+        with backend._database.open_transaction() as connection:
             backend._store(connection, items_of(range(5)), None)
 
             def child() -> None:
                 with pytest.raises(TierError, match="forked"):
                     sqlite.fetch_rows(connection, "COMMIT")
-                backend._connections.give(connection, is_reusable=True)
+                backend._database.connections.give(connection, is_reusable=True)
                 assert connection.in_transaction, "it is neither kept nor closed: both would use the parent's locks"
                 with pytest.raises(TierError, match="forked"):
                     backend.get(key_of(1))

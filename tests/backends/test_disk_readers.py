@@ -234,7 +234,7 @@ def test_upkeep_that_fails_does_not_fail_a_write(tmp_path: Path, monkeypatch: py
     with closing(DiskBackend(path=tmp_path, max_bytes=MIB)) as backend:
         monkeypatch.setattr(disk_log, "LOG_BYTES", 0)
         monkeypatch.setattr(disk_log.Log, "_empty", fail)
-        monkeypatch.setattr("embedonce_backends.disk.backend._release_pages", fail)
+        monkeypatch.setattr("embedonce_backends.disk.backend.release_pages", fail)
         for turn in range(20):
             backend.set_many(make_items(100 * turn, 100), None)
         assert backend.get_many(list(make_items(1900, 100))) == make_items(1900, 100)

@@ -11,27 +11,26 @@ import heapq
 import logging
 import math
 import os
-import sqlite3
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, StoredSize
-from embedonce.errors import ConfigError, EmbedonceError
+from embedonce.errors import ConfigError
 from embedonce.options import Doc, Size
 
-from .errors import DiskFull, explain_error, get_primary_code, is_writable
-from .file import DatabaseFile
+from .compaction import compact
+from .database import Database, count_used_bytes, release_pages
+from .errors import DiskFull, is_writable
 from .folder import check_folder
 from .log import LOG_BYTES
-from .sqlite import Connection, Connections, fetch_rows, get_remaining_seconds, hold_lock, retry_while_locked
+from .sqlite import Connection, fetch_rows, get_remaining_seconds
 from .statements import (
     COUNT,
     DELETE,
@@ -49,8 +48,6 @@ from .stored_keys import Form, decode_key, encode_key, find_range, group_keys
 
 api = 1
 
-T = TypeVar("T")
-
 log = logging.getLogger("embedonce.disk")
 
 MIB = 2**20
@@ -67,8 +64,6 @@ CLEAR_SECONDS = 2.0
 CLOCK_SECONDS = 1.0
 """If an entry with a TTL seems to have been stored further in the future, the clock has been set back since then. The
 entry has expired, because its true age is unknown."""
-
-_PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 
 
 class DiskBackend:
@@ -116,11 +111,10 @@ class DiskBackend:
         )
         self.clock: Callable[[], float] = time.time
         """Function that returns the Unix time in seconds. The backend uses this clock to tell when an entry expires."""
-        self._file = DatabaseFile(folder, max_bytes)
-        self._connections = Connections(self._file.connect)
+        self._database = Database(folder, max_bytes)
         self._has_warned = False
         self._leases_cleared_at = -math.inf
-        weakref.finalize(self, self._connections.close)
+        weakref.finalize(self, self._database.connections.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
         """Return the frames that are stored under ``keys``, with one query per 512 keys.
@@ -131,15 +125,15 @@ class DiskBackend:
         if len(keys) == 1:  # for a single key, get() takes a third of the time of the query below
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
-        return self._call_with_connection(self._find_values, keys)
+        return self._database.call(self._find_values, keys)
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
         form, stored = encode_key(key)
         times = self._get_times()
-        found = self._read(GET[form], (stored, *times))
-        if not found and self._file.has_earlier_keys and form is Form.ENTRY:
-            found = self._read(GET[Form.TEXT], (key, *times))
+        found = self._database.read(GET[form], (stored, *times))
+        if not found and self._database.has_earlier_keys and form is Form.ENTRY:
+            found = self._database.read(GET[Form.TEXT], (key, *times))
         if not found:
             return None
         value = found[0][0]
@@ -156,7 +150,7 @@ class DiskBackend:
             LogTooLarge: SQLite's log has reached its limit, because a reader keeps it from being emptied.
         """
         for chunk in self._split_items(items):
-            with self._open_transaction() as connection:
+            with self._database.open_transaction() as connection:
                 evicted = self._make_room(connection, chunk)
                 self._store(connection, chunk, ttl)
             self._tidy(evicted)
@@ -168,7 +162,7 @@ class DiskBackend:
         """
         added: set[str] = set()
         for chunk in self._split_items(items):
-            with self._open_transaction() as connection:
+            with self._database.open_transaction() as connection:
                 held = self._find_values(connection, list(chunk))
                 new = {key: value for key, value in chunk.items() if key not in held}
                 evicted = self._make_room(connection, new)
@@ -190,7 +184,7 @@ class DiskBackend:
         is_overwrite_needed = False
         for start in range(0, len(keys), CHUNK_KEYS):
             chunk = keys[start : start + CHUNK_KEYS]
-            with self._open_transaction(2 * self._file.log.limit) as connection:
+            with self._database.open_transaction(2 * self._database.log.limit) as connection:
                 for group in group_keys(chunk):
                     fetch_rows(connection, DELETE[group.form], group.parameters)
                     # A lease contains no vector. Of any other key, an earlier call may have removed the entry without
@@ -199,40 +193,30 @@ class DiskBackend:
                     if group.form is Form.ENTRY:
                         # An earlier version stored the keys of entries as text.
                         fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
-            self._call_for_upkeep(lambda connection: _release_pages(connection, None))
+            self._database.tidy(release_pages)
         if is_overwrite_needed:
-            with hold_lock(self._connections.write_lock):
-                self._call_with_connection(self._file.log.overwrite_removed_data)
+            self._database.call_alone(self._database.log.overwrite_removed_data)
 
     def compact(self) -> str:
-        """Rewrite the file without unused space, empty the log, and return the size of both.
+        """Give unused space back to the file system, empty the log, and return the size of both.
 
-        Other threads and processes can read meanwhile, and their writes wait. SQLite needs free space of twice the size
-        of the file: for a temporary file, and for the log. An interrupted call changes nothing.
+        Other threads and processes can read and write meanwhile. An interrupted call loses nothing; the next one goes
+        on.
 
         Raises:
-            DiskFull: there is not enough free space.
+            DiskFull: the disk has no space left, not even for one step.
             ReadOnlyFile: the file or its folder is read-only.
-            TierTimeout: another process writes all the time.
         """
-        with hold_lock(self._connections.write_lock):
-            self._call_with_connection(self._file.log.limit_size)
-            before = self._count_stored_bytes()
-            self._call_with_connection(_rewrite_file)
-            self._call_with_connection(self._file.log.limit_size)
-        after = self._count_stored_bytes()
-        return f"{after / MIB:.1f} MiB, was {before / MIB:.1f} MiB"
-
-    def _count_stored_bytes(self) -> int:
-        """Return the size of the file and its log in bytes."""
-        return os.stat(self._file.path).st_size + self._file.log.get_bytes()
+        before = self._database.get_bytes()
+        compact(self._database)
+        return f"{self._database.get_bytes() / MIB:.1f} MiB, was {before / MIB:.1f} MiB"
 
     def describe(self) -> str:
         """Describe the sizes of the file and its log, and whether the file is read-only."""
-        is_read_only = self._call_with_connection(lambda connection: connection.stamp is not None)
-        is_read_only = is_read_only or not is_writable(self._file.path)
-        size = os.stat(self._file.path).st_size / MIB
-        return f"file {size:.1f} MiB, {self._file.log.describe()}{', read-only' if is_read_only else ''}"
+        is_read_only = self._database.call(lambda connection: connection.stamp is not None)
+        is_read_only = is_read_only or not is_writable(self._database.path)
+        size = os.stat(self._database.path).st_size / MIB
+        return f"file {size:.1f} MiB, {self._database.log.describe()}{', read-only' if is_read_only else ''}"
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, in order, including expired keys that have not been deleted yet.
@@ -250,7 +234,7 @@ class DiskBackend:
     def _scan_form(self, form: Form, prefix: str) -> Iterator[str]:
         bounds = find_range(form, prefix)
         while bounds is not None:
-            page = self._read(SCAN[form], (*bounds, CHUNK_KEYS))
+            page = self._database.read(SCAN[form], (*bounds, CHUNK_KEYS))
             for (stored,) in page:
                 yield decode_key(form, stored)
             bounds = (page[-1][0] + b"\0", bounds[1]) if len(page) == CHUNK_KEYS else None
@@ -271,11 +255,11 @@ class DiskBackend:
     def _read_ranges(self, statement: Statement, prefix: str) -> list[tuple[Any, ...]]:
         """Return one row for each form of keys."""
         bounds = {form: found for form in Form if (found := find_range(form, prefix)) is not None}
-        return [row for form, found in bounds.items() for row in self._read(statement[form], found)]
+        return [row for form, found in bounds.items() for row in self._database.read(statement[form], found)]
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
-        self._connections.close()
+        self._database.connections.close()
 
     # --- one call ---
 
@@ -291,66 +275,11 @@ class DiskBackend:
         for start in range(0, len(keys), CHUNK_KEYS):
             for group in group_keys(keys[start : start + CHUNK_KEYS]):
                 rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
-                if len(rows) < len(group.keys) and self._file.has_earlier_keys:
+                if len(rows) < len(group.keys) and self._database.has_earlier_keys:
                     rows += fetch_rows(connection, GET_MANY[Form.TEXT], (*group.as_texts().parameters, *times))
                 for index, value in rows:
                     found.setdefault(group.keys[index], value if type(value) is bytes else b"")
         return found
-
-    def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        return self._call_with_connection(fetch_rows, sql, values)
-
-    def _call_with_connection(self, call: Callable[..., T], *values: object) -> T:
-        """Return ``call(connection, *values)``."""
-        connection: Connection | None = None
-        try:
-            connection = self._take_connection()
-            result = call(connection, *values)
-        except BaseException as error:
-            if connection is not None:
-                self._connections.give(connection, is_reusable=False)
-            if isinstance(error, sqlite3.Error | UnicodeDecodeError):
-                raise self._handle_error(error) from error
-            raise
-        self._connections.give(connection, is_reusable=True)
-        return result
-
-    def _take_connection(self) -> Connection:
-        connection = self._connections.take()
-        while connection.stamp is not None and self._file.is_outdated(connection):
-            self._connections.give(connection, is_reusable=False)
-            connection = self._connections.take()
-        return connection
-
-    def _call_for_upkeep(self, call: Callable[[Connection], object]) -> None:
-        """Make a call that frees space after a write has succeeded. The next write repeats it, so it may fail."""
-        with suppress(OSError, sqlite3.Error, EmbedonceError), hold_lock(self._connections.write_lock):
-            self._call_with_connection(call)
-
-    @contextmanager
-    def _open_transaction(self, max_log_bytes: int | None = None) -> Iterator[Connection]:
-        with hold_lock(self._connections.write_lock):
-            connection: Connection | None = None
-            try:
-                connection = self._take_connection()
-                self._file.log.make_room(connection, max_log_bytes or self._file.log.limit)
-                fetch_rows(connection, "BEGIN IMMEDIATE")
-                yield connection
-                fetch_rows(connection, "COMMIT")
-            except (sqlite3.Error, UnicodeDecodeError) as error:
-                raise self._handle_error(error) from error
-            finally:
-                if connection is not None:
-                    # If an exception was raised, the transaction is still open; closing the connection rolls it back.
-                    self._connections.give(connection, is_reusable=not connection.in_transaction)
-
-    def _handle_error(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
-        """Return the exception to raise. Unless the error is a timeout, make the next call open the file again."""
-        if get_primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
-            # The file may have been removed or replaced.
-            self._file.is_made = False
-            self._connections.renew()
-        return explain_error(error, self._file.path)
 
     def _split_items(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
         """Split the items into groups, each with a limited number of items and bytes, to keep transactions short."""
@@ -376,7 +305,7 @@ class DiskBackend:
             for group in group_keys(list(chunk)):
                 rows = [(stored, now, expires, chunk[key]) for key, stored in group.list_stored()]
                 connection.executemany(STORE[group.form], rows)
-                if self._file.has_earlier_keys and group.form is Form.ENTRY:
+                if self._database.has_earlier_keys and group.form is Form.ENTRY:
                     fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
 
     def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
@@ -398,7 +327,7 @@ class DiskBackend:
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
-        while self._count_used_bytes(connection) + need > self.max_bytes:
+        while count_used_bytes(connection) + need > self.max_bytes:
             count = connection.execute(EVICT, (max(8, len(items) // 4),)).rowcount
             evicted += count
             if not count:
@@ -409,21 +338,17 @@ class DiskBackend:
                     errno.ENOSPC,
                     "the file would exceed max_bytes, because there was no time to evict enough entries; "
                     "the next writes will evict more entries",
-                    str(self._file.path),
+                    str(self._database.path),
                 )
         return evicted
-
-    def _count_used_bytes(self, connection: Connection) -> int:
-        ((pages, free, size),) = connection.execute(_PAGES).fetchall()
-        return int((pages - free) * size)
 
     def _tidy(self, evicted: int) -> None:
         """After a write, limit the log. If entries were evicted, also give free pages back to the file system."""
         if evicted:
-            self._call_for_upkeep(lambda connection: _release_pages(connection, self.max_bytes))
+            self._database.tidy(lambda connection: release_pages(connection, self.max_bytes))
             self._warn_of_eviction()
-        if self._file.log.is_due():
-            self._call_for_upkeep(self._file.log.limit_size)
+        if self._database.log.is_due():
+            self._database.tidy(self._database.log.limit_size)
 
     def _warn_of_eviction(self) -> None:
         if self._has_warned:
@@ -435,30 +360,6 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
-
-
-def _rewrite_file(connection: Connection) -> None:
-    """Write the database anew without unused space."""
-    # With the connection's own setting, SQLite would hold the whole database in memory.
-    connection.execute("PRAGMA temp_store = FILE")
-    try:
-        fetch_rows(connection, "VACUUM")
-    finally:
-        connection.execute("PRAGMA temp_store = MEMORY")
-
-
-def _release_pages(connection: Connection, max_bytes: int | None) -> None:
-    """Give free pages back to the file system.
-
-    With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. If
-    ``max_bytes`` is None, this gives back the free pages that exceed a quarter of the file. One call gives back at most
-    1,000 pages, because SQLite may have to move a used page for each page that it gives back.
-    """
-    ((pages, free, size),) = fetch_rows(connection, _PAGES)
-    excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)
-    if excess > 0:
-        # This uses executescript, because `execute` would stop the statement after the first page.
-        retry_while_locked(lambda: connection.executescript(f"PRAGMA incremental_vacuum({min(excess, 1000)})"))
 
 
 @hookimpl
