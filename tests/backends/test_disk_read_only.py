@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from hashlib import sha256
 from pathlib import Path
 
+import diskcache
 import pytest
 
 import embedonce
@@ -100,6 +101,26 @@ def test_a_read_only_folder_is_served_and_writes_fail(folder: Path, max_bytes: i
 
     run_as_other_user(use)
     assert [path.name for path in folder.iterdir()] == ["cache.db"]
+
+
+def test_a_read_only_folder_of_an_earlier_version_is_served(folder: Path) -> None:
+    """An earlier version stored the keys of entries as text, and had no table of leases."""
+    with diskcache.Cache(str(folder)) as cache:
+        for key, value in ITEMS.items():
+            cache[key] = value
+    make_read_only(folder)
+
+    def use() -> None:
+        with closing(DiskBackend(path=folder)) as backend:
+            assert backend.get_many(list(ITEMS)) == ITEMS
+            assert list(backend.scan("")) == sorted(ITEMS)
+            assert backend.count("") == 100
+            with pytest.raises(ReadOnlyFile):
+                backend.add_many({"eo1.lease.x": b"token"}, 10.0)
+            with pytest.raises(ReadOnlyFile):
+                backend.compact()
+
+    run_as_other_user(use)
 
 
 def test_a_cache_with_a_read_only_tier_hits_and_reports_its_writes(
