@@ -165,7 +165,7 @@ def check_entries(
         values = _take_valid_blocks(values, now, dtype, dimensions, decoded.entries)
     if trusted and set(map(type, values.values())) <= {Entry}:
         columns = Columns.of(values.values())
-        if _are_as_stored(columns, now, dtype, dimensions):
+        if are_as_stored(columns, now, dtype, dimensions):
             return Decoded(Entries(values, columns=columns))
     finite = _are_all_finite(values.values())
     for key, entry in values.items():
@@ -214,17 +214,19 @@ def _has_valid_costs(block: Block) -> bool:
     return seconds is None or (seconds.dtype == np.float64 and not ((seconds < 0) | (seconds > MAX_SECONDS)).any())
 
 
-def _are_as_stored(columns: Columns, now: float, dtype: Dtype, dimensions: int | None) -> bool:
+def are_as_stored(
+    columns: Columns, now: float, dtype: Dtype, dimensions: int | None, longest_life: float = math.inf
+) -> bool:
     """Return whether all entries have the dimensions and the dtype that this cache stores, and none has expired.
 
-    If the result is True, the entries need no other check.
+    An entry whose expiry date is more than ``longest_life`` seconds from now has expired, too. If the result is True,
+    the entries need no other check.
     """
-    dates = {date for date in set(columns.expires) if date is not None}
-    return (
-        set(columns.dtypes) <= {dtype}
-        and set(map(len, columns.vectors)) <= {dimensions}
-        and min(dates, default=math.inf) > now
-    )
+    if not (set(columns.dtypes) <= {dtype} and set(map(len, columns.vectors)) <= {dimensions}):
+        return False
+    dates = set(columns.expires)
+    dates.discard(None)
+    return not dates or (now < min(dates) and max(dates) - now <= longest_life)  # type: ignore[type-var,operator]
 
 
 def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:

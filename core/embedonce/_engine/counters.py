@@ -90,6 +90,10 @@ class Counters:
                 self._drops[cause] += counts["dropped"]
             self._seconds += seconds
 
+    def count_seconds(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds += seconds
+
     def stats(self, saved: Work) -> TierStats:
         """Return the counters of the tier. ``saved`` is the work that its hits have saved, on the fast path too."""
         with self._lock:
