@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from embedonce.contracts import Capabilities
@@ -17,6 +17,8 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     import asyncio
+
+T = TypeVar("T")
 
 MAX_CALLS = 32
 """Maximum number of calls to one backend that run in threads at the same time.
@@ -43,6 +45,8 @@ class BackendCalls:
         self.capabilities: Capabilities = tier.backend.capabilities
         self.timeout = tier.timeout if tier.timeout is not None else DEFAULT_TIMEOUTS[self.capabilities.scope]
         self.on_error = tier.on_error
+        self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
+        """Maximum number of keys per call; None means no limit."""
         self.warnings = RepeatedWarnings()
         self._ports = ports
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
@@ -101,11 +105,18 @@ class BackendCalls:
         twin = await self._get_twin(loop)
         return await port.run_coroutine(lambda: twin.get_many(keys), self.timeout)
 
-    def split_into_chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Yield the keys in chunks, one for each backend call."""
-        size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else len(keys) or 1)
-        for start in range(0, len(keys), size):
-            yield keys[start : start + size]
+    def split_into_chunks(self, keys: Sequence[str]) -> Sequence[Sequence[str]]:
+        """Return the keys in chunks, one for each backend call."""
+        size = self._chunk_size or len(keys)
+        if 0 < len(keys) <= size:
+            return (keys,)
+        return [keys[start : start + size] for start in range(0, len(keys), size or 1)]
+
+    def split_items(self, items: Mapping[str, T]) -> Iterable[Mapping[str, T]]:
+        """Return the items in parts, one for each backend call."""
+        if len(items) <= (self._chunk_size or len(items)):
+            return (items,) if items else ()
+        return [{key: items[key] for key in chunk} for chunk in self.split_into_chunks(list(items))]
 
     def run_in_background(self, call: Callable[[], None]) -> bool:
         """Start a call in another thread and do not wait for its end. Return False if no thread can be started."""

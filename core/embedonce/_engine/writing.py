@@ -125,8 +125,8 @@ class TierWriter:
         if self.mode == "background":
             await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
             return unstored
-        for chunk in self._calls.split_into_chunks(list(dated)):
-            unstored.update(await self._write_inline(port, ticket, {key: dated[key] for key in chunk}))
+        for part in self._calls.split_items(dated):
+            unstored.update(await self._write_inline(port, ticket, part))
         return unstored
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
@@ -249,9 +249,8 @@ class TierWriter:
     def _call_set_many(self, entries: Mapping[str, Entry]) -> WriteResult:
         if not entries:
             return WriteResult()
-        expires = [entry.expires for entry in entries.values()]
-        ends = [end for end in expires if end is not None]
-        ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
+        ends = {entry.expires for entry in entries.values()}
+        ttl = None if None in ends else max(1e-3, max(ends) - self._clock())  # type: ignore[type-var,operator]
         values = self._codec.encode(entries)
         limit = self._calls.capabilities.max_value_bytes
         if limit is not None:
@@ -265,7 +264,7 @@ class TierWriter:
                 problem = error
                 failed, _ = split_partial(list(values), error, object)
         self._write_cards(entries)
-        unstored = {*failed, *(entries.keys() - values.keys())}
+        unstored = {*failed, *(entries.keys() - values.keys())} if failed or len(values) < len(entries) else ()
         return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem, unstored)
 
     def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
@@ -376,8 +375,7 @@ class TierWriter:
     def _write_queued(self) -> None:
         while (write := self._in_flight.take_write(self.name)) is not None:
             try:
-                for chunk in self._calls.split_into_chunks(list(write.entries)):
-                    part = {key: write.entries[key] for key in chunk}
+                for part in self._calls.split_items(write.entries):
                     admitted = self.breaker.admit()
                     if admitted == "skip":
                         self._count(0, dropped=len(part), cause="skipped")

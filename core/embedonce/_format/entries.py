@@ -98,9 +98,11 @@ def freeze_rows(matrix: ArrayLike) -> list[Vector]:
     if values.ndim != 2:
         raise ValueError(f"expected a matrix with two dimensions, got {values.ndim}")
     count, dimension = values.shape
-    buffer, width = values.tobytes(), 4 * dimension
-    parts = [buffer[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
-    return make_rows(parts, dimension)
+    if not values.size:
+        return make_rows([b""] * count, dimension)
+    # A row that is one value of a void type becomes a bytes object in C. This takes half the time of slicing a copy.
+    rows = np.ascontiguousarray(values).view(f"V{4 * dimension}")
+    return make_rows(rows.ravel().tolist(), dimension)
 
 
 def as_float32(values: ArrayLike) -> NDArray[np.float32]:
