@@ -84,10 +84,10 @@ class Counters:
             for name, n in counts.items():
                 if n:
                     self._counts[name] += n
-            if cause is not None and counts.get("errors"):
-                self._causes[cause] += counts["errors"]
-            if cause is not None and counts.get("dropped"):
-                self._drops[cause] += counts["dropped"]
+            if cause is not None:
+                for causes, name in ((self._causes, "errors"), (self._drops, "dropped")):
+                    if counts.get(name):
+                        causes[cause] += counts[name]
             self._seconds += seconds
 
     def count_seconds(self, seconds: float) -> None:

@@ -188,11 +188,12 @@ class Engine:
                 answer.failed_tiers.add(tier.name)
             if read.unknown:
                 answer.failed_keys.setdefault(tier.name, set()).update(read.unknown)
-            if read.entries:
-                answer.found.append((tier.name, list(read.entries)))
+            found = read.entries.list_keys()
+            if found:
+                answer.found.append((tier.name, found))
                 if answer.store and depth:
                     await self._promote(call, read.entries, self.tiers[:depth])
-                keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
+                keys = read.entries.lacking(keys) if len(found) < len(keys) else []
                 if answer.entries:
                     answer.entries.add(read.entries)
                 else:

@@ -172,13 +172,19 @@ class TierReader:
     def _count(self, read: ReadResult, route: Route, start: float, *, is_repeat: bool) -> None:
         read.seconds = time.perf_counter() - start
         name, scope, hits = self._calls.name, route.keyer.scope, len(read.entries)
-        counts = {
-            "misses": 0 if is_repeat else read.answered - hits - read.corrupt,
-            "errors": read.errors,
-            "corrupt": 0 if is_repeat else read.corrupt,
-            "skipped": read.skipped,
-        }
-        self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
+        misses = 0 if is_repeat else read.answered - hits - read.corrupt
+        corrupt = 0 if is_repeat else read.corrupt
+        if misses or corrupt or read.errors or read.skipped:
+            self._counters.count(
+                misses=misses,
+                errors=read.errors,
+                corrupt=corrupt,
+                skipped=read.skipped,
+                cause=read.cause,
+                seconds=read.seconds,
+            )
+        else:
+            self._counters.count_seconds(read.seconds)
         costs = read.entries.list_costs() if hits else []
         if costs:
             self._ledger.count_saved(scope, route.source.price, name, costs)
@@ -193,7 +199,10 @@ class TierReader:
                     scope=scope,
                     saved=sum_costs(costs),
                     price=route.source.price,
-                    **counts,
+                    misses=misses,
+                    errors=read.errors,
+                    corrupt=corrupt,
+                    skipped=read.skipped,
                 )
             )
 
