@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -192,10 +191,8 @@ class Requests(HotPath):
             _require_texts(texts)
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
-        answer_in = partial(
-            self._answer_in_one_space, port, texts=texts, task=task, store=store, metadata=metadata, first=first
-        )
-        answer = await answer_in(source=self._source)
+        how = (texts, task, store, metadata, first)
+        answer = await self._answer_in_one_space(port, self._source, *how)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
             return answer
@@ -205,13 +202,12 @@ class Requests(HotPath):
                 self._log_fallback_change(fallback, down=False)
             return answer
         self._log_fallback_change(fallback, down=True)
-        other = await answer_in(source=fallback)
+        other = await self._answer_in_one_space(port, fallback, *how)
         return answer if other.has_failed_provider() else other
 
     async def _answer_in_one_space(
         self,
         port: Port,
-        *,
         source: LiveProvider,
         texts: Sequence[str],
         task: Task,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedonce.errors import PartialAnswer, TierBusy
 from embedonce.events import Event, Stored
@@ -39,8 +38,7 @@ draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteResult:
+class WriteResult(NamedTuple):
     """The outcome of one write: how many entries were stored, how many were refused, and how many failed."""
 
     stored: int = 0
@@ -276,7 +274,7 @@ class TierWriter:
             cause = self._calls.note_failure(self.breaker, result.error, probe=probe)
             if result.refused:
                 self._count(0, dropped=result.refused, cause="too large")
-                result = replace(result, refused=0)
+                result = result._replace(refused=0)
         self._count(result.stored, dropped=result.refused, errors=result.failed, cause=cause, start=start)
         return cause
 

@@ -323,9 +323,8 @@ class Entries(MutableMapping[str, Entry]):
         if columns is not None:
             return [CostColumns(len(columns.tokens), columns.tokens, columns.seconds)]
         costs = [CostColumns(len(block.keys), block.tokens, block.seconds) for block in list(self._blocks)]
-        loose = self.loose()
-        if loose:
-            entries = list(loose.values())
+        entries = list(self.loose().values())
+        if entries:
             tokens, seconds = tuple([entry.tokens for entry in entries]), tuple([entry.seconds for entry in entries])
             costs.append(CostColumns(len(entries), tokens, seconds))
         return costs

@@ -216,8 +216,6 @@ def decode_frames(
     to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions, even 0 as in a space card.
     """
     wanted = _Request(now, dtype, dimensions)
-    if len(frames) == 1:
-        return _decode_single(frames, wanted)
     decoded = Decoded()
     for keys, group in _group_by_size(frames, decoded.corrupt):
         rest: Iterable[tuple[str, bytes]] = zip(keys, group, strict=True)
@@ -232,14 +230,10 @@ def decode_frames(
     return decoded
 
 
-def _decode_single(frames: Mapping[str, Any], wanted: _Request) -> Decoded:
-    """Decode the only frame of a call for one text."""
-    [(key, value)] = frames.items()
-    frame = value if type(value) is bytes else to_bytes(value)
-    result = "corrupt" if frame is None else _decode_one(key, frame, wanted)
-    if isinstance(result, Entry):
-        return Decoded(Entries({key: result}))
-    return Decoded(corrupt=[key]) if result == "corrupt" else Decoded(missed=[key])
+def decode_frame(key: str, frame: bytes, *, now: float, dtype: Dtype, dimensions: int | None) -> Entry | None:
+    """Return the entry of one frame, or None if :func:`decode_frames` would not return an entry."""
+    result = _decode_one(key, frame, _Request(now, dtype, dimensions))
+    return result if type(result) is Entry else None
 
 
 def _group_by_size(frames: Mapping[str, bytes], corrupt: list[str]) -> Iterable[tuple[list[str], list[bytes]]]:
