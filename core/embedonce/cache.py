@@ -15,7 +15,7 @@ from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
-from .events import Computed, Event, Stats, Stored
+from .events import Event, Stats
 from .functions import wrap
 from .keys import KeyPolicy, VectorSpace
 from .prices import Price
@@ -538,18 +538,8 @@ class Cache(Requests):
         self._chain.subscribe(listener)
 
     def _watch_counters(self, watcher: Callable[[], None]) -> None:
-        """Call ``watcher`` when the counters in :meth:`stats` have changed: at the end of a call, and after writes.
-
-        The watcher must not raise. Hits no longer take the fast path, which reports nothing.
-        """
-
-        def watch_writes(event: Event) -> None:
-            # Other events occur within a call. A write, and a computation whose call was cancelled, end after it.
-            if isinstance(event, Stored | Computed):
-                watcher()
-
-        self._chain.engine.requests.watchers.append(watcher)
-        self._chain.subscribe(watch_writes)
+        """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
+        self._chain.watch_counters(watcher)
 
     @property
     def tiers(self) -> Sequence[str]:

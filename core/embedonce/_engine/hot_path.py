@@ -18,8 +18,10 @@ from .ledger import HotHits
 from .routes import LiveProvider, Route
 from .running import RunningChain
 
-HITS_PER_RECORD = 0xFF
-"""After each 256 hits of single texts, savings are recorded if they are due. A mask is faster than a remainder."""
+SOME_HITS, EVERY_HIT = 0xFF, 0
+"""After each 256 hits of single texts, or after each one, the watchers of the counters are called. One of them records
+savings if they are due, because a process with nothing but such hits must record its savings too. A mask is faster than
+a remainder."""
 
 
 class HotBatch(NamedTuple):
@@ -46,6 +48,7 @@ class HotPath:
     _routes: dict[tuple[LiveProvider, str], Route]
     _lock: threading.RLock
     _closed: bool
+    _report_mask = SOME_HITS
 
     def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
         """Return the text's vector if the first tier is in this process and has the vector, else None.
@@ -79,8 +82,8 @@ class HotPath:
             hits.unknown_seconds += 1
         else:
             hits.seconds += seconds
-        if not hits.texts & HITS_PER_RECORD:  # a process with nothing but such hits must record its savings too
-            self._chain.recorder.record_if_due()
+        if not hits.texts & self._report_mask:
+            self._chain.engine.requests.call_watchers()
         return vector
 
     def _read_hot_matrix(self, texts: Any, task: Task) -> Matrix | None:
@@ -172,4 +175,5 @@ class HotPath:
         return (lambda key: None), {}
 
     def _refresh_hot_path(self) -> None:
+        self._report_mask = EVERY_HIT if self._chain.write_listeners else SOME_HITS
         self._hot = self._find_hot_tier()
