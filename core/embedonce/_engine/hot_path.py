@@ -1,11 +1,10 @@
-"""The fast path of hits in the first tier, if this tier is in this process. It runs no coroutine and takes no ticket."""
+"""The fast path of hits in the first tier, if this tier is in this process. It needs no coroutine and no ticket."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from itertools import repeat
 from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
@@ -124,7 +123,7 @@ class HotPath:
         if set(map(type, texts)) != {str}:
             return None
         route = routes[task][0]
-        keys = list(map(route.recent_keys.get, texts))
+        keys: list[Any] = list(map(route.recent_keys.get, texts))
         if not all(keys):
             return None
         start = time.perf_counter()

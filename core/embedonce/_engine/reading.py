@@ -145,7 +145,7 @@ class TierReader:
         if len(failed) == len(chunk):
             read.failed = True
             return {}
-        read.unknown = read.unknown.union(failed)
+        read.unknown |= set(failed)
         read.answered += len(chunk) - len(failed)
         return {key: found[key] for key in chunk if key in found and key not in read.unknown}
 
