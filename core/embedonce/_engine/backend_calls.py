@@ -46,7 +46,8 @@ class BackendCalls:
         self.capabilities: Capabilities = tier.backend.capabilities
         self.timeout = tier.timeout if tier.timeout is not None else DEFAULT_TIMEOUTS[self.capabilities.scope]
         self.on_error = tier.on_error
-        self._is_quick = not self.capabilities.blocking and self.capabilities.deadline
+        self.is_quick = not self.capabilities.blocking and self.capabilities.deadline
+        """Whether calls never block, so that they are made in the caller's thread and without a deadline."""
         self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
         """Maximum number of keys per call; None means no limit."""
         self.warnings = RepeatedWarnings()
@@ -75,7 +76,7 @@ class BackendCalls:
         """
         # A listing walks the whole store, so the timeout for a lookup does not apply to a listing.
         timeout = None if listing else self.timeout
-        return await port.call(call, timeout, self._workers, inline=self.capabilities.deadline, quick=self._is_quick)
+        return await port.call(call, timeout, self._workers, inline=self.capabilities.deadline, quick=self.is_quick)
 
     async def call_strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
         """Make one call that must not fail silently, such as erasing or listing.
@@ -101,7 +102,7 @@ class BackendCalls:
         loop = port.loop if self.capabilities.twin else None
         if loop is None:
             get_many: Callable[[], Mapping[str, Any]] = partial(self.backend.get_many, keys)
-            if self._is_quick:
+            if self.is_quick:
                 return get_many()
             return await port.call(
                 get_many, self.timeout, self._workers, inline=self.capabilities.deadline, quick=False

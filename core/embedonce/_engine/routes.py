@@ -207,9 +207,14 @@ class Route:
         """Add at most :data:`KEYS_AT_ONCE` texts to the memo."""
         size = sum(map(len, texts))
         if len(self.recent_keys) + len(texts) > MEMO_TEXTS or self._characters + size > MEMO_CHARACTERS:
-            self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
+            self._begin_generation()
         self.recent_keys.update(zip(texts, keys, strict=True))
         self._characters += size
+        if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+            self._begin_generation()
+
+    def _begin_generation(self) -> None:
+        self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
 
     def key(self, text: str, position: int = 0) -> str:
         """Return the key of one text that is not in ``recent_keys``. The errors are those of :meth:`keys`."""
@@ -224,7 +229,7 @@ class Route:
             self.recent_keys[text] = key
             self._characters += size
             if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
-                self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
+                self._begin_generation()
         return key
 
     def discard_texts(self, keys: Collection[str]) -> None:

@@ -374,9 +374,7 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
     if dtype is None or flags & ~_HAS_METADATA or len(frame) < HEADER:
         return "corrupt"
     dimension, length, created, expires, echo, key_id = _REST.unpack_from(frame, START.size)
-    if echo != _hash_key(key) or key_id or not _are_valid_dates(created, expires):
-        return "corrupt"
-    if dimension != wanted.dimensions and not wanted.accepts(dimension):
+    if echo != _hash_key(key) or key_id or not _are_valid_dates(created, expires) or not wanted.accepts(dimension):
         return "corrupt"
     rest = HEADER + _COST_SIZES[version]
     if len(frame) != rest + length + payload_size(dtype, dimension) or not _is_metadata_length(length, flags):
@@ -409,8 +407,8 @@ def _decode_cost(frame: bytes) -> tuple[int | None, float | None] | None:
 def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> Vector | _Rejection:
     if dtype == wanted == "float32" and LITTLE_ENDIAN:
         vector: Vector = np.ndarray((dimension,), FLOAT32, payload)
-        # The squared length is finite only if every value is. Very large values also make it infinite.
-        return vector if isfinite(vector.dot(vector)) or np.isfinite(vector).all() else "corrupt"
+        # Searching bytes takes a third of the time of all(), which is a function in Python.
+        return vector if 0 not in np.isfinite(vector).tobytes() else "corrupt"
     values, sound = unpack(np.ndarray((1, len(payload)), np.uint8, payload), dtype)
     if not sound.all():
         return "corrupt"
