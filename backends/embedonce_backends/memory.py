@@ -301,9 +301,12 @@ class _Segmented:
     def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
         found = _find_all(self._protected.get, keys)
         if not all(found.values()):
-            for key, entry in found.items():
-                if entry is None:
-                    found[key] = self._get_from_probation(key)
+            missing = [key for key, entry in found.items() if entry is None]
+            with _lock:
+                # A batch of new texts is on neither queue. Finding this out in C takes a third of the time.
+                is_on_probation = any(map(self._probation.get, missing))
+                find = self._take_from_probation if is_on_probation else self._protected.get
+                found.update(zip(missing, map(find, missing), strict=True))
         return _drop_missing(found)
 
     def _get_from_probation(self, key: str) -> Entry | None:
@@ -311,13 +314,16 @@ class _Segmented:
         # the lock and looks into both queues. Otherwise, a stored entry would sometimes not be found, and its text
         # would be embedded again.
         with _lock:
-            entry = self._probation.get(key)
-            if entry is None:
-                return self._protected.get(key)
-            self._protected.put(key, entry)
-            self._probation.remove(key)
-            self._demote()
-            return entry
+            return self._take_from_probation(key)
+
+    def _take_from_probation(self, key: str) -> Entry | None:
+        entry = self._probation.get(key)
+        if entry is None:
+            return self._protected.get(key)
+        self._protected.put(key, entry)
+        self._probation.remove(key)
+        self._demote()
+        return entry
 
     def _demote(self) -> None:
         while self._protected.is_over_limit():
@@ -325,8 +331,11 @@ class _Segmented:
 
     def put(self, key: str, entry: Entry) -> None:
         probation, protected = self._probation, self._protected
-        (protected if key in protected.entries else probation).put(key, entry)
-        self._demote()
+        if key in protected.entries:
+            protected.put(key, entry)
+            self._demote()
+        else:
+            probation.put(key, entry)
         while self._is_over_limit():
             # A new entry is always stored. If no other entry is on probation, a protected entry is evicted.
             is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0

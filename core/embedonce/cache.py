@@ -15,7 +15,7 @@ from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
-from .events import Computed, Event, Stats, Stored
+from .events import Event, Stats
 from .functions import wrap
 from .keys import KeyPolicy, VectorSpace
 from .prices import Price
@@ -153,7 +153,8 @@ class Cache(Requests):
             Exception: the error of the first text that failed, as in :meth:`embed`. The vectors of the other texts are
                 stored.
         """
-        return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
+        rows = self._read_hot_matrix(texts, task)
+        return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task)) if rows is None else rows
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
         """Yield each text's vector in order. Only ``batch`` texts are read at a time, so memory stays bounded.
@@ -189,11 +190,15 @@ class Cache(Requests):
         ``metadata`` (one small JSON object or None per text) is stored with vectors that this call computes. An entry
         that is already stored keeps its own metadata.
         """
+        hot = self._read_hot_fetched(texts, task) if metadata is None else None
+        if hot is not None:
+            return hot
         return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Return the vectors that the tiers have; compute nothing. An invalid text is in ``failed``."""
-        return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
+        hot = self._read_hot_fetched(texts, task)
+        return run_blocking(self._lookup(self._chain.ports.blocking, texts, task)) if hot is None else hot
 
     def estimate(self, texts: Iterable[str], task: Task = "document") -> Estimate:
         """Return how many of the texts the tiers have, and the tokens, price and seconds of the others.
@@ -380,7 +385,8 @@ class Cache(Requests):
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """Async twin of :meth:`embed_batch`."""
-        return await self._embed_matrix(self._chain.ports.get_loop_port(), texts, task)
+        rows = self._read_hot_matrix(texts, task)
+        return await self._embed_matrix(self._chain.ports.get_loop_port(), texts, task) if rows is None else rows
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
@@ -406,11 +412,15 @@ class Cache(Requests):
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
         """Async twin of :meth:`fetch`."""
+        hot = self._read_hot_fetched(texts, task) if metadata is None else None
+        if hot is not None:
+            return hot
         return await self._fetch(self._chain.ports.get_loop_port(), texts, task, store=store, metadata=metadata)
 
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Async twin of :meth:`lookup`."""
-        return await self._lookup(self._chain.ports.get_loop_port(), texts, task)
+        hot = self._read_hot_fetched(texts, task)
+        return await self._lookup(self._chain.ports.get_loop_port(), texts, task) if hot is None else hot
 
     async def aestimate(self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document") -> Estimate:
         """Async twin of :meth:`estimate`; ``texts`` may be an async iterable."""
@@ -545,18 +555,8 @@ class Cache(Requests):
         self._chain.subscribe(listener)
 
     def _watch_counters(self, watcher: Callable[[], None]) -> None:
-        """Call ``watcher`` when the counters in :meth:`stats` have changed: at the end of a call, and after writes.
-
-        The watcher must not raise. Hits no longer take the fast path, which reports nothing.
-        """
-
-        def watch_writes(event: Event) -> None:
-            # Other events occur within a call. A write, and a computation whose call was cancelled, end after it.
-            if isinstance(event, Stored | Computed):
-                watcher()
-
-        self._chain.engine.requests.watchers.append(watcher)
-        self._chain.subscribe(watch_writes)
+        """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
+        self._chain.watch_counters(watcher)
 
     @property
     def tiers(self) -> Sequence[str]:

@@ -12,7 +12,7 @@ import hmac
 import math
 import struct
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
@@ -320,7 +320,7 @@ class Keyer:
     and the normalised text in UTF-8. With a secret, the hash is HMAC-SHA-256, or BLAKE2b in its keyed mode.
     """
 
-    __slots__ = ("_digest", "_steps", "fingerprint", "prefix", "scope", "space")
+    __slots__ = ("_digest", "_digest_all", "_steps", "fingerprint", "prefix", "scope", "space")
 
     def __init__(self, policy: KeyPolicy, space: VectorSpace, steps: Sequence[Callable[[str], str]] = ()) -> None:
         self.space = space
@@ -328,7 +328,7 @@ class Keyer:
         self.fingerprint = space.fingerprint()
         self.prefix = f"{KEY_PREFIX}{self.scope}."
         self._steps = tuple(steps)
-        self._digest = _make_digest(policy, b"embedonce/text/1" + self.fingerprint)
+        self._digest, self._digest_all = _make_digest(policy, b"embedonce/text/1" + self.fingerprint)
 
     @property
     def card_key(self) -> str:
@@ -340,6 +340,20 @@ class Keyer:
         for step in self._steps:
             text = step(text)
         return text
+
+    @property
+    def changes_texts(self) -> bool:
+        """Whether there are normalisation steps. Without steps, a text is its own normalised text."""
+        return bool(self._steps)
+
+    def keys(self, normalized: Iterable[str]) -> list[str]:
+        """Return the key of each normalised text. This takes less time than :meth:`key` for each text.
+
+        Raises:
+            UnicodeEncodeError: a text has a lone surrogate.
+        """
+        prefix = self.prefix
+        return [prefix + digest for digest in self._digest_all(map(str.encode, normalized))]
 
     def key(self, normalized: str) -> str:
         """Return the key of a normalised text: ``eo1.<scope>.<digest>``, 85 characters.
@@ -357,8 +371,10 @@ class Keyer:
             ) from None
 
 
-def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
-    """Return a function that turns a text's bytes into 64 hex digits.
+def _make_digest(
+    policy: KeyPolicy, prefix: bytes
+) -> tuple[Callable[[bytes], str], Callable[[Iterable[bytes]], list[str]]]:
+    """Return a function that turns a text's bytes into 64 hex digits, and a function that does so for many texts.
 
     The hash is chosen here and not for each text, so that hashing a text is one call.
     """
@@ -371,11 +387,17 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
             hasher.update(data)
             return hasher.hexdigest()
 
-        return blake2b
+        return blake2b, lambda items: list(map(blake2b, items))
     if policy.secret is not None:
-        return lambda data: hmac.digest(secret, prefix + data, "sha256").hex()
+        return (
+            lambda data: hmac.digest(secret, prefix + data, "sha256").hex(),
+            lambda items: [hmac.digest(secret, prefix + data, "sha256").hex() for data in items],
+        )
     sha256 = hashlib.sha256
-    return lambda data: sha256(prefix + data).hexdigest()
+    return (
+        lambda data: sha256(prefix + data).hexdigest(),
+        lambda items: [sha256(prefix + data).hexdigest() for data in items],
+    )
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:

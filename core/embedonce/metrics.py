@@ -181,6 +181,7 @@ class _Copier:
         self._is_copying = False
         self._has_failed = False
         self._counters: dict[str, Counter] = {}
+        self._labelled: dict[_Sample, Counter] = {}
         self._copied: WeakKeyDictionary[Cache, dict[_Sample, float]] = WeakKeyDictionary()
         """For each cache, the values that have been copied."""
         # No other thread may hold a lock of ours or of prometheus_client while the process forks, because nobody would
@@ -219,10 +220,17 @@ class _Copier:
         for sample, value in _list_samples(stats):
             difference = value - copied.get(sample, 0.0)
             if difference > 0 or sample not in copied:
-                name, labels = sample
-                counter = self._counters[name]
                 copied[sample] = value  # before the counter changes, so that no difference is ever added twice
-                (counter.labels(*labels) if labels else counter).inc(max(difference, 0.0))
+                self._find_counter(sample).inc(max(difference, 0.0))
+
+    def _find_counter(self, sample: _Sample) -> Counter:
+        """Return the counter with the labels of a sample. Keeping it takes less time than asking for it again."""
+        counter = self._labelled.get(sample)
+        if counter is None:
+            name, labels = sample
+            counter = self._counters[name]
+            self._labelled[sample] = counter = counter.labels(*labels) if labels else counter
+        return counter
 
 
 _copier = _Copier()

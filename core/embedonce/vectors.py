@@ -28,7 +28,7 @@ from ._format.entries import (
     make_entries,
     matrix,
 )
-from ._format.frames import Decoded, decode_frames, encode_frames
+from ._format.frames import Decoded, decode_frame, decode_frames, encode_frames
 from ._format.metadata import MAX_DEPTH, MAX_METADATA, is_valid_metadata, plain_metadata
 from ._format.rounding import round_vectors
 from ._format.sealing import SealedFrame, is_plain_frame, open_frame, seal_frame
@@ -53,6 +53,7 @@ __all__ = [
     "Vector",
     "Work",
     "apportion",
+    "decode_frame",
     "decode_frames",
     "encode_frames",
     "freeze",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from embedonce.vectors import (
     MAX_METADATA,
@@ -24,6 +25,7 @@ from embedonce.vectors import (
     Decoded,
     Dtype,
     Entry,
+    decode_frame,
     decode_frames,
     encode_frames,
     freeze,
@@ -690,3 +692,20 @@ def test_metadata_of_the_largest_size_is_kept() -> None:
 def test_metadata_may_be_any_mapping() -> None:
     item = entry_of(1, metadata=MappingProxyType({"a": (1, 2)}))
     assert decode_frames({"k": frame_of("k", item)}, now=NOW).entries["k"].metadata == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_values_whose_squares_are_not_finite_are_valid(count: int) -> None:
+    vector = freeze(np.full(8, 3e30, np.float32))
+    frames = encode_frames({f"eo1.0.{i}": Entry(vector, 1.0) for i in range(count)})
+    assert len(decode_frames(frames, now=2.0, dimensions=8).entries) == count
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_single_frame_with_a_value_that_is_not_finite_is_corrupt(bad: float) -> None:
+    frame = bytearray(encode_frames({"eo1.0.1": entry_of(1)})["eo1.0.1"])
+    frame[-4:] = struct.pack("<f", bad)
+    word = int.from_bytes(frame[:8], "little")
+    frame[8:16] = xxh3_64_intdigest(bytes(frame[16:]), word).to_bytes(8, "little")
+    assert decode_frames({"eo1.0.1": bytes(frame)}, now=2.0).corrupt == ["eo1.0.1"]
+    assert decode_frame("eo1.0.1", bytes(frame), now=2.0, dtype="float32", dimensions=8) is None

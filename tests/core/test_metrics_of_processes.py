@@ -227,3 +227,22 @@ def test_without_the_variable_the_hits_take_the_fast_path() -> None:
     with Cache(CountingProvider(), [MemoryBackend()]) as cache:
         register(cache, registry=CollectorRegistry())
         assert cache._hot[1]
+
+
+def test_hits_take_the_fast_path_and_are_counted_at_once(run: Run, tmp_path: Path) -> None:
+    code = """
+cache = Cache(CountingProvider(), [MemoryBackend()])
+register(cache)
+cache.embed_batch(["a", "b"])
+cache._chain.engine.fetch = None
+cache.embed("a")
+cache.embed_batch(["a"])
+cache.fetch(["a", "b"])
+os.kill(os.getpid(), 9)
+"""
+    process = run(code)
+    process.communicate(timeout=120)
+    mark_process_dead(process.pid, path=str(tmp_path))
+    with sums(tmp_path) as value:
+        assert value("hits", tier="memory") == 4
+        assert value("stored", tier="memory") == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from embedonce.contracts import Capabilities
@@ -17,6 +18,8 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     import asyncio
+
+T = TypeVar("T")
 
 MAX_CALLS = 32
 """Maximum number of calls to one backend that run in threads at the same time.
@@ -43,6 +46,10 @@ class BackendCalls:
         self.capabilities: Capabilities = tier.backend.capabilities
         self.timeout = tier.timeout if tier.timeout is not None else DEFAULT_TIMEOUTS[self.capabilities.scope]
         self.on_error = tier.on_error
+        self.is_quick = not self.capabilities.blocking and self.capabilities.deadline
+        """Whether calls never block, so that they are made in the caller's thread and without a deadline."""
+        self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
+        """Maximum number of keys per call; None means no limit."""
         self.warnings = RepeatedWarnings()
         self._ports = ports
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
@@ -67,11 +74,9 @@ class BackendCalls:
             TimeoutError, TierBusy: as in :meth:`Port.call`.
             Exception: any error that the backend raised.
         """
-        caps = self.capabilities
         # A listing walks the whole store, so the timeout for a lookup does not apply to a listing.
         timeout = None if listing else self.timeout
-        quick = not caps.blocking and caps.deadline
-        return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
+        return await port.call(call, timeout, self._workers, inline=self.capabilities.deadline, quick=self.is_quick)
 
     async def call_strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
         """Make one call that must not fail silently, such as erasing or listing.
@@ -94,18 +99,30 @@ class BackendCalls:
 
     async def get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Read some keys; on an event loop, use the backend's async twin if it has one."""
-        loop = port.loop
-        if loop is None or not self.capabilities.twin:
-            found: Mapping[str, Any] = await self.call(port, lambda: self.backend.get_many(keys))
-            return found
-        twin = await self._get_twin(loop)
+        loop = port.loop if self.capabilities.twin else None
+        if loop is None:
+            get_many: Callable[[], Mapping[str, Any]] = partial(self.backend.get_many, keys)
+            if self.is_quick:
+                return get_many()
+            return await port.call(
+                get_many, self.timeout, self._workers, inline=self.capabilities.deadline, quick=False
+            )
+        entry = self._twins.get(loop)
+        twin = await self._open_twin_of(loop) if entry is None else entry[0]
         return await port.run_coroutine(lambda: twin.get_many(keys), self.timeout)
 
-    def split_into_chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Yield the keys in chunks, one for each backend call."""
-        size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else len(keys) or 1)
-        for start in range(0, len(keys), size):
-            yield keys[start : start + size]
+    def split_into_chunks(self, keys: Sequence[str]) -> Sequence[Sequence[str]]:
+        """Return the keys in chunks, one for each backend call."""
+        size = self._chunk_size or len(keys)
+        if 0 < len(keys) <= size:
+            return (keys,)
+        return [keys[start : start + size] for start in range(0, len(keys), size or 1)]
+
+    def split_items(self, items: Mapping[str, T]) -> Iterable[Mapping[str, T]]:
+        """Return the items in parts, one for each backend call."""
+        if len(items) <= (self._chunk_size or len(items)):
+            return (items,) if items else ()
+        return [{key: items[key] for key in chunk} for chunk in self.split_into_chunks(list(items))]
 
     def run_in_background(self, call: Callable[[], None]) -> bool:
         """Start a call in another thread and do not wait for its end. Return False if no thread can be started."""
@@ -117,19 +134,17 @@ class BackendCalls:
 
     # --- async twins --------------------------------------------------------------------------
 
-    async def _get_twin(self, loop: asyncio.AbstractEventLoop) -> Any:
-        """Return the loop's async twin, which the first call opens."""
-        entry = self._twins.get(loop)
-        if entry is None:
-            # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops the
-            # loop's entry, and the connections of the twin would leak.
-            for ref in self._twins.keyrefs():  # iterating over the dictionary fails if another loop adds its twin
-                other = ref()
-                if other is not None and other.is_closed():
-                    self._twins.pop(other, None)
-            generator = self._open_twin()
-            entry = self._twins[loop] = await anext(generator), generator
-        return entry[0]
+    async def _open_twin_of(self, loop: asyncio.AbstractEventLoop) -> Any:
+        """Open and return the async twin of a loop that has none."""
+        # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops the
+        # loop's entry, and the connections of the twin would leak.
+        for ref in self._twins.keyrefs():  # iterating over the dictionary fails if another loop adds its twin
+            other = ref()
+            if other is not None and other.is_closed():
+                self._twins.pop(other, None)
+        generator = self._open_twin()
+        twin, _ = self._twins[loop] = await anext(generator), generator
+        return twin
 
     async def _open_twin(self) -> AsyncGenerator[Any, None]:
         """Open a twin, yield it once, and close it when this generator is closed.

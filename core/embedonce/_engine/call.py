@@ -137,10 +137,7 @@ class Answer:
                 i: _set_positions(error, [i]) if isinstance(error, TextRefused) else error
                 for i, error in self._list_failed()
             },
-            # Copy the metadata, so that a caller who changes the result does not change the cached entry.
-            metadata=[
-                None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
-            ],
+            metadata=copy_metadata([None if entry is None else entry.metadata for entry in entries]),
             space=self.route.space,
             seconds=dict(self.seconds),
             errors=self.errors,
@@ -154,6 +151,11 @@ class Call(NamedTuple):
     port: Port
     ticket: Ticket
     answer: Answer
+
+
+def copy_metadata(metadata: Sequence[Metadata | None]) -> list[Metadata | None]:
+    """Return copies, so that a caller who changes the result does not change the cached entries."""
+    return [None if item is None else deepcopy(item) for item in metadata]
 
 
 def _set_positions(error: TextRefused, positions: Sequence[int]) -> Exception:

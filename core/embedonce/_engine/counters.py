@@ -38,7 +38,7 @@ class RequestCounters:
         with self._lock:
             self.requested += requested
             self.found += found
-        self._call_watchers()
+        self.call_watchers()
 
     def read(self) -> tuple[int, int, int, int]:
         """Return ``requested``, ``found``, ``shared`` and ``passed_by``.
@@ -55,9 +55,10 @@ class RequestCounters:
     def count_passed_by(self) -> None:
         with self._lock:
             self.passed_by += 1
-        self._call_watchers()
+        self.call_watchers()
 
-    def _call_watchers(self) -> None:
+    def call_watchers(self) -> None:
+        """Call every watcher, after a change of the counters."""
         for watcher in self.watchers:
             watcher()
 
@@ -84,10 +85,14 @@ class Counters:
             for name, n in counts.items():
                 if n:
                     self._counts[name] += n
-            if cause is not None and counts.get("errors"):
-                self._causes[cause] += counts["errors"]
-            if cause is not None and counts.get("dropped"):
-                self._drops[cause] += counts["dropped"]
+            if cause is not None:
+                for causes, name in ((self._causes, "errors"), (self._drops, "dropped")):
+                    if counts.get(name):
+                        causes[cause] += counts[name]
+            self._seconds += seconds
+
+    def count_seconds(self, seconds: float) -> None:
+        with self._lock:
             self._seconds += seconds
 
     def stats(self, saved: Work) -> TierStats:

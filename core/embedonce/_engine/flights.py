@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -48,26 +49,37 @@ class Abandoned(Exception):
     """
 
 
-class Flight:
-    """One computation of the vector of one key."""
+class Leader:
+    """The call that computes some flights."""
 
-    __slots__ = ("_future", "entry", "error", "is_computing", "loop", "number", "pending_writes", "stored", "thread")
+    __slots__ = ("loop", "number", "thread")
 
     def __init__(self, number: int, loop: asyncio.AbstractEventLoop | None) -> None:
         self.number = number
-        """The number of the leading call's ticket."""
+        """The number of the call's ticket."""
         self.loop = loop
-        """The event loop of the leading call; None if the leading call is a blocking call."""
+        """The event loop of the call; None if it is a blocking call."""
         self.thread = threading.current_thread()
-        self.entry: Entry | None = None
-        self.error: BaseException | None = None
-        self.pending_writes = 0
-        """Number of queued background writes of the entry."""
-        self.stored = False
-        """Whether the leading call gave the entry to the tiers."""
-        self.is_computing = False
-        """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
-        self._future: Future[None] | None = None
+
+
+class Flight:
+    """One computation of the vector of one key.
+
+    A call that computes many vectors makes many flights. Therefore the usual values are attributes of the class.
+    """
+
+    entry: Entry | None = None
+    error: BaseException | None = None
+    pending_writes = 0
+    """Number of queued background writes of the entry."""
+    stored = False
+    """Whether the leading call gave the entry to the tiers."""
+    is_computing = False
+    """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
+    _future: Future[None] | None = None
+
+    def __init__(self, leader: Leader) -> None:
+        self.leader = leader
 
     def get_future(self) -> Future[None]:
         """Return the future that other calls wait for.
@@ -88,9 +100,9 @@ class Flight:
         This is the case in code that the leading call's provider runs. It is also the case in a blocking call on the
         leading call's thread, which may be running an event loop.
         """
-        if self.number in calls_in_provider.get():
+        if self.leader.number in calls_in_provider.get():
             return True
-        return loop is None and self.thread is threading.current_thread()
+        return loop is None and self.leader.thread is threading.current_thread()
 
 
 @dataclass(slots=True)
@@ -180,6 +192,22 @@ class Ticket:
             self.end()
 
 
+class TrackedWrite:
+    """The context of a write: see :meth:`InFlight.track_write`. A generator would take three times as long."""
+
+    __slots__ = ("_in_flight", "_write")
+
+    def __init__(self, in_flight: InFlight, write: PendingWrite) -> None:
+        self._in_flight = in_flight
+        self._write = write
+
+    def __enter__(self) -> dict[str, Entry]:
+        return self._write.entries
+
+    def __exit__(self, *_: object) -> None:
+        self._in_flight.finish_write(self._write)
+
+
 class InFlight:
     """Flights, pending writes and erasures of one chain."""
 
@@ -257,11 +285,17 @@ class InFlight:
         This method fills ``claims`` and returns nothing. So the caller knows which flights it leads, even if Ctrl-C
         interrupts this method.
         """
+        leader = Leader(ticket.number, loop)
         with self._lock:
+            flights = self._flights
+            if not flights:
+                claims.led.update(zip(keys, map(Flight, repeat(leader)), strict=False))  # `repeat` never ends
+                flights.update(claims.led)
+                keys = ()
             for key in keys:
-                flight = self._flights.get(key)
+                flight = flights.get(key)
                 if flight is None:
-                    claims.led[key] = self._flights[key] = Flight(ticket.number, loop)
+                    claims.led[key] = flights[key] = Flight(leader)
                 elif flight.entry is not None:
                     claims.landed[key] = flight
                 else:
@@ -272,12 +306,17 @@ class InFlight:
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
         """Set the entries of flights and wake the waiting calls. ``stored`` says whether the tiers got the entries."""
         with self._lock:
+            table, is_read = self._flights, bool(self._reading)
             for key, flight in flights.items():
                 flight.entry = entries[key]
                 flight.stored = stored
-                self._retire(key, flight)
+                if is_read or flight.pending_writes or table.get(key) is not flight:
+                    self._retire(key, flight)
+                else:
+                    del table[key]
         for flight in flights.values():
-            flight.wake()
+            if flight._future is not None:
+                flight.wake()
 
     def abandon(self, flights: Mapping[str, Flight]) -> None:
         """Set the error :class:`Abandoned` on each flight that has neither landed nor failed."""
@@ -297,9 +336,10 @@ class InFlight:
 
     def is_abandoned(self, flight: Flight) -> bool:
         """Return whether a flight can no longer land, because its call, thread or event loop has ended."""
-        if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
+        leader = flight.leader
+        if leader.loop is not None and (leader.loop.is_closed() or not leader.loop.is_running()):
             return True
-        return not flight.thread.is_alive() or flight.number not in self._calls
+        return not leader.thread.is_alive() or leader.number not in self._calls
 
     def remove_abandoned(self, key: str, flight: Flight) -> None:
         """Remove a flight whose leading call has ended, so that another call can start a new flight."""
@@ -317,18 +357,15 @@ class InFlight:
 
     # --- writes -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-        """Yield the entries that no erasure forbids. These entries count as being written until the block ends."""
+    def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> TrackedWrite:
+        """Return a context manager for a write. It has the entries that no erasure forbids.
+
+        These entries count as being written until the block ends.
+        """
         with self._lock:
             write = PendingWrite(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
-        try:
-            yield write.entries
-        finally:
-            with self._lock:
-                self._writing.discard(write)
-                self._changed.notify_all()
+        return TrackedWrite(self, write)
 
     def _select_permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         if number <= self._may_not_store:
@@ -412,10 +449,11 @@ class InFlight:
             return write
 
     def finish_write(self, write: PendingWrite) -> None:
-        """Remove a write that :meth:`take_write` returned, after the write is done or has failed."""
+        """Remove a write that is tracked, or that :meth:`take_write` returned, after it is done or has failed."""
         with self._lock:
             self._writing.discard(write)
-            self._release_flights(write)
+            if write.flights:
+                self._release_flights(write)
             self._changed.notify_all()
 
     def _release_flights(self, write: PendingWrite) -> None:

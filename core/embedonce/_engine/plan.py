@@ -19,7 +19,7 @@ from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_ent
 from .call import PROVIDER, Answer, Call, copy_error
 from .checks import check_matrix, check_rows
 from .counters import RequestCounters
-from .flights import Abandoned, Claims, Flight, InFlight
+from .flights import Abandoned, Claims, Flight, InFlight, Leader
 from .isolation import Patience, embed_chunk
 from .leases import Leases
 from .ledger import Ledger
@@ -188,11 +188,12 @@ class Engine:
                 answer.failed_tiers.add(tier.name)
             if read.unknown:
                 answer.failed_keys.setdefault(tier.name, set()).update(read.unknown)
-            if read.entries:
-                answer.found.append((tier.name, list(read.entries)))
+            found = read.entries.list_keys()
+            if found:
+                answer.found.append((tier.name, found))
                 if answer.store and depth:
                     await self._promote(call, read.entries, self.tiers[:depth])
-                keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
+                keys = read.entries.lacking(keys) if len(found) < len(keys) else []
                 if answer.entries:
                     answer.entries.add(read.entries)
                 else:
@@ -263,7 +264,8 @@ class Engine:
                 call.answer.failed[key] = copy_error(error)
         await self._take_flights(call, claims.followed)
         if unanswered:
-            flights = {key: Flight(call.ticket.number, call.port.loop) for key in unanswered}
+            leader = Leader(call.ticket.number, call.port.loop)
+            flights = {key: Flight(leader) for key in unanswered}
             await self._compute_flights(call, flights, leases=None)
 
     async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
@@ -550,7 +552,8 @@ def _list_unlanded(flights: Mapping[str, Flight]) -> dict[str, Flight]:
     return {key: flight for key, flight in flights.items() if flight.entry is None}
 
 
-def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
-    normalize = answer.route.keyer.normalize
+def _normalize_texts(answer: Answer, keys: Iterable[str]) -> Mapping[str, str]:
+    """Return the texts that are embedded in place of the texts of some keys. Other keys may be in the result too."""
+    keyer = answer.route.keyer
     texts = answer.texts_by_key()
-    return {key: normalize(texts[key]) for key in keys}
+    return {key: keyer.normalize(texts[key]) for key in keys} if keyer.changes_texts else texts

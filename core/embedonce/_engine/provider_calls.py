@@ -62,7 +62,8 @@ def split_costs(
     """
     if not texts:
         return [], []
-    weights = list(map(count_bytes, texts))
+    # Joining the texts tells in one step whether each of them has one byte per character.
+    weights = list(map(len if "".join(texts).isascii() else count_bytes, texts))
     if not any(weights):
         weights = [1] * len(texts)
     pace = seconds / sum(weights)
@@ -227,15 +228,17 @@ def cut_chunks(source: LiveProvider, texts: Mapping[str, str]) -> Iterator[list[
     count_tokens: Any = getattr(provider, "count_tokens", None)
     most: list[float] = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
     most += [] if limits.tokens_per_minute is None else [limits.tokens_per_minute]
-    max_tokens = min(most, default=None)
+    if not most:
+        keys = list(texts)
+        yield from (keys[start : start + limits.max_batch] for start in range(0, len(keys), limits.max_batch))
+        return
+    max_tokens = min(most)
     chunk: list[str] = []
-    tokens = more = 0.0
+    tokens = 0.0
     for key, text in texts.items():
-        if max_tokens is not None:
-            # If the provider fails to count a text, the text gets its own chunk. If that fails, no other text fails.
-            more = _count_tokens(count_tokens, text, count_bytes(text) if count_tokens is None else max_tokens)
-        full = len(chunk) >= limits.max_batch or (max_tokens is not None and bool(chunk) and tokens + more > max_tokens)
-        if full:
+        # If the provider fails to count a text, the text gets its own chunk. If that fails, no other text fails.
+        more = _count_tokens(count_tokens, text, count_bytes(text) if count_tokens is None else max_tokens)
+        if len(chunk) >= limits.max_batch or (chunk and tokens + more > max_tokens):
             yield chunk
             chunk, tokens = [], 0.0
         chunk.append(key)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from embedonce.errors import TierError
@@ -27,22 +26,26 @@ failed node works again.
 """
 
 
-@dataclass(slots=True)
 class ReadResult:
-    """The result of reading one tier in one call."""
+    """The result of reading one tier in one call.
 
-    entries: Entries = field(default_factory=Entries)
-    answered: int = 0
+    Most reads change few of these values. Therefore the usual values are attributes of the class.
+    """
+
+    answered = 0
     """Number of keys that were read without an error: hits, misses and corrupt entries."""
-    errors: int = 0
-    corrupt: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
+    errors = 0
+    corrupt = 0
+    skipped = 0
+    seconds = 0.0
     cause: str | None = None
-    failed: bool = False
+    failed = False
     """Whether the tier failed or was skipped for some keys. If so, this call writes nothing to the tier."""
-    unknown: set[str] = field(default_factory=set)
+    unknown: Set[str] = frozenset()
     """Keys whose node or shard failed while other nodes answered. This call does not write these keys to the tier."""
+
+    def __init__(self) -> None:
+        self.entries = Entries()
 
 
 class TierReader:
@@ -142,12 +145,18 @@ class TierReader:
         if len(failed) == len(chunk):
             read.failed = True
             return {}
-        read.unknown.update(failed)
+        read.unknown |= set(failed)
         read.answered += len(chunk) - len(failed)
         return {key: found[key] for key in chunk if key in found and key not in read.unknown}
 
     def _accept(self, values: Mapping[str, Any], read: ReadResult, dtype: Dtype, dimensions: int | None) -> None:
         """Add the valid values to the result, and count the corrupt ones."""
+        if len(values) == 1 and dimensions is not None:
+            [(key, value)] = values.items()
+            entry = self._codec.decode_plain(key, value, dtype, dimensions)
+            if entry is not None:
+                read.entries[key] = entry
+                return
         decoded = self._codec.decode(values, dtype=dtype, dimensions=dimensions)
         # Only a space card has an empty vector. Under the key of a text, an empty vector is invalid.
         if dimensions is None and 0 in decoded.entries.sizes():
@@ -172,13 +181,19 @@ class TierReader:
     def _count(self, read: ReadResult, route: Route, start: float, *, is_repeat: bool) -> None:
         read.seconds = time.perf_counter() - start
         name, scope, hits = self._calls.name, route.keyer.scope, len(read.entries)
-        counts = {
-            "misses": 0 if is_repeat else read.answered - hits - read.corrupt,
-            "errors": read.errors,
-            "corrupt": 0 if is_repeat else read.corrupt,
-            "skipped": read.skipped,
-        }
-        self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
+        misses = 0 if is_repeat else read.answered - hits - read.corrupt
+        corrupt = 0 if is_repeat else read.corrupt
+        if misses or corrupt or read.errors or read.skipped:
+            self._counters.count(
+                misses=misses,
+                errors=read.errors,
+                corrupt=corrupt,
+                skipped=read.skipped,
+                cause=read.cause,
+                seconds=read.seconds,
+            )
+        else:
+            self._counters.count_seconds(read.seconds)
         costs = read.entries.list_costs() if hits else []
         if costs:
             self._ledger.count_saved(scope, route.source.price, name, costs)
@@ -193,7 +208,10 @@ class TierReader:
                     scope=scope,
                     saved=sum_costs(costs),
                     price=route.source.price,
-                    **counts,
+                    misses=misses,
+                    errors=read.errors,
+                    corrupt=corrupt,
+                    skipped=read.skipped,
                 )
             )
 

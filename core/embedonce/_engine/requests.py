@@ -1,11 +1,10 @@
-"""Requests for one provider's vectors: the cache's methods as coroutines, and the fast path of a hit."""
+"""Requests for one provider's vectors: the cache's methods as coroutines."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,7 +23,6 @@ from embedonce.vectors import (
     Entry,
     Matrix,
     Metadata,
-    Vector,
     freeze_rows,
     is_valid_cost,
     plain_metadata,
@@ -34,15 +32,13 @@ from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
-from .ledger import HotHits
+from .hot_path import HotPath
 from .ports import Port
 from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 
 ITER_BATCH = 1024
-HITS_PER_RECORD = 0xFF
-"""After each 256 hits on the fast path, savings are recorded if they are due. A mask is faster than a remainder."""
 MAX_ROUTES = 256
 """Maximum number of routes that a cache keeps. The oldest route is dropped, and is made again when it is needed."""
 MAX_TASKS = 10_000
@@ -51,11 +47,8 @@ MOVES = 5
 """Maximum number of times that one call moves to a new vector space because the provider has drifted."""
 
 
-class Requests:
-    """Serves requests for one provider's vectors from a chain that several caches may share.
-
-    The cache inherits from this class, so that a hit needs fewer attribute lookups than with a separate object.
-    """
+class Requests(HotPath):
+    """Serves requests for one provider's vectors from a chain that several caches may share."""
 
     def __init__(
         self, chain: RunningChain, source: LiveProvider, fallback: LiveProvider | None, *, fetch_only: bool
@@ -79,69 +72,8 @@ class Requests:
             self._get_route(source, task)
         if fallback is not None and not fetch_only:
             _check_dimensions(source, fallback)
-        self._hot = self._find_hot_tier()
+        self._refresh_hot_path()
         chain.add_cache(self)
-
-    # --- the fast path of a hit ---------------------------------------------------------------
-
-    def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
-        """Return the text's vector if the first tier is in this process and has the vector, else None.
-
-        A hit must take less than a microsecond, so this method runs no coroutine, takes no lock and emits no event.
-        """
-        get, routes = self._hot
-        if type(text) is not str or type(task) is not str or task not in routes:
-            return None
-        route, hits = routes[task]
-        key = route.recent_keys.get(text)
-        if key is None:
-            key = route.key(text)
-        try:
-            entry = get(key)
-            if entry is None:
-                return None
-            vector, _, expires, _, dtype, tokens, seconds = entry
-            if dtype != self._dtype or vector.size != route.dimensions:
-                return None
-            if expires is not None and not 0 < expires - self._clock() <= self._longest_life:
-                return None
-        except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
-            return None
-        hits.texts += 1
-        if tokens is None:
-            hits.unknown_tokens += 1
-        else:
-            hits.tokens += tokens
-        if seconds is None:
-            hits.unknown_seconds += 1
-        else:
-            hits.seconds += seconds
-        if not hits.texts & HITS_PER_RECORD:  # a process with nothing but such hits must record its savings too
-            self._chain.recorder.record_if_due()
-        return vector
-
-    def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], dict[str, tuple[Route, HotHits]]]:
-        """Return, for the fast path, the ``get`` of the first tier, and the route and the hit counts of each task.
-
-        If the first tier is not in this process, return no routes. Every call then takes the slow path. If there are
-        listeners, do the same, because the fast path emits no events.
-        """
-        chain = self._chain
-        if chain.tiers and not chain.listeners and not self._closed:
-            first = chain.tiers[0]
-            caps = first.capabilities
-            if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
-                with self._lock:
-                    routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
-                hits = {
-                    task: chain.ledger.get_hot_hits(route.keyer.scope, route.source.price)
-                    for task, route in routes.items()
-                }
-                return first.backend.get, {task: (route, hits[task]) for task, route in routes.items()}
-        return (lambda key: None), {}
-
-    def _refresh_hot_path(self) -> None:
-        self._hot = self._find_hot_tier()
 
     # --- routes -------------------------------------------------------------------------------
 
@@ -259,10 +191,8 @@ class Requests:
             _require_texts(texts)
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
-        answer_in = partial(
-            self._answer_in_one_space, port, texts=texts, task=task, store=store, metadata=metadata, first=first
-        )
-        answer = await answer_in(source=self._source)
+        how = (texts, task, store, metadata, first)
+        answer = await self._answer_in_one_space(port, self._source, *how)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
             return answer
@@ -272,13 +202,12 @@ class Requests:
                 self._log_fallback_change(fallback, down=False)
             return answer
         self._log_fallback_change(fallback, down=True)
-        other = await answer_in(source=fallback)
+        other = await self._answer_in_one_space(port, fallback, *how)
         return answer if other.has_failed_provider() else other
 
     async def _answer_in_one_space(
         self,
         port: Port,
-        *,
         source: LiveProvider,
         texts: Sequence[str],
         task: Task,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,9 @@ The memo maps recent texts to their keys. A generation contains at most ``MEMO_T
 
 NO_KEY = "none."
 """First characters of the placeholder that stands for the key of a text without a key. No tier sees a placeholder."""
+
+KEYS_AT_ONCE = 256
+"""Maximum number of texts that are hashed, and added to the memo, in one step."""
 
 MEMO_MAX_TEXT = 16_000
 """Maximum number of characters of a text in the memo. A longer text is hashed again in each call."""
@@ -173,14 +177,44 @@ class Route:
         keys = list(map(self.recent_keys.get, texts))
         errors: dict[str, Exception] = {}
         if not all(keys):  # faster than `None in keys`, which compares each key with None
-            for i, (key, text) in enumerate(zip(keys, texts, strict=True)):
-                if key is None:
-                    try:
-                        keys[i] = self.key(text, first + i)
-                    except Exception as error:  # noqa: BLE001  (a plugin's normalisation step may raise anything)
-                        keys[i] = placeholder = f"{NO_KEY}{i}"
-                        errors[placeholder] = error
+            places = [i for i, key in enumerate(keys) if key is None] if any(keys) else range(len(keys))
+            for start in range(0, len(places), KEYS_AT_ONCE):
+                some = places[start : start + KEYS_AT_ONCE]
+                for i, key in zip(some, self._make_keys([texts[i] for i in some], some, first, errors), strict=True):
+                    keys[i] = key
         return keys, errors  # type: ignore[return-value]
+
+    def _make_keys(
+        self, texts: Sequence[str], places: Sequence[int], first: int, errors: dict[str, Exception]
+    ) -> list[str]:
+        """Return the keys of texts that are not in ``recent_keys``. The other arguments are as in :meth:`find_keys`."""
+        is_plain = not self.keyer.changes_texts and max(map(len, texts)) <= MEMO_MAX_TEXT
+        if is_plain and self._older_keys.keys().isdisjoint(texts):
+            with suppress(UnicodeEncodeError):
+                keys = self.keyer.keys(texts)
+                self._remember(texts, keys)
+                return keys
+        keys = []
+        for i, text in zip(places, texts, strict=True):
+            try:
+                keys.append(self.key(text, first + i))
+            except Exception as error:  # noqa: BLE001  (a plugin's normalisation step may raise anything)
+                keys.append(f"{NO_KEY}{i}")
+                errors[keys[-1]] = error
+        return keys
+
+    def _remember(self, texts: Sequence[str], keys: Sequence[str]) -> None:
+        """Add at most :data:`KEYS_AT_ONCE` texts to the memo."""
+        size = sum(map(len, texts))
+        if len(self.recent_keys) + len(texts) > MEMO_TEXTS or self._characters + size > MEMO_CHARACTERS:
+            self._begin_generation()
+        self.recent_keys.update(zip(texts, keys, strict=True))
+        self._characters += size
+        if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+            self._begin_generation()
+
+    def _begin_generation(self) -> None:
+        self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
 
     def key(self, text: str, position: int = 0) -> str:
         """Return the key of one text that is not in ``recent_keys``. The errors are those of :meth:`keys`."""
@@ -195,7 +229,7 @@ class Route:
             self.recent_keys[text] = key
             self._characters += size
             if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
-                self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
+                self._begin_generation()
         return key
 
     def discard_texts(self, keys: Collection[str]) -> None:

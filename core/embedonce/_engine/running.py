@@ -18,7 +18,7 @@ from weakref import WeakSet
 from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
-from embedonce.events import Event
+from embedonce.events import Computed, Event, Stored
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import Dtype
 
@@ -106,6 +106,8 @@ class RunningChain:
         """Guards ``_caches``, because one thread may create a cache while another thread iterates over the set."""
         self._owner: CacheOverChain | None = None
         self.listeners = list(listeners)
+        self.write_listeners: list[Callable[[Event], None]] = []
+        """Functions that are called only when a provider has computed vectors, or when a tier was written to."""
         self._broken_listeners: set[int] = set()
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
@@ -128,7 +130,7 @@ class RunningChain:
                 ledger=self.ledger,
                 cards=self.cards,
                 emit=self.emit,
-                has_listeners=lambda: bool(self.listeners),
+                has_listeners=lambda: bool(self.listeners or self.write_listeners),
                 clock=clock,
             )
             for name, tier in chain
@@ -234,6 +236,20 @@ class RunningChain:
                         "listener failed on %s; further failures of this listener will not be logged",
                         type(event).__name__,
                     )
+        if self.write_listeners and isinstance(event, Stored | Computed):
+            for listener in self.write_listeners:
+                listener(event)
+
+    def watch_counters(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` after each hit, at the end of each call, and after writes. It must not raise.
+
+        Hits still take the fast path.
+        """
+        self.engine.requests.watchers.append(watcher)
+        # Other events occur within a call. A write, and a computation whose call was cancelled, end after it.
+        self.write_listeners.append(lambda event: watcher())
+        for cache in self._list_caches():
+            cache._refresh_hot_path()
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event from now on."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedonce.errors import PartialAnswer, TierBusy
 from embedonce.events import Event, Stored
@@ -39,8 +38,7 @@ draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteResult:
+class WriteResult(NamedTuple):
     """The outcome of one write: how many entries were stored, how many were refused, and how many failed."""
 
     stored: int = 0
@@ -125,8 +123,8 @@ class TierWriter:
         if self.mode == "background":
             await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
             return unstored
-        for chunk in self._calls.split_into_chunks(list(dated)):
-            unstored.update(await self._write_inline(port, ticket, {key: dated[key] for key in chunk}))
+        for part in self._calls.split_items(dated):
+            unstored.update(await self._write_inline(port, ticket, part))
         return unstored
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
@@ -159,7 +157,11 @@ class TierWriter:
             return ()
         start = time.perf_counter()
         try:
-            result: WriteResult = await self._calls.call(port, lambda: self._write(ticket.number, entries))
+            result: WriteResult
+            if self._calls.is_quick:
+                result = self._write(ticket.number, entries)
+            else:
+                result = await self._calls.call(port, lambda: self._write(ticket.number, entries))
         except Exception as error:  # noqa: BLE001  (a backend may raise anything)
             result = WriteResult(failed=len(entries), error=error, unstored=entries.keys())
         self._record(result, start)
@@ -249,9 +251,8 @@ class TierWriter:
     def _call_set_many(self, entries: Mapping[str, Entry]) -> WriteResult:
         if not entries:
             return WriteResult()
-        expires = [entry.expires for entry in entries.values()]
-        ends = [end for end in expires if end is not None]
-        ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
+        ends = {entry.expires for entry in entries.values()}
+        ttl = None if None in ends else max(1e-3, max(ends) - self._clock())  # type: ignore[type-var,operator]
         values = self._codec.encode(entries)
         limit = self._calls.capabilities.max_value_bytes
         if limit is not None:
@@ -265,7 +266,7 @@ class TierWriter:
                 problem = error
                 failed, _ = split_partial(list(values), error, object)
         self._write_cards(entries)
-        unstored = {*failed, *(entries.keys() - values.keys())}
+        unstored = {*failed, *(entries.keys() - values.keys())} if failed or len(values) < len(entries) else ()
         return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem, unstored)
 
     def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
@@ -277,7 +278,7 @@ class TierWriter:
             cause = self._calls.note_failure(self.breaker, result.error, probe=probe)
             if result.refused:
                 self._count(0, dropped=result.refused, cause="too large")
-                result = replace(result, refused=0)
+                result = result._replace(refused=0)
         self._count(result.stored, dropped=result.refused, errors=result.failed, cause=cause, start=start)
         return cause
 
@@ -376,8 +377,7 @@ class TierWriter:
     def _write_queued(self) -> None:
         while (write := self._in_flight.take_write(self.name)) is not None:
             try:
-                for chunk in self._calls.split_into_chunks(list(write.entries)):
-                    part = {key: write.entries[key] for key in chunk}
+                for part in self._calls.split_items(write.entries):
                     admitted = self.breaker.admit()
                     if admitted == "skip":
                         self._count(0, dropped=len(part), cause="skipped")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from math import isfinite
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from .costs import MAX_SECONDS, MAX_TOKENS, NO_COST, Cost, is_valid_cost
+from .costs import MAX_SECONDS, MAX_TOKENS, NO_COST, is_valid_cost
 from .entries import (
     FLOAT32,
     LITTLE_ENDIAN,
@@ -27,7 +27,7 @@ from .entries import (
     Vector,
     as_float32,
     freeze,
-    make_rows,
+    make_entry,
 )
 from .metadata import MAX_METADATA, read_metadata, write_metadata
 from .rounding import explain_unfit, pack, payload_size, read_back, round_rows, unpack
@@ -75,7 +75,7 @@ _get_body = itemgetter(slice(START.size, None))
 
 def _hash_key(key: str) -> bytes:
     # Valid keys are ASCII. A faulty backend may return a key with lone surrogates, and hashing must not fail for it.
-    return xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
+    return xxh3_128_digest(key.encode() if key.isascii() else key.encode("utf-8", "surrogatepass"))
 
 
 def _hash_keys(keys: Sequence[str]) -> bytes:
@@ -166,7 +166,7 @@ def _encode_cost(key: str, tokens: int | None, seconds: float | None) -> bytes:
 
 
 def _are_valid_dates(created: float, expires: float) -> bool:
-    return math.isfinite(created) and (math.isfinite(expires) or expires == NEVER)
+    return isfinite(created) and (expires == NEVER or isfinite(expires))
 
 
 # --- frames to entries ------------------------------------------------------------------------
@@ -228,6 +228,12 @@ def decode_frames(
             else:
                 (decoded.corrupt if result == "corrupt" else decoded.missed).append(key)
     return decoded
+
+
+def decode_frame(key: str, frame: bytes, *, now: float, dtype: Dtype, dimensions: int | None) -> Entry | None:
+    """Return the entry of one frame, or None if :func:`decode_frames` would not return an entry."""
+    result = _decode_one(key, frame, _Request(now, dtype, dimensions))
+    return result if type(result) is Entry else None
 
 
 def _group_by_size(frames: Mapping[str, bytes], corrupt: list[str]) -> Iterable[tuple[list[str], list[bytes]]]:
@@ -384,24 +390,25 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
     vector = _decode_vector(frame[rest + length :], dtype, dimension, wanted.dtype)
     if isinstance(vector, str):
         return vector
-    return Entry(vector, created, None if expires == NEVER else expires, metadata, wanted.dtype, *cost)
+    return make_entry((vector, created, None if expires == NEVER else expires, metadata, wanted.dtype, *cost))
 
 
-def _decode_cost(frame: bytes) -> Cost | None:
-    """Return the cost in a frame of version 2, or None if it is invalid."""
-    tokens, seconds = _COST_WORDS.unpack_from(frame, HEADER)
-    if _MAX_TOKENS_WORD < tokens != _UNKNOWN or _MAX_SECONDS_WORD < seconds != _UNKNOWN:
+def _decode_cost(frame: bytes) -> tuple[int | None, float | None] | None:
+    """Return the tokens and the seconds in a frame of version 2, or None if they are invalid."""
+    tokens, word = _COST_WORDS.unpack_from(frame, HEADER)
+    if _MAX_TOKENS_WORD < tokens != _UNKNOWN or _MAX_SECONDS_WORD < word != _UNKNOWN:
         return None
-    return Cost(
+    return (
         None if tokens == _UNKNOWN else tokens,
-        None if seconds == _UNKNOWN else _COST.unpack_from(frame, HEADER)[1],
+        None if word == _UNKNOWN else _COST.unpack_from(frame, HEADER)[1],
     )
 
 
 def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> Vector | _Rejection:
     if dtype == wanted == "float32" and LITTLE_ENDIAN:
-        vector = make_rows((payload,), dimension)[0]
-        return vector if np.isfinite(vector).all() else "corrupt"
+        vector: Vector = np.ndarray((dimension,), FLOAT32, payload)
+        # Searching bytes takes a third of the time of all(), which is a function in Python.
+        return vector if 0 not in np.isfinite(vector).tobytes() else "corrupt"
     values, sound = unpack(np.ndarray((1, len(payload)), np.uint8, payload), dtype)
     if not sound.all():
         return "corrupt"
