@@ -108,6 +108,7 @@ class DiskBackend:
             count=True,
             add=True,
             bounded=True,
+            max_batch=CHUNK_ITEMS,
         )
         self.clock: Callable[[], float] = time.time
         """Function that returns the Unix time in seconds. The backend uses this clock to tell when an entry expires."""
