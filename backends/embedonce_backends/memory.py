@@ -91,6 +91,9 @@ class MemoryBackend:
     def get_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
         """Return the stored entries by key, without the keys that have no entry."""
         time_left()
+        if len(keys) == 1:
+            entry = self.get(keys[0])
+            return {} if entry is None else {keys[0]: entry}
         return self._held.get_many(keys)
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:

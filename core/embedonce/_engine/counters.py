@@ -91,8 +91,11 @@ class Counters:
                         causes[cause] += counts[name]
             self._seconds += seconds
 
-    def count_seconds(self, seconds: float) -> None:
+    def count_read(self, misses: int, seconds: float) -> None:
+        """Count a read without errors. This takes a third of the time of :meth:`count`."""
         with self._lock:
+            if misses:
+                self._counts["misses"] += misses
             self._seconds += seconds
 
     def stats(self, saved: Work) -> TierStats:

@@ -148,7 +148,7 @@ class HotPath:
         """Count the hits of a batch, as the slow path does. Equal texts count once."""
         chain, count = self._chain, len(columns.vectors)
         tier = chain.tiers[0]
-        tier.counters.count_seconds(seconds)
+        tier.counters.count_read(0, seconds)
         costs = [CostColumns(count, columns.tokens, columns.seconds)]
         chain.ledger.count_saved(route.keyer.scope, route.source.price, tier.name, costs)
         chain.engine.requests.count(count, count)

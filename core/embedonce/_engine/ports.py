@@ -114,8 +114,8 @@ def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
 
 
 def _call_in_this_context(call: Callable[[], T], timeout: float | None) -> T:
-    with deadline(timeout):
-        return call()
+    deadline(timeout).__enter__()  # without an exit, because the context is dropped after the call
+    return call()
 
 
 def _split_wait(timeout: float | None) -> Iterator[float]:

@@ -183,7 +183,7 @@ class TierReader:
         name, scope, hits = self._calls.name, route.keyer.scope, len(read.entries)
         misses = 0 if is_repeat else read.answered - hits - read.corrupt
         corrupt = 0 if is_repeat else read.corrupt
-        if misses or corrupt or read.errors or read.skipped:
+        if corrupt or read.errors or read.skipped:
             self._counters.count(
                 misses=misses,
                 errors=read.errors,
@@ -193,7 +193,7 @@ class TierReader:
                 seconds=read.seconds,
             )
         else:
-            self._counters.count_seconds(read.seconds)
+            self._counters.count_read(misses, read.seconds)
         costs = read.entries.list_costs() if hits else []
         if costs:
             self._ledger.count_saved(scope, route.source.price, name, costs)
