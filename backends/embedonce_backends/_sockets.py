@@ -1,8 +1,9 @@
-"""Waiting for a socket until the deadline of the call, with one system call."""
+"""Sending and receiving on a socket until the deadline of the call."""
 
 from __future__ import annotations
 
 import select
+import socket
 
 from embedonce.contracts import time_left
 
@@ -23,26 +24,52 @@ class SocketWaiter:
 
     def is_readable(self) -> bool:
         """Return whether the socket is readable now. A socket that the other side has closed is readable."""
-        return bool(self._select(0.0, write=False))
+        if self._poll is not None:
+            return bool(self._poll.poll(0))
+        return bool(select.select([self._descriptor], [], [], 0)[0])
 
-    def wait(self, *, write: bool = False) -> None:
-        """Wait until the socket is readable, or with ``write`` until it is readable or writable.
+    def wait_until_readable(self) -> None:
+        """Wait until the socket is readable.
 
         Raises:
             TierTimeout: the deadline has passed.
         """
-        while not self._select(time_left(), write=write):
-            pass
+        while True:
+            left = time_left()
+            if self._poll is None:
+                ready = select.select([self._descriptor], [], [], left)[0]
+            else:
+                ready = self._poll.poll(None if left is None else left * 1000)  # poll rounds milliseconds up
+            if ready:
+                return
 
-    def _select(self, seconds: float | None, *, write: bool) -> bool:
-        if self._poll is None:
-            descriptors = [self._descriptor]
-            return any(select.select(descriptors, descriptors if write else [], [], seconds))
-        milliseconds = None if seconds is None else seconds * 1000  # poll rounds it up
-        if not write:
-            return bool(self._poll.poll(milliseconds))
-        self._poll.modify(self._descriptor, select.POLLIN | select.POLLOUT)
+    def wait_until_writable(self) -> None:
+        """Wait until the socket is writable. This raises the same error as :meth:`wait_until_readable`."""
+        while True:
+            left = time_left()
+            if self._poll is None:
+                ready = select.select([], [self._descriptor], [], left)[1]
+            else:
+                poll = select.poll()
+                poll.register(self._descriptor, select.POLLOUT)
+                ready = poll.poll(None if left is None else left * 1000)
+            if ready:
+                return
+
+
+def send_all(connected: socket.socket, waiter: SocketWaiter, data: bytes) -> None:
+    """Send all of the data through a socket that does not block.
+
+    Raises:
+        TierTimeout: the deadline has passed. Some of the data may have been sent.
+        OSError: the connection is lost.
+    """
+    rest = memoryview(data)
+    while True:
         try:
-            return bool(self._poll.poll(milliseconds))
-        finally:
-            self._poll.modify(self._descriptor, select.POLLIN)
+            rest = rest[connected.send(rest) :]
+        except BlockingIOError:
+            pass
+        if not rest:
+            return
+        waiter.wait_until_writable()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import psycopg
 from psycopg.adapt import Transformer
@@ -20,6 +20,8 @@ from .connections import AsyncConnection, Connection
 Parameter: TypeAlias = bytes | None
 """A parameter in binary format, or None for NULL. The statement casts the parameter to the right type."""
 Row: TypeAlias = tuple[Any, ...]
+Readiness: TypeAlias = Literal["readable", "writable"]
+"""What a socket has to be before a statement can go on."""
 
 BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
 """Starts a transaction whose statements each see what other transactions have committed. The statements of this backend
@@ -33,11 +35,13 @@ def execute(connection: Connection, statement: bytes, values: Sequence[Parameter
         psycopg.Error: the server refused the statement, or the connection is lost.
     """
     steps = _exchange(connection.pgconn, statement, values)
+    waiter = connection.waiter
     try:
-        wants_write = next(steps)
         while True:
-            connection.waiter.wait(write=wants_write)
-            wants_write = next(steps)
+            if next(steps) == "readable":
+                waiter.wait_until_readable()
+            else:
+                waiter.wait_until_writable()
     except StopIteration as done:
         return _load_rows(connection.transformer, done.value)
 
@@ -46,10 +50,8 @@ async def execute_async(connection: AsyncConnection, statement: bytes, values: S
     """Run one statement and return its rows. This raises the same errors as :func:`execute`, except TierTimeout."""
     steps = _exchange(connection.pgconn, statement, values)
     try:
-        wants_write = next(steps)
         while True:
-            await _wait_on_loop(connection.pgconn.socket, wants_write)
-            wants_write = next(steps)
+            await _wait_on_loop(connection.pgconn.socket, next(steps))
     except StopIteration as done:
         return _load_rows(connection.transformer, done.value)
 
@@ -82,20 +84,18 @@ async def execute_isolated_async(
     return rows
 
 
-def _exchange(pgconn: PGconn, statement: bytes, values: Sequence[Parameter]) -> Generator[bool, None, PGresult]:
+def _exchange(pgconn: PGconn, statement: bytes, values: Sequence[Parameter]) -> Generator[Readiness, None, PGresult]:
     """Send a statement and read its result.
 
-    The generator never waits. It yields when the caller has to wait: True until the socket is readable or writable,
-    False until the socket is readable.
+    The generator never waits. It yields what the caller has to wait for.
     """
     pgconn.send_query_params(statement, values, None, [Format.BINARY] * len(values), Format.BINARY)
     while pgconn.flush():  # the socket does not take the whole statement at once
-        yield True
-        pgconn.consume_input()
+        yield "writable"
     results = []
     while True:
         while pgconn.is_busy():
-            yield False
+            yield "readable"
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None:
@@ -103,11 +103,8 @@ def _exchange(pgconn: PGconn, statement: bytes, values: Sequence[Parameter]) -> 
         results.append(result)
 
 
-async def _wait_on_loop(descriptor: int, write: bool) -> None:
-    """Wait until the socket is readable, or with ``write`` until it is readable or writable.
-
-    A cancelled wait ends at once. A wait of psycopg would end only after the server's answer.
-    """
+async def _wait_on_loop(descriptor: int, wanted: Readiness) -> None:
+    """Wait until the socket is ready. A cancelled wait ends at once; one of psycopg would wait for the reply first."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -115,15 +112,14 @@ async def _wait_on_loop(descriptor: int, write: bool) -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_reader(descriptor, wake)
+    add, remove = (
+        (loop.add_reader, loop.remove_reader) if wanted == "readable" else (loop.add_writer, loop.remove_writer)
+    )
+    add(descriptor, wake)
     try:
-        if write:
-            loop.add_writer(descriptor, wake)
         await ready
     finally:
-        loop.remove_reader(descriptor)
-        if write:
-            loop.remove_writer(descriptor)
+        remove(descriptor)
 
 
 def _load_rows(transformer: Transformer, result: PGresult) -> list[Row]:

@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
 from embedonce_backends._pages import limit_page_time
+from embedonce_backends._sockets import SocketWaiter, send_all
 
 from .errors import Parser, explain_end, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip, is_master
@@ -89,11 +90,25 @@ class Settings:
 class _Parser(Parser):
     """Ends every read by the deadline of the call. A socket's own timeout would start again with every read."""
 
+    waiter: SocketWaiter | None = None
+    """Waits for the socket if it does not block."""
+
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
-        if self._sock is not None:
+        if self.waiter is not None:
+            self.waiter.wait_until_readable()
+        elif self._sock is not None:
             self._sock.settimeout(time_left())
         read: bool = super().read_from_socket(*args, **kwargs)
         return read
+
+    def can_read(self, timeout: float = 0) -> bool:
+        if self.waiter is None or self._reader is None:
+            return bool(super().can_read(timeout))
+        return bool(self._reader.has_data()) or self.waiter.is_readable()
+
+    def on_disconnect(self) -> None:
+        super().on_disconnect()
+        self.waiter = None
 
 
 class Connection(redis.Connection):
@@ -153,8 +168,17 @@ class Connection(redis.Connection):
         super().send_packed_command(command, check_health)
 
     def send(self, trip: Trip) -> None:
-        """Send the commands of a trip in one piece, so that the socket's timeout covers all of them together."""
-        self.send_packed_command([trip.pack()])
+        """Send the commands of a trip in one piece, so that a socket's timeout covers all of them together."""
+        waiter = self._parser.waiter
+        if waiter is None or self._sock is None:
+            self.send_packed_command([trip.pack()])
+            return
+        try:
+            send_all(self._sock, waiter, trip.pack())
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionError(f"cannot send to Redis: {error.strerror}") from error
 
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
@@ -179,6 +203,9 @@ class Connection(redis.Connection):
     def open(self) -> None:
         """Connect and log in. If the node is expected to be a master, check that it is one."""
         self.connect()
+        if self._tls is None:  # redis-py logs in with a timeout, and a TLS socket always needs one
+            self._sock.setblocking(False)
+            self._parser.waiter = SocketWaiter(self._sock.fileno())
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
             check_role(reply)
@@ -201,7 +228,7 @@ class Connection(redis.Connection):
         connection or sent an error.
         """
         try:
-            return not self.can_read(0)
+            return not self._parser.can_read(0)
         except (redis.RedisError, OSError):
             return False
 
@@ -266,7 +293,9 @@ class Pool:
 
     def reset(self) -> None:
         """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting_count = 0
         self._idle.clear()  # in the child, redis-py closes only the descriptor and sends the server nothing
         self._in_use = 0
 
@@ -276,46 +305,70 @@ class Pool:
         Raises:
             TierBusy: all connections stayed in use for half of the call's remaining time.
         """
-        with self._changed:
-            if self._in_use >= self._settings.max_connections and not self._closed:
-                self._wait_for_free()
+        with self._lock:
+            # A new call leaves a slot to each call that waits. A thread that gives a connection back and takes one
+            # again would otherwise be faster than the threads that it has woken, time after time.
+            if not self._has_free_slots(self._waiting_count):
+                self._wait_for_slot()
             if self._closed:
                 raise CacheClosed(CLOSED)
             self._in_use += 1
-            idle = self._pop_idle()
-        return Connection(self._node, self._settings) if idle is None else idle
+        try:
+            return self._pop_idle() or Connection(self._node, self._settings)
+        except BaseException:
+            self._free_slot()
+            raise
 
-    def _wait_for_free(self) -> None:
+    def _has_free_slots(self, waiting: int = 0) -> bool:
+        return self._closed or self._in_use + waiting < self._settings.max_connections
+
+    def _wait_for_slot(self) -> None:
         left = time_left()
-        timeout = None if left is None else left / 2
-        if not self._changed.wait_for(lambda: self._closed or self._in_use < self._settings.max_connections, timeout):
+        self._waiting_count += 1
+        try:
+            has_slot = self._changed.wait_for(self._has_free_slots, None if left is None else left / 2)
+        except BaseException:  # Ctrl-C, after this call may have been woken instead of another one
+            self._changed.notify()
+            raise
+        finally:
+            self._waiting_count -= 1
+        if not has_slot:
             raise TierBusy(BUSY.format(self._settings.max_connections))
+
+    def _free_slot(self) -> None:
+        with self._lock:
+            self._in_use -= 1
+            self._changed.notify()
 
     def _pop_idle(self) -> Connection | None:
         oldest = time.monotonic() - IDLE_SECONDS
-        while self._idle:
-            connection = self._idle.pop()
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            # The check lets other threads run. If this thread held the lock meanwhile, they would wait for it.
             if connection.idle_since > oldest and connection.is_usable():
                 return connection
             connection.disconnect()
-        return None
 
     def give(self, connection: Connection, *, is_reusable: bool) -> None:
         """Take a connection back, and close it unless ``is_reusable``."""
         if not is_reusable:
             connection.disconnect()
         connection.idle_since = time.monotonic()
-        with self._changed:
+        with self._lock:
             self._in_use -= 1
             if is_reusable and not self._closed:
                 self._idle.append(connection)
-            self._changed.notify()
+            if self._waiting_count:
+                self._changed.notify()
         if self._closed:
             connection.disconnect()
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when it is given back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
             self._changed.notify_all()
@@ -394,6 +447,18 @@ class Client:
                 pool = self._pools.setdefault(node, Pool(node, self._settings))
         return pool
 
+    def _exchange_trip(self, trip: Trip) -> list[Reply]:
+        pool = self._get_pool(trip.node)
+        connection = pool.take()
+        is_done = False
+        try:
+            connection.begin(trip)
+            replies = connection.read(trip)
+            is_done = True
+            return replies
+        finally:
+            pool.give(connection, is_reusable=is_done)
+
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         """Send the commands of all trips, then read all replies.
 
@@ -403,6 +468,8 @@ class Client:
             Exception: every trip failed; the exception is the first trip's error.
         """
         time_left()
+        if len(trips) == 1:
+            return [self._exchange_trip(trips[0])]
         pools = {index: self._get_pool(trip.node) for index, trip in enumerate(trips)}
         lent: dict[int, Connection] = {}
         done: set[int] = set()
