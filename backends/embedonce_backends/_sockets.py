@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import select
+import selectors
 import socket
+from contextlib import suppress
 
 from embedonce.contracts import time_left
 
@@ -15,8 +17,10 @@ class SocketWaiter:
     each send, even if the data can be sent at once. Each of these system calls also lets other threads run first.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, longest_seconds: float | None = None) -> None:
+        """Make a waiter for a socket. ``longest_seconds`` limits each wait of a call without a deadline."""
         self._descriptor = descriptor
+        self._longest_seconds = longest_seconds
         self._poll = None
         if hasattr(select, "poll"):
             self._poll = select.poll()
@@ -24,52 +28,49 @@ class SocketWaiter:
 
     def is_readable(self) -> bool:
         """Return whether the socket is readable now. A socket that the other side has closed is readable."""
-        if self._poll is not None:
-            return bool(self._poll.poll(0))
-        return bool(select.select([self._descriptor], [], [], 0)[0])
+        return self._select(0)
 
     def wait_until_readable(self) -> None:
         """Wait until the socket is readable.
 
         Raises:
-            TierTimeout: the deadline has passed.
+            TimeoutError: the time is over; a TierTimeout if the call has a deadline.
         """
-        while True:
-            left = time_left()
-            if self._poll is None:
-                ready = select.select([self._descriptor], [], [], left)[0]
-            else:
-                ready = self._poll.poll(None if left is None else left * 1000)  # poll rounds milliseconds up
-            if ready:
-                return
+        while not self._select(self._get_seconds()):
+            self._check_time()
 
     def wait_until_writable(self) -> None:
-        """Wait until the socket is writable. This raises the same error as :meth:`wait_until_readable`."""
-        while True:
-            left = time_left()
-            if self._poll is None:
-                ready = select.select([], [self._descriptor], [], left)[1]
-            else:
-                poll = select.poll()
-                poll.register(self._descriptor, select.POLLOUT)
-                ready = poll.poll(None if left is None else left * 1000)
-            if ready:
-                return
+        """Wait until the socket is writable. This raises the same errors as :meth:`wait_until_readable`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._descriptor, selectors.EVENT_WRITE)
+            while not selector.select(self._get_seconds()):
+                self._check_time()
+
+    def _select(self, seconds: float | None) -> bool:
+        if self._poll is None:
+            return bool(select.select([self._descriptor], [], [], seconds)[0])
+        return bool(self._poll.poll(None if seconds is None else seconds * 1000))  # poll rounds milliseconds up
+
+    def _get_seconds(self) -> float | None:
+        left = time_left()
+        return self._longest_seconds if left is None else left
+
+    def _check_time(self) -> None:
+        if time_left() is None and self._longest_seconds is not None:
+            raise TimeoutError(f"the socket was not ready within {self._longest_seconds:g} s")
 
 
 def send_all(connected: socket.socket, waiter: SocketWaiter, data: bytes) -> None:
     """Send all of the data through a socket that does not block.
 
     Raises:
-        TierTimeout: the deadline has passed. Some of the data may have been sent.
+        TimeoutError: the time is over. Some of the data may have been sent.
         OSError: the connection is lost.
     """
     rest = memoryview(data)
     while True:
-        try:
+        with suppress(BlockingIOError):
             rest = rest[connected.send(rest) :]
-        except BlockingIOError:
-            pass
         if not rest:
             return
         waiter.wait_until_writable()

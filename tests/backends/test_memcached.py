@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
@@ -29,6 +29,7 @@ from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy, TierError
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.support import run_in_fork, run_in_threads
+from embedonce_backends._call_slots import CallSlots
 from embedonce_backends.memcached import MemcachedBackend, nodes
 from embedonce_backends.memcached.backend import MAX_VALUE_BYTES
 from embedonce_backends.memcached.nodes import ValueTooLarge
@@ -497,18 +498,20 @@ def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> Non
         assert proxy.accepted <= 2
 
 
-class ImpatientSemaphore:
-    """A semaphore that waits for 0.02 s, whatever timeout it is given."""
+class ImpatientSlots:
+    """Slots for which a call waits for 0.02 s, whatever time it has."""
 
-    def __init__(self, semaphore: threading.Semaphore) -> None:
-        self.semaphore = semaphore
+    def __init__(self, slots: CallSlots) -> None:
+        self.slots = slots
 
-    def acquire(self, timeout: float) -> bool:
-        assert 0 < timeout <= 60
-        return self.semaphore.acquire(timeout=0.02)
+    def take(self, get_seconds: Callable[[], float | None]) -> bool:
+        seconds = get_seconds()
+        assert seconds is not None
+        assert 0 < seconds <= 60
+        return self.slots.take(lambda: 0.02)
 
-    def release(self) -> None:
-        self.semaphore.release()
+    def free(self) -> None:
+        self.slots.free()
 
 
 def test_an_exhausted_pool_raises_busy_and_the_node_stays_up(
@@ -524,7 +527,7 @@ def test_an_exhausted_pool_raises_busy_and_the_node_stays_up(
         try:
             wait_until(lambda: not node._idle, "the connection is in use")
             # The deadline is long, because a short one might pass before the call starts to wait.
-            monkeypatch.setattr(node, "_slots", ImpatientSemaphore(node._slots))
+            monkeypatch.setattr(node, "_slots", ImpatientSlots(node._slots))
             with deadline(60.0), pytest.raises(TierBusy, match="max_connections = 1"):
                 backend.get_many([key_of(1)])
             assert node.is_up

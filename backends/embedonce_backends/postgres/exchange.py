@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import psycopg
-from psycopg.adapt import Transformer
+from psycopg.abc import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
@@ -26,6 +26,7 @@ Readiness: TypeAlias = Literal["readable", "writable"]
 BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
 """Starts a transaction whose statements each see what other transactions have committed. The statements of this backend
 rely on that, and a database or role may have another default."""
+
 
 def execute(connection: Connection, statement: bytes, values: Sequence[Parameter] = ()) -> list[Row]:
     """Run one statement and return its rows.
@@ -92,7 +93,7 @@ def _exchange(pgconn: PGconn, statement: bytes, values: Sequence[Parameter]) -> 
     pgconn.send_query_params(statement, values, None, [Format.BINARY] * len(values), Format.BINARY)
     while pgconn.flush():  # the socket does not take the whole statement at once
         yield "writable"
-    results = []
+    results: list[PGresult] = []
     while True:
         while pgconn.is_busy():
             yield "readable"

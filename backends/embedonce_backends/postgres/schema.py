@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, LiteralString, Protocol, TypeAlias
+from typing import Literal, LiteralString, Protocol, TypeAlias
 
 from psycopg.sql import SQL, Composable, Identifier
 from psycopg.sql import Literal as Quoted
@@ -266,8 +266,8 @@ class Statements:
 
 _PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
 
-# Every function, cast and condition makes planning longer, and this statement is planned for each call. So the rows that
-# have expired are left out by decode_rows. CURRENT_TIMESTAMP is not a function that has to be looked up.
+# The server plans this statement anew for each call, and every function and condition makes planning longer. So
+# decode_rows drops the rows that have expired. CURRENT_TIMESTAMP is not a function that has to be looked up.
 _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata, text_preview, {costs}, kept_until, CURRENT_TIMESTAMP"
     " FROM {table} WHERE key = ANY($1::text[])"

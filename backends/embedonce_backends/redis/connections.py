@@ -21,6 +21,7 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
+from embedonce_backends._call_slots import CallSlots
 from embedonce_backends._pages import limit_page_time
 from embedonce_backends._sockets import SocketWaiter, send_all
 
@@ -203,9 +204,10 @@ class Connection(redis.Connection):
     def open(self) -> None:
         """Connect and log in. If the node is expected to be a master, check that it is one."""
         self.connect()
-        if self._tls is None:  # redis-py logs in with a timeout, and a TLS socket always needs one
-            self._sock.setblocking(False)
-            self._parser.waiter = SocketWaiter(self._sock.fileno())
+        opened: socket.socket | None = self._sock
+        if opened is not None and self._tls is None:  # redis-py logs in with a timeout, and a TLS socket needs one
+            opened.setblocking(False)
+            self._parser.waiter = SocketWaiter(opened.fileno())
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
             check_role(reply)
@@ -278,6 +280,11 @@ def _call_in_thread(look_up: Callable[[], T]) -> T:
     return results[0]
 
 
+def _get_half_of_time() -> float | None:
+    left = time_left()
+    return None if left is None else left / 2
+
+
 # --- pools, blocking --------------------------------------------------------------------------------
 
 
@@ -294,10 +301,8 @@ class Pool:
     def reset(self) -> None:
         """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._waiting_count = 0
+        self._slots = CallSlots(self._settings.max_connections)
         self._idle.clear()  # in the child, redis-py closes only the descriptor and sends the server nothing
-        self._in_use = 0
 
     def take(self) -> Connection:
         """Return a connection that no other call uses until :meth:`give`.
@@ -305,40 +310,15 @@ class Pool:
         Raises:
             TierBusy: all connections stayed in use for half of the call's remaining time.
         """
-        with self._lock:
-            # A new call leaves a slot to each call that waits. A thread that gives a connection back and takes one
-            # again would otherwise be faster than the threads that it has woken, time after time.
-            if not self._has_free_slots(self._waiting_count):
-                self._wait_for_slot()
+        if not self._slots.take(_get_half_of_time):
+            raise TierBusy(BUSY.format(self._settings.max_connections))
+        try:
             if self._closed:
                 raise CacheClosed(CLOSED)
-            self._in_use += 1
-        try:
             return self._pop_idle() or Connection(self._node, self._settings)
         except BaseException:
-            self._free_slot()
+            self._slots.free()
             raise
-
-    def _has_free_slots(self, waiting: int = 0) -> bool:
-        return self._closed or self._in_use + waiting < self._settings.max_connections
-
-    def _wait_for_slot(self) -> None:
-        left = time_left()
-        self._waiting_count += 1
-        try:
-            has_slot = self._changed.wait_for(self._has_free_slots, None if left is None else left / 2)
-        except BaseException:  # Ctrl-C, after this call may have been woken instead of another one
-            self._changed.notify()
-            raise
-        finally:
-            self._waiting_count -= 1
-        if not has_slot:
-            raise TierBusy(BUSY.format(self._settings.max_connections))
-
-    def _free_slot(self) -> None:
-        with self._lock:
-            self._in_use -= 1
-            self._changed.notify()
 
     def _pop_idle(self) -> Connection | None:
         oldest = time.monotonic() - IDLE_SECONDS
@@ -354,16 +334,13 @@ class Pool:
 
     def give(self, connection: Connection, *, is_reusable: bool) -> None:
         """Take a connection back, and close it unless ``is_reusable``."""
-        if not is_reusable:
-            connection.disconnect()
         connection.idle_since = time.monotonic()
         with self._lock:
-            self._in_use -= 1
-            if is_reusable and not self._closed:
+            is_kept = is_reusable and not self._closed
+            if is_kept:
                 self._idle.append(connection)
-            if self._waiting_count:
-                self._changed.notify()
-        if self._closed:
+        self._slots.free()
+        if not is_kept:
             connection.disconnect()
 
     def close(self) -> None:
@@ -371,7 +348,7 @@ class Pool:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            self._changed.notify_all()
+        self._slots.close()
         for connection in idle:
             connection.disconnect()
 
