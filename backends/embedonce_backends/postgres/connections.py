@@ -439,9 +439,15 @@ class AsyncPool:
             raise CacheClosed(CLOSED)
         left = time_left()
         has_slot = False
+        if not self._slots.locked():
+            has_slot = await self._slots.acquire()  # does not wait
+            connection = self._pop_idle()
+            if connection is not None:
+                return connection
         try:
             async with async_deadline(None if left is None else left / 2):
-                has_slot = await self._slots.acquire()
+                if not has_slot:
+                    has_slot = await self._slots.acquire()
                 return self._pop_idle() or await self._make_connection()
         except LoopBusy:
             raise
