@@ -443,10 +443,27 @@ def measure_hits(repeats: int) -> None:
                     for p in ready
                 }
                 print_table(f"{kind}: batch hit, {dimensions} dimensions", times, TEXTS, notes)
-                calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
-                print_table(
-                    f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), SINGLE_TEXTS
-                )
+                measure_single_hits(f"{kind}: one hit, {dimensions} dimensions", ready, ones, repeats)
+
+
+def measure_single_hits(title: str, peers: Sequence[Peer], texts: FreshTexts, repeats: int) -> None:
+    """Read texts one by one, and the keys of these texts with embedonce's backend alone."""
+    calls: Calls = {p.name: (lambda p=p: list(map(p.read_one, texts.now))) for p in peers}
+    with ExitStack() as stack:
+        for peer in filter(lambda peer: isinstance(peer, Embedonce), peers):
+            calls[f"{peer.name}, the backend alone"] = make_backend_call(peer, texts.now, stack)
+        times = measure(calls, repeats, texts.renew)
+        spent = measure_cpu(calls, repeats, texts.renew)
+    notes = {name: f"CPU of both sides {seconds / SINGLE_TEXTS * 1e6:.0f} µs" for name, seconds in spent.items()}
+    print_table(title, times, SINGLE_TEXTS, notes)
+
+
+def make_backend_call(peer: Any, texts: Sequence[str], stack: ExitStack) -> Callable[[], object]:
+    """Return a call that reads the keys of the texts one by one, with the backend's own method."""
+    keys = [peer.cache.explain(text).key for text in texts]
+    backend = peer.backend()
+    stack.callback(backend.close)
+    return lambda: [backend.get_many([key]) for key in keys]
 
 
 def make_read_calls(peers: Sequence[Peer], texts: FreshTexts) -> Calls:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 from descriptors import without_descriptors
-from pymemcache.exceptions import MemcacheServerError
+from hypothesis import given
+from hypothesis import strategies as st
+from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheError, MemcacheServerError, MemcacheUnknownError
 from servers import MemcachedServer, find_program, send_memcached_line, wait_until
 
 import embedonce
@@ -29,6 +32,7 @@ from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy, TierError
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.support import run_in_fork, run_in_threads
+from embedonce_backends._call_slots import CallSlots
 from embedonce_backends.memcached import MemcachedBackend, nodes
 from embedonce_backends.memcached.backend import MAX_VALUE_BYTES
 from embedonce_backends.memcached.nodes import ValueTooLarge
@@ -497,18 +501,20 @@ def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> Non
         assert proxy.accepted <= 2
 
 
-class ImpatientSemaphore:
-    """A semaphore that waits for 0.02 s, whatever timeout it is given."""
+class ImpatientSlots:
+    """Slots for which a call waits for 0.02 s, whatever time it has."""
 
-    def __init__(self, semaphore: threading.Semaphore) -> None:
-        self.semaphore = semaphore
+    def __init__(self, slots: CallSlots) -> None:
+        self.slots = slots
 
-    def acquire(self, timeout: float) -> bool:
-        assert 0 < timeout <= 60
-        return self.semaphore.acquire(timeout=0.02)
+    def take(self, get_seconds: Callable[[], float | None]) -> bool:
+        seconds = get_seconds()
+        assert seconds is not None
+        assert 0 < seconds <= 60
+        return self.slots.take(lambda: 0.02)
 
-    def release(self) -> None:
-        self.semaphore.release()
+    def free(self) -> None:
+        self.slots.free()
 
 
 def test_an_exhausted_pool_raises_busy_and_the_node_stays_up(
@@ -524,7 +530,7 @@ def test_an_exhausted_pool_raises_busy_and_the_node_stays_up(
         try:
             wait_until(lambda: not node._idle, "the connection is in use")
             # The deadline is long, because a short one might pass before the call starts to wait.
-            monkeypatch.setattr(node, "_slots", ImpatientSemaphore(node._slots))
+            monkeypatch.setattr(node, "_slots", ImpatientSlots(node._slots))
             with deadline(60.0), pytest.raises(TierBusy, match="max_connections = 1"):
                 backend.get_many([key_of(1)])
             assert node.is_up
@@ -634,3 +640,85 @@ def test_a_missing_pymemcache_is_an_error_that_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "embedonce[memcached]" in done.stderr
+
+
+# --- replies to get -----------------------------------------------------------------------------
+
+
+class ScriptedSocket:
+    """A socket that receives a given reply in given pieces."""
+
+    def __init__(self, reply: bytes, sizes: Sequence[int]) -> None:
+        self.sent = b""
+        self.pieces = []
+        for size in sizes:
+            self.pieces.append(reply[:size])
+            reply = reply[size:]
+        self.pieces = [piece for piece in (*self.pieces, reply) if piece]
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+    def recv(self, _: int) -> bytes:
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def close(self) -> None:
+        pass
+
+
+def ask(call: Callable[[Any, list[str]], Any], reply: bytes, sizes: Sequence[int], keys: list[str]) -> Any:
+    """Return the answer or the class of the error, and what was sent."""
+    connection = nodes.Connection(("127.0.0.1", 1), key_prefix=b"p-")
+    connection.sock = scripted = ScriptedSocket(reply, sizes)
+    try:
+        return call(connection, keys), scripted.sent
+    except (MemcacheError, UnicodeError) as error:
+        return type(error), scripted.sent
+
+
+_names = st.sampled_from(["a", "b", "c", "END", "VALUE", "k" * 240])
+_pieces = st.lists(st.integers(1, 40), max_size=60)
+
+
+@given(
+    keys=st.lists(_names, min_size=1, unique=True),
+    values=st.dictionaries(_names, st.binary(max_size=60) | st.just(b"END\r\n") | st.just(b"\r\nVALUE a 0 1\r\n")),
+    sizes=_pieces,
+)
+def test_a_reply_in_any_pieces_is_read_as_pymemcache_reads_it(
+    keys: list[str], values: dict[str, bytes], sizes: list[int]
+) -> None:
+    found = {key: values[key] for key in keys if key in values}
+    reply = b"".join(b"VALUE p-%b 0 %d\r\n%b\r\n" % (key.encode(), len(v), v) for key, v in found.items()) + b"END\r\n"
+    ours = ask(nodes.Connection.get_all, reply, sizes, keys)
+    assert ours == ask(Client.get_many, reply, sizes, keys) == (found, b"get p-" + " p-".join(keys).encode() + b"\r\n")
+
+
+@given(
+    reply=st.sampled_from(
+        [b"ERROR\r\n", b"CLIENT_ERROR bad\r\n", b"SERVER_ERROR out of memory\r\n", b"what\r\n", b"VALUE p-a 0 5\r\nab"]
+    ),
+    sizes=_pieces,
+)
+def test_an_error_reply_raises_what_pymemcache_raises(reply: bytes, sizes: list[int]) -> None:
+    answer, _ = ask(nodes.Connection.get_all, reply, sizes, ["a"])
+    assert issubclass(answer, MemcacheError)
+    assert answer == ask(Client.get_many, reply, sizes, ["a"])[0]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"VALUE p-b 0 1\r\nx\r\nEND\r\n",  # a key that was not requested
+        b"VALUE p-a 0 1\r\nxyz\r\nEND\r\n",  # a wrong size
+        b"END\r\nEND\r\n",  # the reply to another call
+    ],
+)
+def test_a_reply_that_does_not_fit_the_request_is_an_error(reply: bytes) -> None:
+    assert ask(nodes.Connection.get_all, reply, [], ["a"])[0] is MemcacheUnknownError
+
+
+@pytest.mark.parametrize("key", ["a b", "a\r\nflush_all", "", "k" * 249, "\xe4", "a\0"])
+def test_a_key_that_memcached_does_not_allow_is_treated_as_pymemcache_treats_it(key: str) -> None:
+    ours = ask(nodes.Connection.get_all, b"END\r\n", [], ["fine", key])
+    assert ours == ask(Client.get_many, b"END\r\n", [], ["fine", key])

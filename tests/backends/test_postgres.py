@@ -368,7 +368,7 @@ def test_a_batch_is_one_query_by_the_index(database: Database, backend: Postgres
     statement = backend.get_statements().get
     keys = list(items)[:256]
     with psycopg.connect(database.url, cursor_factory=psycopg.RawCursor) as connection:
-        plan = "\n".join(row for (row,) in connection.execute(b"EXPLAIN " + statement, (0.0, keys)))
+        plan = "\n".join(row for (row,) in connection.execute(b"EXPLAIN " + statement, (keys,)))
     assert "_pkey" in plan
     assert "Seq Scan" not in plan
     counts = sql.SQL("SELECT idx_scan > 0, seq_scan FROM pg_stat_user_tables WHERE relname = {}")

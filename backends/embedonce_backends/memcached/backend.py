@@ -9,6 +9,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Gt, MinLen
@@ -197,16 +198,15 @@ class MemcachedBackend:
         if self._closed:
             raise CacheClosed("the memcached backend is closed")
         time_left()
-        include_down = include_down or not self._is_any_up()
+        include_down = include_down or len(self._nodes) == 1 or not self._is_any_up()
         answers: list[R] = []
         failures: dict[Node, Exception] = {}
         for index, (node, part) in enumerate(parts.items()):
             if not include_down and not node.admits_call():
                 failures[node] = _NodeSkipped(f"memcached {node.name} failed recently; skipping it for now")
                 continue
-            seconds = self._get_node_time(len(parts) - index)
             try:
-                with deadline(seconds):
+                with self._limit_node_time(len(parts) - index):
                     answers.append(node.run(call, part, may_retry=may_retry))
             except Exception as error:  # noqa: BLE001  (the caller raises it, or puts it into a PartialAnswer)
                 failures[node] = error
@@ -216,15 +216,17 @@ class MemcachedBackend:
                 node.mark_answered()
         return answers, failures
 
-    def _get_node_time(self, nodes: int) -> float | None:
-        """Return the seconds that the next node may take.
+    def _limit_node_time(self, nodes: int) -> AbstractContextManager[None]:
+        """Return a context that limits the time of the next node.
 
         ``nodes`` is the number of nodes that still have to be asked, including the next node. The remaining time is
         divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and can return the
-        results of the other nodes.
+        results of the other nodes. A node without others has the whole time.
         """
+        if len(self._nodes) == 1:
+            return _NO_LIMIT
         left = time_left()
-        return left if left is None or len(self._nodes) == 1 else left / (nodes + 1)
+        return deadline(None if left is None else left / (nodes + 1))
 
     def _is_any_up(self) -> bool:
         return any(node.is_up for node in self._nodes.values())
@@ -269,6 +271,8 @@ class MemcachedBackend:
 def _describe_error(error: Exception) -> str:
     return str(error) if isinstance(error, SeveralAddresses) else type(error).__name__
 
+
+_NO_LIMIT: AbstractContextManager[None] = nullcontext()
 
 _HOST = re.compile(r"([\w.-]+|\[[\w:.%]+\])(?::([0-9]{1,5}))?")
 

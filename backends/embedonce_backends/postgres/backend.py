@@ -11,11 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import psycopg
 from annotated_types import Ge
-from psycopg.pq import TransactionStatus
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, StoredSize, time_left
@@ -24,9 +23,18 @@ from embedonce.event_loops import async_deadline
 from embedonce.options import Doc
 from embedonce_backends._pages import limit_page_time
 
-from .connections import AsyncConnection, AsyncPool, Connection, Pool, has_rows, is_reusable, parse_url
+from .connections import AsyncPool, Pool, is_reusable, parse_url
 from .errors import CONFLICTS, Repetition, shorten_message
-from .rows import Item, decode_rows, encode_columns, encode_texts
+from .exchange import (
+    BEGIN,
+    Parameter,
+    Row,
+    execute,
+    execute_async,
+    execute_isolated,
+    execute_isolated_async,
+)
+from .rows import Item, decode_rows, encode_columns, encode_double, encode_long, encode_texts
 from .schema import (
     Column,
     Run,
@@ -52,9 +60,6 @@ ADD_COLUMNS_MS = 50
 """Maximum milliseconds that the first call waits for the lock that adding columns needs. While it waits, other calls of
 all processes wait behind it."""
 SWEEP_FAILED = "could not delete expired rows (%s); retrying after later writes"
-BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
-"""Starts a transaction whose statements each see what other transactions have committed. The statements of this backend
-rely on that, and a database or role may have another default."""
 MAX_NAME_BYTES = 63
 """Maximum length of a table's or schema's name in bytes; Postgres truncates longer names."""
 
@@ -125,15 +130,15 @@ class PostgresBackend:
         """Return the items that are stored under ``keys``, with one query."""
         if not keys:
             return {}
-        return decode_rows(self._run(self.get_statements().get, (self.clock_offset, encode_texts(keys))))
+        return decode_rows(self._run(self.get_statements().get, (encode_texts(keys),)), self.clock_offset)
 
     def set_many(self, items: Mapping[str, Item], ttl: float | None, /) -> None:
         """Store all items or none, with one statement. A row that would not change is not written."""
         if not items:
             return
         statements = self.get_statements()
-        values = encode_columns(items, statements.vector_oid, self.keeps_preview)
-        self._run(statements.set, (self.clock_offset, ttl, *values))
+        values = self.encode_write(items, ttl, statements)
+        self._run(statements.set, values)
         if self.is_sweep_due(len(items)):
             self._sweep(statements)
 
@@ -145,8 +150,8 @@ class PostgresBackend:
         if not items:
             return set()
         statements = self.get_statements()
-        values = encode_columns(items, statements.vector_oid, self.keeps_preview)
-        return {key for (key,) in self._run(statements.add, (self.clock_offset, ttl, *values))}
+        values = self.encode_write(items, ttl, statements)
+        return {key for (key,) in self._run(statements.add, values)}
 
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys, with one statement."""
@@ -161,7 +166,7 @@ class PostgresBackend:
         last = ""
         while True:
             with limit_page_time():
-                values = (prefix, _find_prefix_end(prefix), last, SCAN_PAGE_KEYS)
+                values = (*_encode_range(prefix), last.encode(), encode_long(SCAN_PAGE_KEYS))
                 keys = self._run(self.get_statements().scan, values)
             for (last,) in keys:
                 yield last
@@ -170,7 +175,7 @@ class PostgresBackend:
 
     def count(self, prefix: str, /) -> int:
         """Return how many keys start with ``prefix``, including expired keys that have not been deleted yet."""
-        ((count,),) = self._run(self.get_statements().count, (prefix, _find_prefix_end(prefix)))
+        ((count,),) = self._run(self.get_statements().count, _encode_range(prefix))
         return int(count)
 
     def measure(self, prefix: str, /) -> StoredSize:
@@ -179,7 +184,7 @@ class PostgresBackend:
         An encrypted entry has no date in the table.
         """
         statement = self.get_statements().measure
-        ((size, oldest, newest, dimensions),) = self._run(statement, (prefix, _find_prefix_end(prefix)))
+        ((size, oldest, newest, dimensions),) = self._run(statement, _encode_range(prefix))
         return StoredSize(bytes=int(size or 0), oldest=oldest, newest=newest, dimensions=dimensions)
 
     def twin(self) -> PostgresTwin:
@@ -292,7 +297,12 @@ class PostgresBackend:
 
     # --- statements ---------------------------------------------------------------------------
 
-    def _run(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def encode_write(self, items: Mapping[str, Item], ttl: float | None, statements: Statements) -> list[Parameter]:
+        """Return the parameters of a statement that stores items."""
+        columns = encode_columns(items, statements.vector_oid, self.keeps_preview)
+        return [encode_double(self.clock_offset), None if ttl is None else encode_double(ttl), *columns]
+
+    def _run(self, statement: bytes, values: Sequence[Parameter] = ()) -> list[Row]:
         """Run one statement in its own transaction, and return its rows. Repeat it after a conflict."""
         repetition = Repetition()
         while True:
@@ -301,10 +311,10 @@ class PostgresBackend:
             except CONFLICTS as error:
                 time.sleep(repetition.choose_pause(error))
 
-    def _run_once(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def _run_once(self, statement: bytes, values: Sequence[Parameter]) -> list[Row]:
         connection = self._pool.take()
         try:
-            rows = (_execute_isolated if self.is_isolated else _execute)(connection, statement, values)
+            rows = (execute_isolated if self.is_isolated else execute)(connection, statement, values)
         except BaseException as error:
             self.check_table_after(error)
             if is_reusable(connection, error):
@@ -329,12 +339,12 @@ class PostgresBackend:
         """
         connection = self._pool.take()
         try:
-            _execute(connection, BEGIN)
+            execute(connection, BEGIN)
             # Making the table may wait for another process that makes it, so the server's own limits do not apply.
-            _execute(connection, b"SET LOCAL lock_timeout = %d" % lock_ms)
-            _execute(connection, b"SET LOCAL statement_timeout = 0")
-            yield partial(_execute, connection)
-            _execute(connection, b"COMMIT")
+            execute(connection, b"SET LOCAL lock_timeout = %d" % lock_ms)
+            execute(connection, b"SET LOCAL statement_timeout = 0")
+            yield partial(execute, connection)
+            execute(connection, b"COMMIT")
         except BaseException:
             self._pool.drop(connection)
             raise
@@ -351,7 +361,7 @@ class PostgresBackend:
     def _sweep(self, statements: Statements) -> None:
         """Delete some expired rows. A failure is only logged, because the call's own write has already succeeded."""
         try:
-            self._run(statements.sweep, (self.clock_offset,))
+            self._run(statements.sweep, (encode_double(self.clock_offset),))
         except (psycopg.Error, TierError) as error:
             log.warning(SWEEP_FAILED, type(error).__name__)
 
@@ -368,18 +378,18 @@ class PostgresTwin:
         if not keys:
             return {}
         statements = await self._get_statements()
-        return decode_rows(await self._run(statements.get, (self._backend.clock_offset, encode_texts(keys))))
+        return decode_rows(await self._run(statements.get, (encode_texts(keys),)), self._backend.clock_offset)
 
     async def set_many(self, items: Mapping[str, Item], ttl: float | None, /) -> None:
         """Store all items or none, with one statement."""
         if not items:
             return
         statements = await self._get_statements()
-        values = encode_columns(items, statements.vector_oid, self._backend.keeps_preview)
-        await self._run(statements.set, (self._backend.clock_offset, ttl, *values))
+        values = self._backend.encode_write(items, ttl, statements)
+        await self._run(statements.set, values)
         if self._backend.is_sweep_due(len(items)):
             try:
-                await self._run(statements.sweep, (self._backend.clock_offset,))
+                await self._run(statements.sweep, (encode_double(self._backend.clock_offset),))
             except (psycopg.Error, TierError) as error:
                 log.warning(SWEEP_FAILED, type(error).__name__)
 
@@ -393,7 +403,7 @@ class PostgresTwin:
         known = self._backend.known_statements
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 
-    async def _run(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    async def _run(self, statement: bytes, values: Sequence[Parameter]) -> list[Row]:
         repetition = Repetition()
         while True:
             try:
@@ -401,14 +411,14 @@ class PostgresTwin:
             except CONFLICTS as error:
                 await asyncio.sleep(repetition.choose_pause(error))
 
-    async def _run_once(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    async def _run_once(self, statement: bytes, values: Sequence[Parameter]) -> list[Row]:
         async with async_deadline(time_left()):
             connection = await self._pool.take()
             try:
                 if self._backend.is_isolated:
-                    rows = await _execute_isolated_async(connection, statement, values)
+                    rows = await execute_isolated_async(connection, statement, values)
                 else:
-                    rows = await _execute_async(connection, statement, values)
+                    rows = await execute_async(connection, statement, values)
             except BaseException as error:
                 self._backend.check_table_after(error)
                 if is_reusable(connection, error):
@@ -421,48 +431,9 @@ class PostgresTwin:
             return rows
 
 
-def _execute(connection: Connection, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    cursor = connection.execute(statement, values, binary=True)
-    return cursor.fetchall() if has_rows(cursor) else []
-
-
-def _execute_isolated(connection: Connection, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Run a statement in a transaction whose isolation level is read committed."""
-    _execute(connection, BEGIN)
-    try:
-        rows = _execute(connection, statement, values)
-    except psycopg.Error:
-        if connection.pgconn.transaction_status == TransactionStatus.INERROR:
-            _execute(connection, b"ROLLBACK")
-        raise
-    _execute(connection, b"COMMIT")
-    return rows
-
-
-async def _execute_async(
-    connection: AsyncConnection, statement: bytes, values: Sequence[Any] = ()
-) -> list[tuple[Any, ...]]:
-    cursor = await connection.execute(statement, values, binary=True)
-    return await cursor.fetchall() if has_rows(cursor) else []
-
-
-async def _execute_isolated_async(
-    connection: AsyncConnection, statement: bytes, values: Sequence[Any]
-) -> list[tuple[Any, ...]]:
-    await _execute_async(connection, BEGIN)
-    try:
-        rows = await _execute_async(connection, statement, values)
-    except psycopg.Error:
-        if connection.pgconn.transaction_status == TransactionStatus.INERROR:
-            await _execute_async(connection, b"ROLLBACK")
-        raise
-    await _execute_async(connection, b"COMMIT")
-    return rows
-
-
-def _find_prefix_end(prefix: str) -> str | None:
-    """Return a text that sorts after every key that starts with ``prefix``, or None if the prefix is empty."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else None
+def _encode_range(prefix: str) -> tuple[bytes, Parameter]:
+    """Return the prefix, and a text that sorts after every key that starts with it, or None if the prefix is empty."""
+    return prefix.encode(), (prefix[:-1] + chr(ord(prefix[-1]) + 1)).encode() if prefix else None
 
 
 @hookimpl

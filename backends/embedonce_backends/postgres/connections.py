@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import re
-import select
 import threading
 import time
 import weakref
@@ -22,19 +21,18 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 import psycopg
-from psycopg import AsyncRawCursor, RawCursor, waiting
-from psycopg.abc import PQGen
-from psycopg.adapt import AdaptersMap, Dumper
+from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import Format, TransactionStatus
+from psycopg.pq import TransactionStatus
+from psycopg.types.numeric import Int8BinaryLoader
+from psycopg.types.string import TextBinaryLoader
 
 from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, ConfigError, LoopBusy, TierBusy, TierTimeout
 from embedonce.event_loops import async_deadline
+from embedonce_backends._sockets import SocketWaiter
 
 from .errors import name_connection_error
-
-T = TypeVar("T")
 
 log = logging.getLogger("embedonce.postgres")
 
@@ -48,30 +46,8 @@ CANCEL_SECONDS = 2.0
 """Time limit in seconds for the request to cancel a query whose call has ended."""
 NEXT_HOST_SECONDS = 0.04
 """Seconds without an answer after which the next host of the URL is tried in parallel."""
-CHECK_SECONDS = 0.01
-"""Maximum number of seconds between two checks of the deadline while a call waits."""
 IDLE_SECONDS = 300.0
 """Seconds after which an idle connection is closed."""
-
-
-class Binary:
-    """A parameter that is already encoded. The SQL statement casts the parameter to the right type."""
-
-    __slots__ = ("data",)
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-
-class _BinaryDumper(Dumper):
-    format = Format.BINARY
-
-    def dump(self, obj: Binary) -> bytes:
-        return obj.data
-
-
-ADAPTERS = AdaptersMap(psycopg.adapters)
-ADAPTERS.register_dumper(Binary, _BinaryDumper)
 
 
 OTHER_OPTIONS: Mapping[str, str] = {
@@ -150,61 +126,37 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 # Autocommit is on and statements are not prepared, because a transaction pooler may send the next statement to another
 # session.
-_OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
+_OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None}
+
+
+LOADERS = AdaptersMap(psycopg.adapters)
+"""How the values of a row become Python objects."""
+LOADERS.register_loader("json", TextBinaryLoader)  # the text, which is parsed later
+LOADERS.register_loader("timestamptz", Int8BinaryLoader)  # microseconds since the year 2000
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection whose waits end by the deadline of the call, even if the server sends one byte at a time."""
+    """A connection for blocking calls."""
 
     idle_since = 0.0
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.pid = os.getpid()
-
-    def wait(self, gen: PQGen[T], *_: Any, **__: Any) -> T:
-        """Run a step of the protocol.
-
-        Raises:
-            TierTimeout: the deadline has passed. The connection cannot be used afterwards.
-        """
-        left = time_left()
-        seconds = CHECK_SECONDS if left is None else min(left, CHECK_SECONDS)
-        return waiting.wait(_check_deadline(gen), self.pgconn.socket, seconds)
-
-
-def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
-    """Run ``gen``, and check the deadline whenever data arrives and whenever a wait times out.
-
-    A reply of 256 vectors arrives in dozens of pieces, each with its own wait. psycopg does the waiting, because its
-    implementation in C is fast.
-    """
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            time_left()
-            wanted = gen.send(ready)
-    except StopIteration as done:
-        result: T = done.value
-        return result
+        self.waiter = SocketWaiter(self.pgconn.socket)
+        self.transformer = Transformer(LOADERS)
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
-    """A connection whose waits end immediately when they are cancelled.
-
-    With psycopg's own connection, a cancelled wait would end only after the server's answer.
-    """
+    """A connection that belongs to an event loop."""
 
     idle_since = 0.0
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.pid = os.getpid()
-
-    async def wait(self, gen: PQGen[T], *_: Any, **__: Any) -> T:
-        """Run a step of the protocol."""
-        return await waiting.wait_async(gen, self.pgconn.socket, interval=60.0)
+        self.waiter = SocketWaiter(self.pgconn.socket)
+        self.transformer = Transformer(LOADERS)
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
@@ -216,21 +168,7 @@ def is_usable(connection: AnyConnection) -> bool:
     A readable connection is not usable. An idle connection becomes readable only if the server has closed the
     connection or sent an error.
     """
-    if connection.closed:
-        return False
-    if not hasattr(select, "poll"):
-        return not select.select([connection.pgconn.socket], [], [], 0)[0]
-    poll = select.poll()
-    poll.register(connection.pgconn.socket, select.POLLIN)
-    return not poll.poll(0)
-
-
-def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
-    """Return whether a statement returns rows, even if there are none.
-
-    This does not use ``cursor.description``, because reading it makes an object per column.
-    """
-    return cursor.pgresult is not None and cursor.pgresult.nfields > 0
+    return not connection.closed and not connection.waiter.is_readable()
 
 
 def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
@@ -328,7 +266,9 @@ class Pool:
 
     def reset(self) -> None:
         """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting_count = 0
         close_all(self._idle)
         self._open_count = 0
         self._connecting_count = 0
@@ -344,41 +284,50 @@ class Pool:
             TierTimeout: no connection was made in time.
             psycopg.Error: the server cannot be reached, or refuses the connection.
         """
+        connection = self._pop_idle(is_first=True)
+        if connection is not None:
+            return connection
+        with self._lock:
+            return self._wait_for_connection()
+
+    def _wait_for_connection(self) -> Connection:
         left = time_left()
         end = None if left is None else time.monotonic() + left / 2
         attempt: _Attempt | None = None
-        with self._changed:
-            while True:
-                if self._closed:
-                    raise CacheClosed(CLOSED)
-                if (connection := self._pop_idle()) is not None:
-                    return connection
-                if attempt is not None and attempt.error is not None:
-                    raise attempt.error
-                if (attempt is None or attempt.is_done) and self._open_count < self._max_connections:
-                    attempt = self._start_attempt()
-                else:
-                    self._wait_for_change(end)
+        is_first = True
+        while True:
+            if self._closed:
+                raise CacheClosed(CLOSED)
+            if (connection := self._pop_idle(is_first=is_first)) is not None:
+                return connection
+            is_first = False
+            if attempt is not None and attempt.error is not None:
+                raise attempt.error
+            if (attempt is None or attempt.is_done) and self._open_count < self._max_connections:
+                attempt = self._start_attempt()
+            else:
+                self._wait_for_change(end)
 
     def give(self, connection: Connection) -> None:
         """Take back a connection whose call has ended, and keep it for later calls."""
-        with self._changed:
+        with self._lock:
             if self._closed or connection.closed:
                 self._discard(connection)
             else:
                 self._open_count -= _keep_idle(self._idle, connection)
-            self._changed.notify()
+            if self._waiting_count:
+                self._changed.notify()
 
     def drop(self, connection: Connection) -> None:
         """Take back a connection that must not be used again, and close it."""
         cancel_and_close(connection)
-        with self._changed:
+        with self._lock:
             self._open_count -= 1
             self._changed.notify()
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when it is given back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             close_all(self._idle)
             self._changed.notify_all()
@@ -387,19 +336,35 @@ class Pool:
         self._open_count -= 1
         close_connection(connection)
 
-    def _pop_idle(self) -> Connection | None:
-        while self._idle:
-            connection = self._idle.pop()
+    def _pop_idle(self, *, is_first: bool = False) -> Connection | None:
+        """Return a usable idle connection.
+
+        On its ``is_first`` look, a call leaves a connection to each call that waits. A thread that gives a connection
+        back and takes one again would otherwise be faster than the threads that it has woken, time after time.
+        """
+        while True:
+            with self._lock:
+                if len(self._idle) <= (self._waiting_count if is_first else 0):
+                    return None
+                connection = self._idle.pop()
+            # The check lets other threads run. If this thread held the lock meanwhile, they would wait for it.
             if is_usable(connection):
                 return connection
-            self._discard(connection)
-        return None
+            with self._lock:
+                self._discard(connection)
 
     def _wait_for_change(self, end: float | None) -> None:
         left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
             raise TierTimeout(SLOW) if self._connecting_count else TierBusy(BUSY.format(self._max_connections))
-        self._changed.wait(left)
+        self._waiting_count += 1
+        try:
+            self._changed.wait(left)
+        except BaseException:  # Ctrl-C, after this call may have been woken instead of another one
+            self._changed.notify()
+            raise
+        finally:
+            self._waiting_count -= 1
 
     def _start_attempt(self) -> _Attempt:
         self._open_count += 1
@@ -425,12 +390,12 @@ class Pool:
         connection: Connection | None = None
         problem: BaseException | None = None
         try:
-            connection = Connection.connect(**host, **_OPTIONS, cursor_factory=RawCursor)
+            connection = Connection.connect(**host, **_OPTIONS)
         except psycopg.errors.ConnectionTimeout:
             problem = TierTimeout(SLOW)
         except BaseException as error:  # noqa: BLE001  (the call that waits for the connection raises it)
             problem = name_connection_error(error)
-        with self._changed:
+        with self._lock:
             attempt.hosts_left -= 1
             attempt.next_host_due.set()
             if attempt.is_done:  # another host answered first
@@ -474,9 +439,15 @@ class AsyncPool:
             raise CacheClosed(CLOSED)
         left = time_left()
         has_slot = False
+        if not self._slots.locked():
+            has_slot = await self._slots.acquire()  # does not wait
+            connection = self._pop_idle()
+            if connection is not None:
+                return connection
         try:
             async with async_deadline(None if left is None else left / 2):
-                has_slot = await self._slots.acquire()
+                if not has_slot:
+                    has_slot = await self._slots.acquire()
                 return self._pop_idle() or await self._make_connection()
         except LoopBusy:
             raise
@@ -563,7 +534,7 @@ class AsyncPool:
 
 async def _connect(host: Mapping[str, Any]) -> AsyncConnection:
     try:
-        return await AsyncConnection.connect(**host, **_OPTIONS, cursor_factory=AsyncRawCursor)
+        return await AsyncConnection.connect(**host, **_OPTIONS)
     except psycopg.errors.ConnectionTimeout:
         raise TierTimeout(SLOW) from None
     except psycopg.OperationalError as error:

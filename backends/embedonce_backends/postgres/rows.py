@@ -30,9 +30,8 @@ from embedonce.vectors import (
     is_valid_cost,
 )
 
-from .connections import Binary
-
 Item: TypeAlias = Entry | bytes
+Row: TypeAlias = tuple[Any, ...]
 
 MAX_DIMENSIONS = 16_000
 """Maximum number of dimensions of pgvector's type ``vector``."""
@@ -47,20 +46,24 @@ _ARRAY = struct.Struct(">iiIii")
 _EMPTY = struct.Struct(">iiI")
 _LENGTH = struct.Struct(">i")
 _NULL = _LENGTH.pack(-1)
-_LONG = struct.Struct(">q")
-_FLOAT = struct.Struct(">d")
+encode_long = struct.Struct(">q").pack
+encode_double = struct.Struct(">d").pack
 _VECTOR_HEADER = 4
 _DTYPES: Mapping[str, Dtype] = {"float32": "float32", "float16": "float16", "int8": "int8"}
 
 
-Row: TypeAlias = tuple[Any, ...]
-"""Row of a reply: key, embedding, frame, dtype, created, expires, metadata, text_preview, tokens, seconds."""
+_KEPT_UNTIL, _SERVER_TIME = -2, -1
+"""Places in a row: when it may be deleted, in Unix time or None; and the time of the server, in microseconds since the
+year 2000. The other values are: key, embedding, frame, dtype, created, expires, metadata, text_preview, tokens,
+seconds."""
+_YEAR_2000 = 946_684_800
+"""The beginning of the year 2000 in Unix time."""
 
 
 # --- to parameters ----------------------------------------------------------------------------
 
 
-def encode_array(oid: int, elements: Sequence[bytes | None]) -> Binary:
+def encode_array(oid: int, elements: Sequence[bytes | None]) -> bytes:
     """Return an array of encoded elements of the type ``oid``.
 
     If all elements are NULL, the array is empty. That is enough, because ``unnest`` fills up shorter arrays with NULLs.
@@ -69,26 +72,26 @@ def encode_array(oid: int, elements: Sequence[bytes | None]) -> Binary:
         whole: list[bytes] = list(elements)  # type: ignore[arg-type]
         return _pack_array(oid, len(whole), _LENGTH.pack(len(whole[0])).join((b"", *whole)))
     if all(element is None for element in elements):
-        return Binary(_EMPTY.pack(0, 0, oid))
+        return _EMPTY.pack(0, 0, oid)
     parts = [_NULL if part is None else _LENGTH.pack(len(part)) + part for part in elements]
     return _pack_array(oid, len(parts), b"".join(parts), has_nulls=True)
 
 
-def _pack_array(oid: int, count: int, body: bytes, *, has_nulls: bool = False) -> Binary:
-    return Binary(_ARRAY.pack(1, has_nulls, oid, count, 1) + body)
+def _pack_array(oid: int, count: int, body: bytes, *, has_nulls: bool = False) -> bytes:
+    return _ARRAY.pack(1, has_nulls, oid, count, 1) + body
 
 
-def encode_texts(values: Iterable[str | None]) -> Binary:
+def encode_texts(values: Iterable[str | None]) -> bytes:
     """Return an array of type text."""
     return encode_array(TEXT, [None if value is None else value.encode() for value in values])
 
 
-def encode_numbers(values: Iterable[float | None]) -> Binary:
+def encode_numbers(values: Iterable[float | None]) -> bytes:
     """Return an array of type double precision."""
-    return encode_array(FLOAT8, [None if value is None else _FLOAT.pack(value) for value in values])
+    return encode_array(FLOAT8, [None if value is None else encode_double(value) for value in values])
 
 
-def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
+def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[bytes]:
     """Return one array per column to write, in the order of the statement's parameters.
 
     Entries that go into the vector column come first, then the other entries, then the items that are bytes. In this
@@ -131,7 +134,7 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
         encode_numbers(entry.expires for entry in entries),
         encode_texts(metadata for metadata, _ in written),
         encode_texts((text if preview else None) for _, text in written),
-        encode_array(INT8, [None if entry.tokens is None else _LONG.pack(entry.tokens) for entry in entries]),
+        encode_array(INT8, [None if entry.tokens is None else encode_long(entry.tokens) for entry in entries]),
         encode_numbers(entry.seconds for entry in entries),
         *embeddings,
     ]
@@ -141,7 +144,7 @@ def _fits_vector_column(entry: Entry) -> bool:
     return entry.dtype == "float32" and entry.vector.ndim == 1 and 0 < entry.vector.size <= MAX_DIMENSIONS
 
 
-def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
+def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> bytes:
     """Return an array of vectors. ``groups`` has the keys of the vectors, by their number of dimensions."""
     if not groups:
         return encode_array(oid, [])
@@ -173,15 +176,17 @@ def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str 
 # --- from rows --------------------------------------------------------------------------------
 
 
-def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
-    """Return the entries and frames of the rows, by key.
+def decode_rows(rows: Sequence[Row], clock_offset: float) -> Mapping[str, Item]:
+    """Return the entries and frames of the rows that are still kept, by key.
+
+    ``clock_offset`` is a number of seconds that is added to the server's clock.
 
     The vectors are bit for bit identical to those that were stored. Vectors with the same number of dimensions form one
     :class:`Block`. A frame that cannot be decoded is returned as bytes, so that the tier counts it as corrupt.
     """
     entries = Entries()
     frames: dict[str, bytes] = {}
-    for size, dtype, group in _group_rows(rows):
+    for size, dtype, group in _group_rows(_drop_expired(rows, clock_offset)):
         columns = tuple(zip(*group, strict=True))
         if size is not None:
             entries.add_block(_make_vector_block(columns))
@@ -190,6 +195,18 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
         else:
             frames.update(zip(columns[0], (frame or b"" for frame in columns[2]), strict=True))
     return {**entries.as_dict(), **frames} if frames else entries
+
+
+def _drop_expired(rows: Sequence[Row], clock_offset: float) -> Sequence[Row]:
+    """Return the rows that may not be deleted yet.
+
+    The statement does not do this, because planning a comparison with a time takes the server longer than the whole
+    reply to one key.
+    """
+    if not rows:
+        return rows
+    now = rows[0][_SERVER_TIME] / 1e6 + _YEAR_2000 + clock_offset
+    return [row for row in rows if row[_KEPT_UNTIL] is None or row[_KEPT_UNTIL] > now]
 
 
 def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
@@ -205,7 +222,7 @@ def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, S
 
 def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
     """Return a block of all rows; their vectors must have the same number of dimensions."""
-    keys, embeddings, _, _, created, expires, metadata, previews, tokens, seconds = columns
+    keys, embeddings, _, _, created, expires, metadata, previews, tokens, seconds, *_ = columns
     words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
     return Block(
         list(keys),
@@ -235,7 +252,7 @@ def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entr
     If a frame cannot be decoded, the frame itself is added to ``frames``. The entries get their metadata and their
     costs from their columns.
     """
-    keys, _, written, _, _, _, texts, previews, tokens, seconds = columns
+    keys, _, written, _, _, _, texts, previews, tokens, seconds, *_ = columns
     found_frames = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
     decoded = decode_frames(found_frames, now=-math.inf, dtype=dtype).entries
     replacements = _decode_metadata_columns(texts, previews), _decode_tokens(tokens), _decode_seconds(seconds)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, LiteralString, Protocol, TypeAlias
+from typing import Literal, LiteralString, Protocol, TypeAlias
 
 from psycopg.sql import SQL, Composable, Identifier
 from psycopg.sql import Literal as Quoted
 
 from embedonce.errors import TierError
+
+from .exchange import Parameter, Row
+from .rows import encode_long
 
 Column: TypeAlias = Literal["auto", "vector", "bytea"]
 
@@ -30,7 +33,7 @@ their own clocks differ."""
 class Run(Protocol):
     """A function that runs a statement and returns its rows."""
 
-    def __call__(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
+    def __call__(self, statement: bytes, values: Sequence[Parameter] = ()) -> list[Row]: ...
 
 
 _LOOK = b"""
@@ -116,7 +119,7 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
     Raises:
         TierError: a later version of embedonce made the table, or another program made it.
     """
-    (row,) = run(_LOOK, (schema, table))
+    (row,) = run(_LOOK, (schema.encode(), table.encode()))
     namespace, oid, comment, columns, extension, extension_schema, vector_oid, usable, available, isolation, own = row
     version = None
     if comment is not None and comment.startswith(COMMENT) and comment.removeprefix(COMMENT).isdecimal():
@@ -195,7 +198,7 @@ def add_cost_columns(run: Run, schema: str, table: str) -> None:
 
 
 def _lock_and_inspect(run: Run, schema: str, table: str) -> TableState:
-    run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
+    run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (encode_long(LOCK),))
     return inspect_table(run, schema, table)
 
 
@@ -261,13 +264,13 @@ class Statements:
     """Id of pgvector's type if new rows use the vector column, or None if they store frames."""
 
 
-# The clock is read in a subquery, so that it is read once per statement and not once per row.
-_LIVE = "(kept_until IS NULL OR kept_until > (SELECT {now} + $1::float8))"
 _PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
 
+# The server plans this statement anew for each call, and every function and condition makes planning longer. So
+# decode_rows drops the rows that have expired. CURRENT_TIMESTAMP is not a function that has to be looked up.
 _GET = (
-    "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview, {costs} FROM {table}"
-    " WHERE key = ANY($2::text[]) AND " + _LIVE
+    "SELECT key, {read}, frame, dtype, created, expires, metadata, text_preview, {costs}, kept_until, CURRENT_TIMESTAMP"
+    " FROM {table} WHERE key = ANY($1::text[])"
 )
 # Two statements that lock the same rows in different orders could deadlock. So a statement that stores or deletes
 # entries locks the rows in the order of the keys. The statement that deletes expired rows skips locked rows instead.

@@ -21,7 +21,9 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
+from embedonce_backends._call_slots import CallSlots
 from embedonce_backends._pages import limit_page_time
+from embedonce_backends._sockets import SocketWaiter, send_all
 
 from .errors import Parser, explain_end, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip, is_master
@@ -89,11 +91,25 @@ class Settings:
 class _Parser(Parser):
     """Ends every read by the deadline of the call. A socket's own timeout would start again with every read."""
 
+    waiter: SocketWaiter | None = None
+    """Waits for the socket if it does not block."""
+
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
-        if self._sock is not None:
+        if self.waiter is not None:
+            self.waiter.wait_until_readable()
+        elif self._sock is not None:
             self._sock.settimeout(time_left())
         read: bool = super().read_from_socket(*args, **kwargs)
         return read
+
+    def can_read(self, timeout: float = 0) -> bool:
+        if self.waiter is None or self._reader is None:
+            return bool(super().can_read(timeout))
+        return bool(self._reader.has_data()) or self.waiter.is_readable()
+
+    def on_disconnect(self) -> None:
+        super().on_disconnect()
+        self.waiter = None
 
 
 class Connection(redis.Connection):
@@ -153,8 +169,17 @@ class Connection(redis.Connection):
         super().send_packed_command(command, check_health)
 
     def send(self, trip: Trip) -> None:
-        """Send the commands of a trip in one piece, so that the socket's timeout covers all of them together."""
-        self.send_packed_command([trip.pack()])
+        """Send the commands of a trip in one piece, so that a socket's timeout covers all of them together."""
+        waiter = self._parser.waiter
+        if waiter is None or self._sock is None:
+            self.send_packed_command([trip.pack()])
+            return
+        try:
+            send_all(self._sock, waiter, trip.pack())
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionError(f"cannot send to Redis: {error.strerror}") from error
 
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
@@ -179,6 +204,10 @@ class Connection(redis.Connection):
     def open(self) -> None:
         """Connect and log in. If the node is expected to be a master, check that it is one."""
         self.connect()
+        opened: socket.socket | None = self._sock
+        if opened is not None and self._tls is None:  # redis-py logs in with a timeout, and a TLS socket needs one
+            opened.setblocking(False)
+            self._parser.waiter = SocketWaiter(opened.fileno())
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
             check_role(reply)
@@ -201,7 +230,7 @@ class Connection(redis.Connection):
         connection or sent an error.
         """
         try:
-            return not self.can_read(0)
+            return not self._parser.can_read(0)
         except (redis.RedisError, OSError):
             return False
 
@@ -251,6 +280,11 @@ def _call_in_thread(look_up: Callable[[], T]) -> T:
     return results[0]
 
 
+def _get_half_of_time() -> float | None:
+    left = time_left()
+    return None if left is None else left / 2
+
+
 # --- pools, blocking --------------------------------------------------------------------------------
 
 
@@ -266,9 +300,9 @@ class Pool:
 
     def reset(self) -> None:
         """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._slots = CallSlots(self._settings.max_connections)
         self._idle.clear()  # in the child, redis-py closes only the descriptor and sends the server nothing
-        self._in_use = 0
 
     def take(self) -> Connection:
         """Return a connection that no other call uses until :meth:`give`.
@@ -276,49 +310,45 @@ class Pool:
         Raises:
             TierBusy: all connections stayed in use for half of the call's remaining time.
         """
-        with self._changed:
-            if self._in_use >= self._settings.max_connections and not self._closed:
-                self._wait_for_free()
+        if not self._slots.take(_get_half_of_time):
+            raise TierBusy(BUSY.format(self._settings.max_connections))
+        try:
             if self._closed:
                 raise CacheClosed(CLOSED)
-            self._in_use += 1
-            idle = self._pop_idle()
-        return Connection(self._node, self._settings) if idle is None else idle
-
-    def _wait_for_free(self) -> None:
-        left = time_left()
-        timeout = None if left is None else left / 2
-        if not self._changed.wait_for(lambda: self._closed or self._in_use < self._settings.max_connections, timeout):
-            raise TierBusy(BUSY.format(self._settings.max_connections))
+            return self._pop_idle() or Connection(self._node, self._settings)
+        except BaseException:
+            self._slots.free()
+            raise
 
     def _pop_idle(self) -> Connection | None:
         oldest = time.monotonic() - IDLE_SECONDS
-        while self._idle:
-            connection = self._idle.pop()
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            # The check lets other threads run. If this thread held the lock meanwhile, they would wait for it.
             if connection.idle_since > oldest and connection.is_usable():
                 return connection
             connection.disconnect()
-        return None
 
     def give(self, connection: Connection, *, is_reusable: bool) -> None:
         """Take a connection back, and close it unless ``is_reusable``."""
-        if not is_reusable:
-            connection.disconnect()
         connection.idle_since = time.monotonic()
-        with self._changed:
-            self._in_use -= 1
-            if is_reusable and not self._closed:
+        with self._lock:
+            is_kept = is_reusable and not self._closed
+            if is_kept:
                 self._idle.append(connection)
-            self._changed.notify()
-        if self._closed:
+        self._slots.free()
+        if not is_kept:
             connection.disconnect()
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when it is given back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            self._changed.notify_all()
+        self._slots.close()
         for connection in idle:
             connection.disconnect()
 
@@ -394,6 +424,18 @@ class Client:
                 pool = self._pools.setdefault(node, Pool(node, self._settings))
         return pool
 
+    def _exchange_trip(self, trip: Trip) -> list[Reply]:
+        pool = self._get_pool(trip.node)
+        connection = pool.take()
+        is_done = False
+        try:
+            connection.begin(trip)
+            replies = connection.read(trip)
+            is_done = True
+            return replies
+        finally:
+            pool.give(connection, is_reusable=is_done)
+
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         """Send the commands of all trips, then read all replies.
 
@@ -403,6 +445,8 @@ class Client:
             Exception: every trip failed; the exception is the first trip's error.
         """
         time_left()
+        if len(trips) == 1:
+            return [self._exchange_trip(trips[0])]
         pools = {index: self._get_pool(trip.node) for index, trip in enumerate(trips)}
         lent: dict[int, Connection] = {}
         done: set[int] = set()
