@@ -111,14 +111,15 @@ def main() -> None:
         floor = [sys.executable, __file__, "--dimensions", str(options.dimensions), "--floor", corpus]
         measure([*embed, folder / "cold.npy"])
         commands = {"floor": [*floor, folder / "floor.npy"], "embedonce embed": [*embed, folder / "warm.npy"]}
-        times = {name: [measure(command) for _ in ()] for name, command in commands.items()}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(options.repeats):
             for name, command in commands.items():
                 times[name].append(measure(command))
         for one, other in (("cold.npy", "warm.npy"), ("floor.index.jsonl", "warm.index.jsonl")):
             assert filecmp.cmp(folder / one, folder / other, shallow=False), f"{one} and {other} differ"
         print("| | CPU, µs per passage | elapsed, µs per passage |\n| --- | ---: | ---: |")
-        best = {name: [min(values) * 1e6 / options.passages for values in zip(*found)] for name, found in times.items()}
+        scale = 1e6 / options.passages
+        best = {name: [min(all_) * scale for all_ in zip(*found, strict=True)] for name, found in times.items()}
         for name, (cpu, elapsed) in best.items():
             print(f"| {name} | {cpu:.1f} | {elapsed:.1f} |")
         cpu, elapsed = (run / floor for floor, run in zip(*best.values(), strict=True))

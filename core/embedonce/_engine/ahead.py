@@ -12,7 +12,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from contextvars import ContextVar
@@ -32,8 +41,8 @@ IN_FLIGHT = 2
 GRACE = 5.0
 """Maximum number of seconds that a run that ends early waits for its calls in flight.
 
-The caller may close the cache next, which must not happen in the middle of a write. There is a limit because the garbage
-collector may end the run in one of its own threads, which would otherwise wait for itself."""
+The caller may close the cache next, which must not happen in the middle of a write. There is a limit because the
+garbage collector may end the run in one of its own threads, which would otherwise wait for itself."""
 
 
 GATHER = 4096
@@ -187,7 +196,7 @@ def _start(workers: Workers, own_turns: Turns, job: Callable[[], T]) -> _Started
     return _Started(job, future, os.getpid())
 
 
-async def run_ahead_async(jobs: AsyncIterator[Callable[[], Coroutine[Any, Any, T]]]) -> AsyncIterator[T]:
+async def run_ahead_async(jobs: AsyncIterator[Callable[[], Coroutine[Any, Any, T]]]) -> AsyncGenerator[T]:
     """Like :func:`run_ahead`, with asyncio tasks."""
     import asyncio
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -224,7 +234,7 @@ class Requests:
 
     async def _embed_windows_async(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task, batch: int
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncGenerator[list[Any]]:
         """Like :meth:`_embed_windows`."""
         port, size = self._chain.ports.get_loop_port(), self._choose_window(batch)
 
@@ -243,7 +253,7 @@ class Requests:
                 yield rows
 
     def _choose_window(self, batch: int) -> int:
-        """Return half of ``batch``, so that two windows can be in flight, if this is enough for the provider's calls."""
+        """Return the size of a window: half of ``batch``, if this is enough for the calls of the provider."""
         limits = self._source.provider.limits
         return batch // 2 if batch // 2 >= limits.max_batch * limits.concurrency else batch
 
