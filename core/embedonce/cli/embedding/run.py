@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import numpy as np
-
 from embedonce._engine.ahead import run_ahead
 from embedonce._engine.workers import Workers
 from embedonce._messages import format_count
 from embedonce.cli.money import sum_cost
 from embedonce.errors import ReplayMiss, TextError, TextRefused
-from embedonce.keys import NORMALIZERS
+from embedonce.vectors import matrix as make_matrix
 
 from .distinct import DistinctTexts
 from .failures import Failures
@@ -257,7 +255,7 @@ class Run:
             passages, numbers = [passages[place] for place in good], [numbers[place] for place in good]
         if passages:
             rows = [window.rows[number] for number in numbers]
-            self._sink.write(list(map(_replace_surrogates, passages)), np.stack(rows))
+            self._sink.write(passages, make_matrix(rows))
             self.summary.rows += len(rows)
             self.summary.dimensions = len(rows[0])
 
@@ -400,8 +398,3 @@ def is_outage(errors: Iterable[Exception | None], is_computed: bool) -> bool:
     found = [error for error in errors if error is not None and not isinstance(error, TextError)]
     has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in found)
     return bool(found) and not has_text_errors and not is_computed
-
-
-def _replace_surrogates(passage: Passage) -> Passage:
-    """Return a passage whose text can be written, as the normalisation step ``surrogates`` changes it."""
-    return passage._replace(text=NORMALIZERS["surrogates"](passage.text))
