@@ -73,6 +73,8 @@ class Stopped(Exception):
 class Found(NamedTuple):
     """What a window got before its turn: from the tiers alone, or, if ``started`` is set, from a whole call."""
 
+    numbers: Sequence[int]
+    """Numbers of the texts that were looked up or fetched."""
     fetched: Fetched
     started: float | None = None
     """Monotonic time at which the call began, and the time at which it ended."""
@@ -110,6 +112,8 @@ class Run:
         """Items that were read without a passage and are not reported yet."""
         self._broken_in_windows = 0
         """Number of these items that belong to windows in flight."""
+        self._unfinished: deque[Window] = deque()
+        """The windows in flight."""
         self._fetching = 0
         """Number of windows that are being fetched ahead, each in one call."""
         self._last_end = 0.0
@@ -147,22 +151,25 @@ class Run:
             self._count_distinct(batch)
             window = Window(batch, len(self._broken) - self._broken_in_windows, self._reader.bytes_read)
             self._broken_in_windows += window.broken
-            if self._pace.size < len(window.texts) or self._outage:
+            # A text of an earlier window that is not stored yet is fetched later, when it is in a tier.
+            numbers = window.list_new(self._unfinished)
+            self._unfinished.append(window)
+            if self._pace.size < len(window.texts) or self._outage or not numbers:
                 yield partial(self._look_up, window)
                 continue
             if not self._fetching:
                 display.start_chunk()
             self._fetching += 1
-            yield partial(self._fetch, window)
+            yield partial(self._fetch, window, numbers)
 
     def _look_up(self, window: Window) -> tuple[Window, Found]:
-        return window, Found(self._cache.lookup(window.texts, task=self._task))
+        return window, Found(range(len(window.texts)), self._cache.lookup(window.texts, task=self._task))
 
-    def _fetch(self, window: Window) -> tuple[Window, Found]:
+    def _fetch(self, window: Window, numbers: Sequence[int]) -> tuple[Window, Found]:
         started = time.monotonic()
-        fetched = self._cache.fetch(window.texts, task=self._task)
+        fetched = self._cache.fetch([window.texts[number] for number in numbers], task=self._task)
         self._flush()
-        return window, Found(fetched, started, time.monotonic())
+        return window, Found(numbers, fetched, started, time.monotonic())
 
     # --- one window ---------------------------------------------------------------------------
 
@@ -171,11 +178,11 @@ class Run:
         self._report_broken(window.broken)
         self._broken_in_windows -= window.broken
         self.summary.texts += len(window.passages)
-        numbers = range(len(window.texts))
+        self._unfinished.popleft()
         if found.started is not None:
             self._finish_fetch(window, found, display)
         elif found.fetched.space == self._space:
-            self._add_results(window, window.add(numbers, found.fetched, is_final=False), display)
+            self._add_results(window, window.add(found.numbers, found.fetched, is_final=False), display)
         missing = window.list_missing()
         growth = 1
         while missing:
@@ -195,7 +202,7 @@ class Run:
         seconds = found.ended - max(found.started, self._last_end)
         self._last_end = found.ended
         self._fetching -= 1
-        results = window.add(range(len(window.texts)), found.fetched, is_final=True)
+        results = window.add(found.numbers, found.fetched, is_final=True)
         display.finish_chunk(results.sources["provider"] if self._fetching else None)
         if self._fetching:
             display.start_chunk()

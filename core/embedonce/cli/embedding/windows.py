@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from embedonce.errors import TextError
@@ -33,7 +33,8 @@ class Window:
         self.passages = passages
         self.broken = broken
         self.bytes_read = bytes_read
-        numbers: dict[str, int] = {}
+        self._numbers_of_texts: dict[str, int] = {}
+        numbers = self._numbers_of_texts
         self.numbers = [numbers.setdefault(passage.text, len(numbers)) for passage in passages]
         """For each passage, the number of its text."""
         self.texts = list(numbers)
@@ -45,6 +46,13 @@ class Window:
         self.is_computed = False
         """Whether the provider has embedded any text."""
         self._repeats = Counter(self.numbers) if len(self.texts) < len(passages) else None
+
+    def list_new(self, earlier: Iterable[Window]) -> Sequence[int]:
+        """Return the numbers of the texts that none of the earlier windows has."""
+        known = [window._numbers_of_texts for window in earlier]
+        if all(texts.keys().isdisjoint(self._numbers_of_texts) for texts in known):
+            return range(len(self.texts))
+        return [number for number, text in enumerate(self.texts) if not any(text in texts for texts in known)]
 
     def list_missing(self) -> list[int]:
         """Return the numbers of the texts that have neither a vector nor an error, in order."""
