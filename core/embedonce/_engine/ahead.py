@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 IN_FLIGHT = 2
 """Number of windows in flight."""
-GRACE = 5.0
+GRACE = 2.0
 """Maximum number of seconds that a run that ends early waits for its calls in flight.
 
 The caller may close the cache next, which must not happen in the middle of a write. There is a limit because the
