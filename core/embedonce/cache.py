@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._arguments import check_options, check_parts, find_normalizer, read_price
+from ._engine.ahead import read_windows, read_windows_async
 from ._engine.chain import Tier
 from ._engine.ports import run_blocking
-from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
+from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
@@ -165,10 +167,8 @@ class Cache(Requests):
         self._check_iter(texts, batch)
 
         def rows() -> Iterator[Vector]:
-            first = 0
-            for window in read_windows(texts, batch):
-                yield from run_blocking(self._embed_rows(self._chain.ports.blocking, window, task, first))
-                first += len(window)
+            for found in self._embed_windows(texts, task, batch):
+                yield from found
 
         return rows()
 
@@ -395,11 +395,10 @@ class Cache(Requests):
         self._check_iter(texts, batch)
 
         async def rows() -> AsyncIterator[Vector]:
-            first = 0
-            async for window in read_windows_async(texts, batch):
-                for row in await self._embed_rows(self._chain.ports.get_loop_port(), window, task, first):
-                    yield row
-                first += len(window)
+            async with aclosing(self._embed_windows_async(texts, task, batch)) as windows:
+                async for found in windows:
+                    for row in found:
+                        yield row
 
         return rows()
 

@@ -20,6 +20,7 @@ from embedonce.cli.embedding.progress import Display, Lines, Progress, format_se
 from embedonce.cli.embedding.run import Run
 from embedonce.cli.embedding.sinks import open_sink
 from embedonce.cli.embedding.sources import Reader
+from embedonce.events import Computed
 
 # --- pace -------------------------------------------------------------------------------------
 
@@ -75,6 +76,31 @@ def test_a_model_that_becomes_slower_and_faster_again_is_followed() -> None:
 
 def test_a_limited_provider_gets_whole_batches() -> None:
     assert {size for size, _ in simulate(lambda texts: 60.0, 2048, batch=256, least=256)} == {256}
+
+
+# --- windows in flight ------------------------------------------------------------------------
+
+
+def make_computed(texts: int) -> Computed:
+    return Computed(
+        provider="p", task="document", texts=texts, failed=0, tokens=None, seconds=1.0, fallback=False, scope="s"
+    )
+
+
+def test_texts_of_the_next_window_count_as_soon_as_they_are_embedded() -> None:
+    progress = Progress(100, lambda: 0.0)
+    progress.start_chunk()
+    progress.handle_event(make_computed(15))
+    progress.start_window(10, 50)
+    progress.finish_chunk(10)
+    progress.start_chunk()
+    progress.add_results(hits=0, others=10, failed=0)
+    assert progress.describe().startswith("15 passages")
+    progress.handle_event(make_computed(5))
+    progress.start_window(10, 100)
+    progress.finish_chunk()
+    progress.add_results(hits=0, others=10, failed=0)
+    assert progress.describe().startswith("20 passages")
 
 
 # --- what a run shows -------------------------------------------------------------------------

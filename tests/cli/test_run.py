@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from embedonce.cli.embedding.progress import Display
 from embedonce.cli.embedding.run import Run, Stopped, split_windows
 from embedonce.cli.embedding.sinks import open_sink
 from embedonce.cli.embedding.sources import Reader
+from embedonce_backends.memory import MemoryBackend
 
 
 class FailingFunction:
@@ -185,6 +187,62 @@ def test_a_failing_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
 def test_a_failing_tier_with_on_error_raise_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(embedonce.TierError):
         FinishedRun(tmp_path, ["one"], FailingFunction(), tiers=[embedonce.Tier(Broken(), on_error="raise")])
+
+
+@given(
+    st.lists(st.sampled_from(["a", "bb", "ccc", "dddd", "eeeee", "refused", "also refused"]), min_size=1, max_size=24),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_windows_in_flight_give_the_rows_and_counts_of_windows_in_turn(
+    texts: list[str], window: int, with_tier: bool
+) -> None:
+    good = [text for text in texts if "refused" not in text]
+    tiers = [MemoryBackend()] if with_tier else []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "WINDOW", window)
+        run = FinishedRun(Path(folder), texts, make_refusing("refused", "also refused"), tiers=tiers)
+    summary = run.summary
+    assert (summary.texts, summary.unique) == (len(texts), len(set(texts)))
+    assert (summary.rows, summary.failed) == (len(good), len(texts) - len(good))
+    if not good:
+        assert run.stopped == "no passage could be embedded"
+        return
+    assert run.rows is not None
+    assert run.rows[:, 0].tolist() == [len(text) for text in good]
+    assert summary.computed + sum(summary.hits.values()) + summary.repeated == len(good)
+    if with_tier:
+        assert summary.computed == len(set(good))
+    assert sum(group.count for group in summary.failures) == len(texts) - len(good)
+
+
+def test_broken_items_are_reported_in_the_order_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 2)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_bytes(b"good\n\nrefused\n\nbroken \xff\n")
+    sink = open_sink(tmp_path / "out.npy")
+    with embedonce.Cache(make_refusing("refused"), space={"model": "test"}) as cache:
+        reader = Reader([str(tmp_path / f"{number}.txt") for number in range(4)])
+        run = Run(cache, reader, sink, task="document")
+        run.embed(Display())
+    found = [(Path(group.file).stem, group.reason) for group in run.failures.groups]
+    assert sorted(found[:2]) == [("0", "TextRefused: too long"), ("0", "not UTF-8")]
+    assert [file for file, _ in found] == sorted(file for file, _ in found)
+    assert run.summary.failed == 8
+
+
+def test_what_was_read_ahead_is_reported_if_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 1)
+    (tmp_path / "in.txt").write_bytes(b"one\n\ntwo \xff\n\nthree\n\nfour\n")
+    sink = open_sink(tmp_path / "out.npy")
+    down = FailingFunction(lambda batch: ConnectionError("down"))
+    with embedonce.Cache(down, space={"model": "test"}) as cache:
+        run = Run(cache, Reader([str(tmp_path / "in.txt")]), sink, task="document")
+        with pytest.raises(Stopped, match="every call"):
+            run.embed(Display())
+        sink.abort()
+    assert "not UTF-8" in {group.reason for group in run.failures.groups}
+    assert sum(group.count for group in run.failures.groups) == run.summary.failed
 
 
 # --- windows and messages ---------------------------------------------------------------------

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from optional import needs
 
 from embedonce.cli.embedding.passages import Passage
-from embedonce.cli.embedding.sinks import HEADER, SinkError, list_written_files, make_npy_header, open_sink
+from embedonce.cli.embedding.sinks import (
+    HEADER,
+    Extras,
+    SinkError,
+    list_written_files,
+    make_npy_header,
+    open_sink,
+    replace_surrogates,
+)
 
 KINDS = ("npy", "jsonl", "parquet")
 EACH_KIND = pytest.mark.parametrize("kind", ["npy", "jsonl", pytest.param("parquet", marks=needs("pyarrow"))])
@@ -288,3 +296,23 @@ def kill_after_renames(count: int, sink: Any) -> None:
 
 def test_names_that_differ_in_case_have_different_indexes(tmp_path: Path) -> None:
     assert not {*list_written_files(tmp_path / "x.npy")} & {*list_written_files(tmp_path / "x.NPY")}
+
+
+# --- the fields of a row ----------------------------------------------------------------------
+
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.just("\ud800")
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.text(max_size=3), st.integers(1), VALUES), max_size=5), st.booleans())
+def test_the_fields_of_rows_are_those_of_the_json_module(rows: list[tuple[str, str, int, Any]], more: bool) -> None:
+    extras = Extras(with_text=more, keep=("id",) if more else ())
+    passages = [Passage(text, source, line, (kept,) if more else ()) for text, source, line, kept in rows]
+    expected = [
+        {"source": passage.source, "line": passage.line}
+        | ({"text": replace_surrogates(passage.text), "id": passage.kept[0]} if more else {})
+        for passage in passages
+    ]
+    encoded = [f"{{{fields}}}" for fields in extras.encode(passages)]
+    assert list(map(json.loads, encoded)) == expected
+    for text in encoded:
+        text.encode()

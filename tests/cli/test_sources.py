@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optional import needs
 
-from embedonce.cli.embedding import csv_records
+from embedonce.cli.embedding import csv_records, texts
 from embedonce.cli.embedding import passages as limits
 from embedonce.cli.embedding.passages import Broken, Passage, decode_path, format_place
 from embedonce.cli.embedding.sources import Reader
@@ -45,6 +46,29 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 # --- text -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(alphabet="ab \n\n\n\r\t\x0b\x1c\u2003é\udc80", max_size=12), max_size=6), st.integers(1, 12))
+def test_paragraphs_that_are_split_in_one_step_are_those_that_are_read_by_line(chunks: list[str], longest: int) -> None:
+    part, passage = texts.LONGEST_PART, limits.MAX_PASSAGE
+    try:
+        for texts.LONGEST_PART in (part, longest):
+            for limits.MAX_PASSAGE in (passage, longest * 4):
+                by_line = texts._read_lines_of(iter(chunks), "a", 1, "utf-8")
+                assert list(texts.read_text(chunks, "a", "utf-8", "paragraph")) == list(by_line)
+    finally:
+        texts.LONGEST_PART, limits.MAX_PASSAGE = part, passage
+
+
+def test_paragraphs_before_an_error_are_read() -> None:
+    def read() -> Iterator[str]:
+        yield "one\n \ntwo\n\nthr"
+        raise OSError("gone")
+
+    items = texts.read_text(read(), "a", "utf-8", "paragraph")
+    assert [next(items), next(items)] == [Passage("one", "a", 1), Passage("two", "a", 3)]
+    with pytest.raises(OSError, match="gone"):
+        next(items)
 
 
 def test_blank_lines_separate_paragraphs(tmp_path: Path) -> None:

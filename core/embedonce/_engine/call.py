@@ -12,6 +12,7 @@ from embedonce.answers import Fetched
 from embedonce.errors import TextRefused, TierError
 from embedonce.vectors import Entries, Matrix, Metadata
 
+from .ahead import Gathered
 from .flights import Ticket
 from .ports import Port
 from .routes import Route
@@ -60,6 +61,8 @@ class Answer:
     """Keys whose node or shard failed in this call, by tier. The call does not write these keys to that tier."""
     unstored: set[str] = field(default_factory=set)
     """Keys of computed entries that the tier with leases did not store."""
+    gathered: Gathered | None = None
+    """In a long run: the computed entries that are to be stored together with the next ones."""
     store_error: TierError | None = None
     """An error of a tier with ``on_error = "raise"``. The call raises this error after writing to the other tiers."""
     _texts_by_key: dict[str, str] | None = None

@@ -16,6 +16,7 @@ from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused,
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
 
+from .ahead import Gathered, turns
 from .call import PROVIDER, Answer, Call, copy_error
 from .checks import check_matrix, check_rows
 from .counters import RequestCounters
@@ -309,7 +310,14 @@ class Engine:
             partial(compute, call, {key: flights[key] for key in chunk}, texts, patience)
             for chunk in cut_chunks(source, {key: texts[key] for key in flights})
         ]
-        await call.port.run_all(jobs, source.provider.limits.concurrency)
+        if len(jobs) > 1 and turns.get() is not None:
+            call.answer.gathered = Gathered()
+        try:
+            await call.port.run_all(jobs, source.provider.limits.concurrency)
+        finally:
+            if call.answer.gathered is not None:
+                await self._store_gathered(call, call.answer.gathered)
+                call.answer.gathered = None
 
     # --- leases -------------------------------------------------------------------------------
 
@@ -358,7 +366,9 @@ class Engine:
     ) -> None:
         """Compute a chunk whose leases we have. Release the leases of texts that fail or are not stored."""
         await self._compute_chunk(call, flights, texts, patience)
-        leases.end(flights, unstored=call.answer.unstored)
+        # Gathered entries are stored later, and their leases end then.
+        ended = {key: flight for key, flight in flights.items() if flight.entry is not None or flight.error is not None}
+        leases.end(ended, unstored=call.answer.unstored)
 
     async def _poll(self, call: Call, theirs: dict[str, Flight], texts: Mapping[str, str], leases: Leases) -> None:
         """Wait for vectors that other processes compute. Compute those whose leases become free."""
@@ -466,11 +476,28 @@ class Engine:
             entries[key] = entries[key]._replace(metadata=answer.metadata[key])
         answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
+        gathered = answer.gathered
+        if gathered is None:
+            await self._store_and_land(call, entries, landed)
+        elif gathered.add(entries, landed):
+            await self._store_gathered(call, gathered)
+
+    async def _store_and_land(self, call: Call, entries: Mapping[str, Entry], flights: Mapping[str, Flight]) -> None:
         try:
-            if answer.store:
+            if call.answer.store:
                 await self.store(call, entries)
         finally:
-            self.in_flight.land(landed, entries, stored=answer.store)
+            self.in_flight.land(flights, entries, stored=call.answer.store)
+
+    async def _store_gathered(self, call: Call, gathered: Gathered) -> None:
+        """Store what several requests of a call have computed, land the flights, and end their leases."""
+        entries, flights = gathered.take()
+        if not entries:
+            return
+        await self._store_and_land(call, entries, flights)
+        leases = self._choose_leases(call.answer)
+        if leases is not None:
+            leases.end(flights, unstored=call.answer.unstored)
 
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
@@ -486,11 +513,18 @@ class Engine:
         answer = call.answer
         route = answer.route
         source = route.source
+        shared_turns = turns.get()
+        if shared_turns is not None:
+            await shared_turns.take(call.port, source, source.provider.limits.concurrency)
         start = time.perf_counter()
         made: Sequence[int] = ()
         tokens: int | list[int | None] | None = None
         try:
-            reply = await call_provider(call, list(texts))
+            try:
+                reply = await call_provider(call, list(texts))
+            finally:
+                if shared_turns is not None:
+                    shared_turns.give_back(source)
             tokens = read_tokens(reply, len(texts))
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from typing import Any
 
 from embedonce._messages import format_count
@@ -28,12 +39,13 @@ from embedonce.vectors import (
     plain_metadata,
 )
 
+from .ahead import read_windows, read_windows_async, run_ahead, run_ahead_async
 from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
 from .hot_path import HotPath
-from .ports import Port
+from .ports import Port, run_blocking
 from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
@@ -138,6 +150,45 @@ class Requests(HotPath):
     async def _embed_matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
         answer = await self._answer_texts(port, texts, task, rows_only=True)
         return answer.matrix()
+
+    def _embed_windows(self, texts: Iterable[str], task: Task, batch: int) -> Iterator[list[Any]]:
+        """Yield the rows of a stream of texts, window by window; at most ``batch`` texts are read ahead."""
+        ports, size = self._chain.ports, self._choose_window(batch)
+
+        def list_jobs() -> Iterator[Callable[[], list[Any]]]:
+            first = 0
+            for window in read_windows(texts, size):
+                yield lambda window=window, first=first: run_blocking(  # type: ignore[misc]
+                    self._embed_rows(ports.blocking, window, task, first)
+                )
+                first += len(window)
+
+        return run_ahead(lambda: ports.workers, list_jobs()) if size < batch else (job() for job in list_jobs())
+
+    async def _embed_windows_async(
+        self, texts: Iterable[str] | AsyncIterable[str], task: Task, batch: int
+    ) -> AsyncGenerator[list[Any]]:
+        """Like :meth:`_embed_windows`."""
+        port, size = self._chain.ports.get_loop_port(), self._choose_window(batch)
+
+        async def list_jobs() -> AsyncIterator[Callable[[], Coroutine[Any, Any, list[Any]]]]:
+            first = 0
+            async for window in read_windows_async(texts, size):
+                yield partial(self._embed_rows, port, window, task, first)
+                first += len(window)
+
+        if size == batch:
+            async for job in list_jobs():
+                yield await job()
+            return
+        async with aclosing(run_ahead_async(list_jobs())) as windows:
+            async for rows in windows:
+                yield rows
+
+    def _choose_window(self, batch: int) -> int:
+        """Return the size of a window: half of ``batch``, if this is enough for the calls of the provider."""
+        limits = self._source.provider.limits
+        return batch // 2 if batch // 2 >= limits.max_batch * limits.concurrency else batch
 
     async def _fetch(
         self,
@@ -469,26 +520,3 @@ def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
                 f"{MAX_TOKENS:,}, seconds are None or a number from 0 to {MAX_SECONDS:,.0f}"
             )
     return [Cost() if cost is None else Cost(*cost) for cost in costs]
-
-
-def read_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield the texts in lists of up to ``size``."""
-    iterator = iter(texts)
-    while window := list(islice(iterator, size)):
-        yield window
-
-
-async def read_windows_async(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
-    """Like :func:`read_windows`, but ``texts`` may be an async iterable."""
-    if isinstance(texts, Iterable):
-        for window in read_windows(texts, size):
-            yield window
-        return
-    window = []
-    async for text in texts:
-        window.append(text)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window

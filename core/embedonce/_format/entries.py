@@ -308,7 +308,12 @@ class Entries(MutableMapping[str, Entry]):
         """Return all entries as a dict. Entry objects are created for the entries that are still in blocks."""
         if not self._blocks:
             return dict(self._by_key)  # type: ignore[arg-type]
-        return {key: self[key] for key in list(self._by_key)}
+        found: dict[str, Any] = dict(self._by_key)
+        # A later block has replaced the entries of an earlier one, and a single entry those of all blocks before it.
+        for block in list(self._blocks):
+            found.update(block.entries())
+        found.update(self.loose())
+        return found
 
     def sizes(self) -> Counter[int]:
         """Count the entries by the number of dimensions of their vectors."""

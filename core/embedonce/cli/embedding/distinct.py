@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ MERGE_HASHES = 2**20
 
 
 class DistinctTexts:
-    """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
+    """Counts distinct texts by their hashes: 8 bytes of Python's own hash per text, which a window needs anyway.
 
     The counter keeps the hash of every distinct text. New hashes are first collected in a list. The list is merged
     into the known hashes when it takes more than 8 MiB and more memory than the known hashes. Two texts with the same
@@ -27,8 +26,7 @@ class DistinctTexts:
         self._new_count = 0
 
     def add(self, texts: Sequence[str]) -> None:
-        hashes = b"".join([blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts])
-        self._new.append(np.frombuffer(hashes, np.uint64))
+        self._new.append(np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64))
         self._new_count += len(texts)
         # Every merge processes all hashes, which is slow. Therefore merge only when the number of hashes has doubled.
         if self._new_count > max(MERGE_HASHES, len(self._known)):

@@ -66,7 +66,7 @@ class DryRun:
 
     def _read_texts(self, display: Display) -> Iterator[str]:
         """Yield the texts of all passages, including those that cannot be embedded. Show the progress."""
-        items = read_passages(self.reader, self.summary, self.failures, self._strict)
+        items = read_passages(self.reader, self.summary, self.failures.add_broken, self._strict)
         for passages in split_windows(items):
             display.start_window(len(passages), self.reader.bytes_read)
             self.summary.texts += len(passages)

@@ -44,6 +44,8 @@ class Progress:
         self._chunk_started: float | None = None
         self._chunk: tuple[int, float] = (0, 0.0)
         """Texts of the current chunk that the provider has embedded, and the seconds that this took."""
+        self._ahead = 0
+        """Texts of later windows that the provider has embedded already."""
 
     # --- what happens -------------------------------------------------------------------------
 
@@ -70,8 +72,13 @@ class Progress:
         if isinstance(event, Computed) and self._chunk_started is not None:
             self._chunk = self._chunk[0] + event.texts, self._clock() - self._chunk_started
 
-    def finish_chunk(self) -> None:
-        """Record that the texts were embedded or have failed."""
+    def finish_chunk(self, computed: int | None = None) -> None:
+        """Record that the texts were embedded or have failed.
+
+        If a later window is in flight, ``computed`` says how many texts of this one were embedded. The others that the
+        provider has embedded belong to the later window.
+        """
+        self._ahead = 0 if computed is None else max(self._ahead + self._chunk[0] - computed, 0)
         if self._chunk_started is not None and self._chunk[0]:
             self._chunk = self._chunk[0], self._clock() - self._chunk_started
             if len(self._chunks) < 2:
@@ -90,7 +97,7 @@ class Progress:
 
     def describe(self) -> str:
         """Return in one line: the passages, the rate, the share of hits, and what the run is waiting for."""
-        done = self._done + self._chunk[0]
+        done = self._done + self._ahead + self._chunk[0]
         rate = self._compute_rate() or done / max(self._clock() - self._started, 1e-9)
         parts = [
             f"{done:,} passages",
@@ -201,8 +208,8 @@ class Display:
     def handle_event(self, event: Event) -> None:
         self._attempt(lambda progress, view: progress.handle_event(event))
 
-    def finish_chunk(self) -> None:
-        self._attempt(lambda progress, view: progress.finish_chunk())
+    def finish_chunk(self, computed: int | None = None) -> None:
+        self._attempt(lambda progress, view: progress.finish_chunk(computed))
 
     def _attempt(self, action: Callable[[Progress, Bar | Lines], None]) -> None:
         """Run an action and show the result. After an error, show nothing more."""

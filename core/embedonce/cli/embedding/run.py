@@ -3,25 +3,29 @@
 A window is looked up first, so that the progress shows its hits immediately. The texts that no tier has are then
 computed in chunks that take about two seconds. After each chunk, the vectors are in the tiers, so that a run that is
 killed loses at most about one chunk. If a whole window takes less than that, it is fetched in one call.
+
+Two windows are in flight: while one is computed or written, the next one is read and looked up, or fetched.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import numpy as np
-
+from embedonce._engine.ahead import run_ahead
+from embedonce._engine.workers import Workers
 from embedonce._messages import format_count
 from embedonce.cli.money import sum_cost
 from embedonce.errors import ReplayMiss, TextError, TextRefused
-from embedonce.keys import NORMALIZERS
+from embedonce.vectors import matrix as make_matrix
 
 from .distinct import DistinctTexts
 from .failures import Failures
 from .pace import FACTOR, Pace
-from .passages import Passage, ReadItem
+from .passages import Broken, Passage, ReadItem
 from .summary import (
     Summary,
     collect_causes,
@@ -30,6 +34,7 @@ from .summary import (
     has_stored_nothing,
     subtract_money,
 )
+from .windows import Results, Window
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
@@ -65,44 +70,15 @@ class Stopped(Exception):
         self.is_temporary = is_temporary
 
 
-class Window:
-    """Some passages, and what is known about their vectors. Each distinct text is embedded once."""
+class Found(NamedTuple):
+    """What a window got before its turn: from the tiers alone, or, if ``started`` is set, from a whole call."""
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        self.passages = passages
-        self.positions: dict[str, list[int]] = {}
-        """Positions of each distinct text."""
-        for position, passage in enumerate(passages):
-            self.positions.setdefault(passage.text, []).append(position)
-        self.rows: list[Any] = [None] * len(passages)
-        self.sources: list[str | None] = [None] * len(passages)
-        self.failed: dict[int, Exception | None] = {}
-        """Errors by position. None stands for a text without a vector and without an error."""
-
-    def list_missing(self) -> list[str]:
-        """Return the distinct texts that have neither a vector nor an error, in the order of the passages."""
-        return [
-            text
-            for text, positions in self.positions.items()
-            if self.rows[positions[0]] is None and positions[0] not in self.failed
-        ]
-
-    def add(self, texts: Sequence[str], fetched: Fetched, *, is_final: bool) -> list[int]:
-        """Take over the vectors of ``texts``, and the errors that another call would not change.
-
-        With ``is_final``, take over all errors. Return the positions of the passages that have a result now.
-        """
-        done: list[int] = []
-        for number, text in enumerate(texts):
-            row, error = fetched.rows[number], fetched.failed.get(number)
-            if row is None and not is_final and not isinstance(error, TextError):
-                continue
-            for position in self.positions[text]:
-                self.rows[position], self.sources[position] = row, fetched.sources[number]
-                if row is None:
-                    self.failed[position] = error
-            done += self.positions[text]
-        return done
+    numbers: Sequence[int]
+    """Numbers of the texts that were looked up or fetched."""
+    fetched: Fetched
+    started: float | None = None
+    """Monotonic time at which the call began, and the time at which it ended."""
+    ended: float = 0.0
 
 
 class Run:
@@ -132,6 +108,16 @@ class Run:
         self._space = cache.lookup([], task=task).space
         self._pace = _make_pace(cache)
         self._distinct: DistinctTexts | None = DistinctTexts()
+        self._broken: deque[Broken] = deque()
+        """Items that were read without a passage and are not reported yet."""
+        self._broken_in_windows = 0
+        """Number of these items that belong to windows in flight."""
+        self._unfinished: deque[Window] = deque()
+        """The windows in flight."""
+        self._fetching = 0
+        """Number of windows that are being fetched ahead, each in one call."""
+        self._last_end = 0.0
+        """Monotonic time at which the last window that was fetched in one call was complete."""
         self._outage = 0
         """Number of windows in a row for which the provider returned no vector."""
         self.failures = Failures()
@@ -145,22 +131,58 @@ class Run:
             Stopped: the run ended early. No output was written, but the tiers have the vectors computed so far.
         """
         started = time.monotonic()
+        workers = Workers()
         try:
-            for passages in split_windows(read_passages(self._reader, self.summary, self.failures, self._strict)):
-                display.start_window(len(passages), self._reader.bytes_read)
-                self._count_distinct(passages)
-                self._embed_window(Window(passages), display)
+            for window, found in run_ahead(lambda: workers, self._list_jobs(display)):
+                self._finish_window(window, found, display)
+            self._report_broken(len(self._broken))
             self._check_rows()
             self._finish_output()
         finally:
+            self._report_broken(len(self._broken))
             self._complete_summary(time.monotonic() - started)
+
+    # --- reading ahead ------------------------------------------------------------------------
+
+    def _list_jobs(self, display: Display) -> Iterator[Callable[[], tuple[Window, Found]]]:
+        """Read the windows, and yield for each one the job that looks it up, or that fetches it in one call."""
+        passages = read_passages(self._reader, self.summary, self._broken.append, self._strict)
+        for batch in split_windows(passages):
+            self._count_distinct(batch)
+            window = Window(batch, len(self._broken) - self._broken_in_windows, self._reader.bytes_read)
+            self._broken_in_windows += window.broken
+            # A text of an earlier window that is not stored yet is fetched later, when it is in a tier.
+            numbers = window.list_new(self._unfinished)
+            self._unfinished.append(window)
+            if self._pace.size < len(window.texts) or self._outage or not numbers:
+                yield partial(self._look_up, window)
+                continue
+            if not self._fetching:
+                display.start_chunk()
+            self._fetching += 1
+            yield partial(self._fetch, window, numbers)
+
+    def _look_up(self, window: Window) -> tuple[Window, Found]:
+        return window, Found(range(len(window.texts)), self._cache.lookup(window.texts, task=self._task))
+
+    def _fetch(self, window: Window, numbers: Sequence[int]) -> tuple[Window, Found]:
+        started = time.monotonic()
+        fetched = self._cache.fetch([window.texts[number] for number in numbers], task=self._task)
+        self._flush()
+        return window, Found(numbers, fetched, started, time.monotonic())
 
     # --- one window ---------------------------------------------------------------------------
 
-    def _embed_window(self, window: Window, display: Display) -> None:
+    def _finish_window(self, window: Window, found: Found, display: Display) -> None:
+        display.start_window(len(window.passages), window.bytes_read)
+        self._report_broken(window.broken)
+        self._broken_in_windows -= window.broken
         self.summary.texts += len(window.passages)
-        if self._pace.size < len(window.positions):
-            self._look_up(window, display)
+        self._unfinished.popleft()
+        if found.started is not None:
+            self._finish_fetch(window, found, display)
+        elif found.fetched.space == self._space:
+            self._add_results(window, window.add(found.numbers, found.fetched, is_final=False), display)
         missing = window.list_missing()
         growth = 1
         while missing:
@@ -168,45 +190,61 @@ class Run:
             chunk, missing = missing[:size], missing[size:]
             # Small chunks would only delay finding out that the provider is down.
             growth = 1 if self._embed_chunk(window, chunk, display) else growth * FACTOR
-        self._outage = self._outage + 1 if is_outage(window.failed.values(), window.sources) else 0
+        self._outage = self._outage + 1 if is_outage(window.failed.values(), window.is_computed) else 0
         self._report_failures(window)
         self._write_rows(window)
 
-    def _look_up(self, window: Window, display: Display) -> None:
-        texts = list(window.positions)
-        found = self._cache.lookup(texts, task=self._task)
-        if found.space == self._space:
-            self._add_results(window, window.add(texts, found, is_final=False), display)
+    def _finish_fetch(self, window: Window, found: Found, display: Display) -> None:
+        """Take over the vectors of a window that was fetched in one call."""
+        self._check_space(found.fetched.space)
+        assert found.started is not None
+        # Two windows are in flight, so the time since the window before was finished is what this window took.
+        seconds = found.ended - max(found.started, self._last_end)
+        self._last_end = found.ended
+        self._fetching -= 1
+        results = window.add(found.numbers, found.fetched, is_final=True)
+        display.finish_chunk(results.sources["provider"] if self._fetching else None)
+        if self._fetching:
+            display.start_chunk()
+        self._add_results(window, results, display)
+        self._record_pace(found.fetched, seconds)
 
-    def _embed_chunk(self, window: Window, texts: Sequence[str], display: Display) -> bool:
+    def _embed_chunk(self, window: Window, numbers: Sequence[int], display: Display) -> bool:
         """Embed texts of a window. Return False if the provider seems to be down."""
         started = time.monotonic()
         display.start_chunk()
-        fetched = self._cache.fetch(texts, task=self._task)
+        fetched = self._cache.fetch([window.texts[number] for number in numbers], task=self._task)
         self._check_space(fetched.space)
-        # Wait for the queued writes, so that no write is dropped and a killed run loses at most this chunk. Each write
-        # has its tier's timeout, so only a very slow store can exceed FLUSH.
-        self._cache.flush(timeout=FLUSH)
+        self._flush()
         display.finish_chunk()
-        self._add_results(window, window.add(texts, fetched, is_final=True), display)
-        if is_outage(fetched.failed.values(), fetched.sources):
+        self._add_results(window, window.add(numbers, fetched, is_final=True), display)
+        if is_outage(fetched.failed.values(), "provider" in fetched.sources):
             return False
-        asked = len(texts) - sum(source not in (None, "provider") for source in fetched.sources)
-        if asked:
-            self._pace.record(asked, time.monotonic() - started)
+        self._record_pace(fetched, time.monotonic() - started)
         return True
 
-    def _add_results(self, window: Window, done: Sequence[int], display: Display) -> None:
+    def _flush(self) -> None:
+        """Wait for the queued writes, so that no write is dropped and a killed run loses at most what it is computing.
+
+        Each write has its tier's timeout, so only a very slow store can exceed FLUSH.
+        """
+        self._cache.flush(timeout=FLUSH)
+
+    def _record_pace(self, fetched: Fetched, seconds: float) -> None:
+        asked = sum(source in (None, "provider") for source in fetched.sources)
+        if asked and not is_outage(fetched.failed.values(), "provider" in fetched.sources):
+            self._pace.record(asked, seconds)
+
+    def _add_results(self, window: Window, results: Results, display: Display) -> None:
         """Count what passages got: hits by tier, and for the display also other vectors and failures."""
-        hits = failed = 0
-        for position in done:
-            source = window.sources[position]
-            failed += window.rows[position] is None
-            if window.rows[position] is not None and source is not None and source != "provider":
-                self.summary.hits[source] += 1
-                hits += 1
-        display.add_results(hits=hits, others=len(done) - hits - failed, failed=failed)
-        if failed and self._strict:
+        hits = 0
+        for source, number in results.sources.items():
+            if source != "provider":
+                self.summary.hits[source] += number
+                hits += number
+        others = results.sources["provider"]
+        display.add_results(hits=hits, others=others, failed=results.failed)
+        if results.failed and self._strict:
             self._report_failures(window)
 
     def _check_space(self, space: VectorSpace) -> None:
@@ -218,11 +256,14 @@ class Run:
             )
 
     def _write_rows(self, window: Window) -> None:
-        good = [position for position, row in enumerate(window.rows) if row is not None]
-        if good:
-            rows = [window.rows[position] for position in good]
-            self._sink.write([_replace_surrogates(window.passages[position]) for position in good], np.stack(rows))
-            self.summary.rows += len(good)
+        passages, numbers = window.passages, window.numbers
+        if window.failed:
+            good = [place for place, number in enumerate(numbers) if number not in window.failed]
+            passages, numbers = [passages[place] for place in good], [numbers[place] for place in good]
+        if passages:
+            rows = [window.rows[number] for number in numbers]
+            self._sink.write(passages, make_matrix(rows))
+            self.summary.rows += len(rows)
             self.summary.dimensions = len(rows[0])
 
     # --- the end ------------------------------------------------------------------------------
@@ -286,17 +327,25 @@ class Run:
 
     # --- failures -----------------------------------------------------------------------------
 
+    def _report_broken(self, count: int) -> None:
+        """Report the first items that were read without a passage and are not reported yet."""
+        for _ in range(count):
+            self.failures.add_broken(self._broken.popleft())
+
     def _report_failures(self, window: Window) -> None:
-        for position in sorted(window.failed):
-            self.failures.add_failed(window.passages[position], window.failed[position])
-        self.summary.failed += len(window.failed)
-        if self._strict and window.failed:
+        failed = window.list_failed_passages()
+        for passage, error in failed:
+            self.failures.add_failed(passage, error)
+        self.summary.failed += len(failed)
+        if self._strict and failed:
             raise Stopped("a passage failed, and --strict is set")
         if self._outage >= OUTAGE:
             raise Stopped("every call to the provider fails", is_temporary=True)
 
 
-def read_passages(items: Iterable[ReadItem], summary: Summary, failures: Failures, strict: bool) -> Iterator[Passage]:
+def read_passages(
+    items: Iterable[ReadItem], summary: Summary, add_broken: Callable[[Broken], None], strict: bool
+) -> Iterator[Passage]:
     """Yield the passages; count the broken items.
 
     Raises:
@@ -306,7 +355,7 @@ def read_passages(items: Iterable[ReadItem], summary: Summary, failures: Failure
         if isinstance(item, Passage):
             yield item
             continue
-        failures.add_broken(item)
+        add_broken(item)
         summary.failed += 1
         if strict:
             raise Stopped("an input could not be read, and --strict is set")
@@ -350,14 +399,9 @@ TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
 """Errors about a single text. Any other error concerns all texts that were sent to the provider together."""
 
 
-def is_outage(errors: Iterable[Exception | None], sources: Iterable[str | None]) -> bool:
-    """Return whether the provider was called and returned no vector at all."""
+def is_outage(errors: Iterable[Exception | None], is_computed: bool) -> bool:
+    """Return whether the provider was called and returned no vector at all. ``is_computed``: it returned some."""
     # An invalid text is found before the provider is called.
     found = [error for error in errors if error is not None and not isinstance(error, TextError)]
     has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in found)
-    return bool(found) and not has_text_errors and "provider" not in sources
-
-
-def _replace_surrogates(passage: Passage) -> Passage:
-    """Return a passage whose text can be written, as the normalisation step ``surrogates`` changes it."""
-    return passage._replace(text=NORMALIZERS["surrogates"](passage.text))
+    return bool(found) and not has_text_errors and not is_computed

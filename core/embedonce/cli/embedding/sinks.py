@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from embedonce.keys import NORMALIZERS
 from embedonce.vectors import Matrix
 
 from .columns import KeptColumns
@@ -37,6 +38,8 @@ from .passages import Passage
 if sys.platform != "win32":
     import fcntl
 
+replace_surrogates = NORMALIZERS["surrogates"]
+"""Makes a text that can be written from one with lone surrogates, as the normalisation step of this name does."""
 HEADER = 128
 """Size of the .npy header in bytes. The size is fixed, because the space for the header is reserved before the rows are
 written. The header itself is written last, when the number of rows is known."""
@@ -70,13 +73,18 @@ class Extras:
     keep: Sequence[str] = ()
     """Names of the values in ``Passage.kept``."""
 
-    def describe(self, passage: Passage) -> dict[str, Any]:
-        """Return the fields of a row, except the vector."""
-        fields: dict[str, Any] = {"source": passage.source, "line": passage.line}
-        if self.with_text:
-            fields["text"] = passage.text
+    def encode(self, passages: Sequence[Passage]) -> Iterator[str]:
+        """Yield for each row the JSON of its fields, except the vector, without the braces."""
+        # The passages of a window come from few files.
+        encoded = {source: _encode_json(source) for source in {passage.source for passage in passages}}
+        for passage in passages:
+            place = f'"source": {encoded[passage.source]}, "line": {passage.line}'
+            yield place if not (self.with_text or self.keep) else f"{place}{self._encode_rest(passage)}"
+
+    def _encode_rest(self, passage: Passage) -> str:
+        fields: dict[str, Any] = {"text": replace_surrogates(passage.text)} if self.with_text else {}
         fields.update(zip(self.keep, passage.kept, strict=True))
-        return fields
+        return f", {_encode_json(fields)[1:-1]}"
 
 
 def open_sink(out: Path, *, with_text: bool = False, keep: Sequence[str] = ()) -> Sink:
@@ -275,11 +283,9 @@ class NpySink:
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
-        self._matrix.file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
-        lines = []
-        for row, passage in enumerate(passages, start=self._rows):
-            lines.append(_encode_json({"row": row, **self._extras.describe(passage)}) + b"\n")
-        self._index.file.write(b"".join(lines))
+        self._matrix.file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
+        rows = enumerate(self._extras.encode(passages), start=self._rows)
+        self._index.file.write("".join([f'{{"row": {row}, {fields}}}\n' for row, fields in rows]).encode())
         self._rows += len(passages)
 
     def finish(self, dimensions: int) -> None:
@@ -358,12 +364,11 @@ class JsonlSink:
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
-        for passage, vector in zip(passages, vectors, strict=True):
-            fields = _encode_json(self._extras.describe(passage))
+        for fields, vector in zip(self._extras.encode(passages), vectors, strict=True):
             # Nine digits restore every float32 exactly, except that -0.0 becomes 0. Nine digits take half the bytes of
             # the seventeen digits of a double.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
-            self._part.file.write(fields[:-1] + f', "vector": [{values}]}}\n'.encode())
+            self._part.file.write(f'{{{fields}, "vector": [{values}]}}\n'.encode())
 
     def finish(self, dimensions: int) -> None:
         self._part.finish()
@@ -402,7 +407,9 @@ class ParquetSink:
             self._arrow.array([passage.line for passage in passages], type=self._arrow.int64()),
         ]
         if self._extras.with_text:
-            columns.append(self._arrow.array([passage.text for passage in passages], type=self._arrow.string()))
+            columns.append(
+                self._arrow.array([replace_surrogates(passage.text) for passage in passages], type=self._arrow.string())
+            )
         columns += self._kept.make_arrays(kept)
         values = self._arrow.array(np.ascontiguousarray(vectors).reshape(-1))
         columns.append(self._arrow.FixedSizeListArray.from_arrays(values, self._dimensions))
@@ -454,11 +461,19 @@ class ParquetSink:
 # --- rows -------------------------------------------------------------------------------------
 
 
-def _encode_json(fields: dict[str, Any]) -> bytes:
+def _encode_json(value: Any) -> str:
+    encoded = json.dumps(value, ensure_ascii=False)
+    # A lone surrogate in a kept value can only be written as an escape.
+    return encoded if _is_valid(encoded) else json.dumps(value)
+
+
+def _is_valid(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8."""
     try:
-        return json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a kept value has a lone surrogate, which JSON can only write as an escape
-        return json.dumps(fields).encode()
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:

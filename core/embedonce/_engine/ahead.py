@@ -1,0 +1,254 @@
+"""Long runs: the next window of a stream is looked up and computed while the window before is still being stored.
+
+Without this, the provider would wait at the end of each window: for its last write, for the reading of the next window,
+and for its lookup. Two windows are in flight, in two threads or asyncio tasks. Together they make no more calls of the
+provider than one call of the cache does: each call of the provider takes a turn, and there are as many turns as the
+provider's ``concurrency``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from embedonce.vectors import Entry
+
+from .flights import Flight
+from .ports import Port
+from .workers import Workers
+
+T = TypeVar("T")
+
+IN_FLIGHT = 2
+"""Number of windows in flight."""
+GRACE = 2.0
+"""Maximum number of seconds that a run that ends early waits for its calls in flight.
+
+The caller may close the cache next, which must not happen in the middle of a write. There is a limit because the
+garbage collector may end the run in one of its own threads, which would otherwise wait for itself."""
+
+
+GATHER = 4096
+"""Number of computed entries that a window of a run stores together. A disk tier writes them in one transaction."""
+GATHER_SECONDS = 0.25
+"""Seconds after which a window stores what it has gathered, when the next answer of the provider arrives.
+
+A run that is killed loses this much more work at most. A slow provider's answers are stored one by one."""
+
+
+class RunEnded(BaseException):
+    """The run has ended early, so its windows in flight call the provider no more. Nobody sees this exception."""
+
+
+class Turns:
+    """The calls that the windows of one run may make to each provider at the same time, in the order of asking."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # re-entrant, because the garbage collector may end the run anywhere
+        self._free: dict[object, int] = {}
+        self._waiting: dict[object, deque[Future[None]]] = {}
+        self._has_ended = False
+
+    async def take(self, port: Port, source: object, limit: int) -> None:
+        """Wait until fewer than ``limit`` calls of ``source`` are running. Call :meth:`give_back` after the call.
+
+        Raises:
+            RunEnded: the run has ended.
+        """
+        turn: Future[None] | None = None
+        with self._lock:
+            free = self._free.setdefault(source, limit)
+            if free:
+                self._free[source] = free - 1
+            else:
+                turn = Future()
+                self._waiting.setdefault(source, deque()).append(turn)
+        if turn is not None:
+            try:
+                await port.wait(turn, None)
+            except BaseException:
+                if not turn.cancel():
+                    self.give_back(source)
+                raise
+        if self._has_ended:
+            self.give_back(source)
+            raise RunEnded
+
+    def give_back(self, source: object) -> None:
+        with self._lock:
+            waiting = self._waiting.get(source)
+            while waiting:
+                turn = waiting.popleft()
+                if turn.set_running_or_notify_cancel():
+                    turn.set_result(None)
+                    return
+            self._free[source] += 1
+
+    def end(self) -> None:
+        """Let no call begin any more."""
+        with self._lock:
+            self._has_ended = True
+            for source, waiting in self._waiting.items():
+                if waiting:
+                    self._free[source] -= 1
+                    self.give_back(source)  # the woken window gives its turn back, which wakes the next one
+
+
+turns: ContextVar[Turns | None] = ContextVar("embedonce_turns", default=None)
+"""The turns of the run that the current call belongs to."""
+
+
+class Gathered:
+    """Computed entries of one call that are not stored yet, and their flights. Several threads may add entries."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+        self._entries: dict[str, Entry] = {}
+        self._flights: dict[str, Flight] = {}
+
+    def add(self, entries: Mapping[str, Entry], flights: Mapping[str, Flight]) -> bool:
+        """Add entries, and return whether it is time to store what was gathered."""
+        with self._lock:
+            self._entries.update(entries)
+            self._flights.update(flights)
+            return len(self._entries) >= GATHER or time.monotonic() - self._since >= GATHER_SECONDS
+
+    def take(self) -> tuple[dict[str, Entry], dict[str, Flight]]:
+        """Remove and return the gathered entries and their flights."""
+        with self._lock:
+            taken = self._entries, self._flights
+            self._since, self._entries, self._flights = time.monotonic(), {}, {}
+        return taken
+
+
+class _Started(NamedTuple):
+    """A job that runs in a thread."""
+
+    job: Callable[[], Any]
+    future: Future[Any]
+    process: int
+
+    def get_result(self) -> Any:
+        # A fork copies no threads, so a child runs the job again.
+        return self.future.result() if self.process == os.getpid() else self.job()
+
+
+def run_ahead(get_workers: Callable[[], Workers], jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield the results of jobs in order. While the caller uses a result, the next job runs in a thread.
+
+    Raises:
+        Exception: the error of a job, or of ``jobs``, after the results of the jobs before it.
+    """
+    own_turns = Turns()
+    started: deque[_Started] = deque()
+    problem: Exception | None = None
+    iterator = iter(jobs)
+    try:
+        while True:
+            try:
+                job = next(iterator, None)
+            except Exception as error:  # noqa: BLE001  (raised below, after the results of the earlier jobs)
+                job, problem = None, error
+            if job is None:
+                break
+            started.append(_start(get_workers(), own_turns, job))
+            if len(started) == IN_FLIGHT:
+                yield started.popleft().get_result()
+        while started:
+            yield started.popleft().get_result()
+        if problem is not None:
+            raise problem
+    except KeyboardInterrupt:  # the user does not want to wait
+        started.clear()
+        raise
+    finally:
+        own_turns.end()
+        wait([one.future for one in started if one.process == os.getpid()], GRACE)
+
+
+def _start(workers: Workers, own_turns: Turns, job: Callable[[], T]) -> _Started:
+    token = turns.set(own_turns)
+    try:
+        future: Future[T] = workers.submit(job)
+    except RuntimeError:  # no thread can be started, so the job runs here
+        future = Future()
+        future.set_result(job())
+    finally:
+        turns.reset(token)
+    return _Started(job, future, os.getpid())
+
+
+async def run_ahead_async(jobs: AsyncIterator[Callable[[], Coroutine[Any, Any, T]]]) -> AsyncGenerator[T]:
+    """Like :func:`run_ahead`, with asyncio tasks."""
+    import asyncio
+
+    own_turns = Turns()
+    started: deque[asyncio.Task[T]] = deque()
+    problem: Exception | None = None
+    try:
+        while True:
+            try:
+                job = await anext(jobs, None)
+            except Exception as error:  # noqa: BLE001  (raised below, after the results of the earlier jobs)
+                job, problem = None, error
+            if job is None:
+                break
+            token = turns.set(own_turns)
+            started.append(asyncio.create_task(job()))
+            turns.reset(token)
+            if len(started) == IN_FLIGHT:
+                yield await started.popleft()
+        while started:
+            yield await started.popleft()
+        if problem is not None:
+            raise problem
+    finally:
+        own_turns.end()
+        for task in started:
+            task.cancel()
+            with suppress(RuntimeError):  # the loop is closed
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def read_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield the texts in lists of up to ``size``."""
+    iterator = iter(texts)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+async def read_windows_async(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
+    """Like :func:`read_windows`, but ``texts`` may be an async iterable."""
+    if isinstance(texts, Iterable):
+        for window in read_windows(texts, size):
+            yield window
+        return
+    window = []
+    async for text in texts:
+        window.append(text)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
