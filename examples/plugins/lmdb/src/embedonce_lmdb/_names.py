@@ -11,8 +11,8 @@ from collections.abc import Collection
 
 BINARY = b"\1"
 TEXT = b"\2"
-BYTES = 40
-"""Number of bytes that the digits of a key take."""
+NAME_BYTES = 41
+"""Size of the name of a key of embedonce."""
 LOWEST = f"eo1.{'0' * 16}.{'0' * 64}"
 HIGHEST = LOWEST.replace("0", "f")
 LENGTH = len(LOWEST)
@@ -31,9 +31,9 @@ def encode_keys(keys: Collection[str]) -> list[bytes]:
     """Return the names of several keys. If all of them are keys of embedonce, they are converted with a few calls."""
     joined = "".join(keys)
     if {*map(len, keys)} == {LENGTH} and all([joined[place::LENGTH] == one * len(keys) for place, one in POINTS]):
-        names = _read_digits(joined.replace("eo1.", "").replace(".", ""))
-        if names is not None and len(names) == BYTES * len(keys):
-            return [BINARY + names[start : start + BYTES] for start in range(0, len(names), BYTES)]
+        names = _read_digits(joined.replace("eo1.", BINARY.hex()).replace(".", ""))
+        if names is not None and len(names) == NAME_BYTES * len(keys):
+            return [names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES)]
     return [encode_key(key) for key in keys]
 
 
