@@ -260,22 +260,19 @@ def open_stores(kinds: Sequence[type[Store]], folder: Path) -> Iterator[list[Sto
         yield stores
 
 
-def run(kinds: Sequence[type[Store]], sizes: Sequence[int], folder: Path) -> list[Point]:
-    """Return the points of all stores at all sizes. The stores are in a temporary folder inside ``folder``."""
+def run(kinds: Sequence[type[Store]], sizes: Sequence[int], folder: Path) -> Iterator[list[Point]]:
+    """Yield the points of all stores, size by size. The stores are in a temporary folder inside ``folder``."""
     chance = random.Random(2)
     frames = [chance.randbytes(FRAME_BYTES) for _ in range(1000)]
-    points: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="growth-", dir=folder) as own, open_stores(kinds, Path(own)) as stores:
         growth = Growth(stores, frames)
         gc.disable()
         try:
             for size in sizes:
-                points += growth.grow(size)
+                yield growth.grow(size)
                 gc.collect()
-                print(f"measured {size:,} entries", flush=True)
         finally:
             gc.enable()
-    return points
 
 
 def main() -> None:
@@ -293,7 +290,13 @@ def main() -> None:
         if kind not in kinds:
             print(f"left out: {kind.name}, because {kind.requires} is not installed")
     check_free_space(options.folder, sizes[-1], len(kinds))
-    points = run(kinds, sizes, options.folder)
+    points: list[Point] = []
+    try:
+        for found in run(kinds, sizes, options.folder):
+            points += found
+            print(f"measured {found[0].entries:,} entries", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; these are the sizes that were measured")
     print("", f"{FRAME_BYTES:,} bytes per frame, batches of {BATCH}, {os.cpu_count()} cores", "", sep="\n")
     print("\n".join(make_tables(points)))
     if options.json:

@@ -273,9 +273,9 @@ def test_a_value_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_a_key_that_lmdb_cannot_hold_is_refused(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path)
     with pytest.raises(TierError, match=str(tmp_path)):
-        backend.set_many({"k" * 503: b""}, None)
-    backend.set_many({"k" * 502: b"there"}, None)
-    assert backend.get("k" * 502) == b"there"
+        backend.set_many({"k" * 511: b""}, None)
+    backend.set_many({"k" * 510: b"there"}, None)
+    assert backend.get("k" * 510) == b"there"
     backend.close()
 
 

@@ -25,9 +25,9 @@ T = TypeVar("T")
 W = TypeVar("W")
 
 MIB = 2**20
-DATABASES = (b"index", b"frames by number", b"due by number")
+DATABASES = (b"frames by name", b"order by name", b"due by name")
 EARLIER_DATABASES = (b"frames", b"order", b"due")
-"""Databases of an earlier version, which kept each frame under its random key."""
+"""Databases of an earlier version, which had keys as text instead of names."""
 MAX_READERS = 1024
 """Maximum concurrent reads in all processes together. Each takes a slot of 64 bytes in the lock file."""
 DEFAULT_WAIT_SECONDS = 60.0
@@ -48,12 +48,10 @@ class Opened:
     """The open files of a folder."""
 
     handle: lmdb.Environment
-    index: lmdb._Database
-    """Maps a name to its expiry time and number (16 bytes)."""
     frames: lmdb._Database
-    """Maps a number and its name to the frame, in the order of storing. New frames go to the end of this database, so
-    that a write changes few pages. If the frames were ordered by their random names, every new frame would change a
-    random page."""
+    """Maps a name to its expiry time and number (16 bytes), followed by the frame."""
+    order: lmdb._Database
+    """Maps a number to its name, in the order of storing."""
     due: lmdb._Database
     """Maps an expiry time and number to the name, for entries that expire."""
     lock: int
@@ -62,7 +60,7 @@ class Opened:
 
     def count_used_bytes(self, transaction: lmdb.Transaction) -> int:
         """Return the bytes of all pages in use. The rest of the file is free for later writes."""
-        found = [transaction.stat(database) for database in (self.index, self.frames, self.due)]
+        found = [transaction.stat(database) for database in (self.frames, self.order, self.due)]
         return sum(one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) for one in found)
 
 
@@ -232,8 +230,8 @@ class Environment:
             self._extend_file(handle)
             handle.reader_check()
             _drop_earlier_layout(handle)
-            index, frames, due = (handle.open_db(name) for name in DATABASES)
-            return Opened(handle, index, frames, due, lock, self._inode())
+            frames, order, due = (handle.open_db(name) for name in DATABASES)
+            return Opened(handle, frames, order, due, lock, self._inode())
         except BaseException:
             handle.close()
             raise

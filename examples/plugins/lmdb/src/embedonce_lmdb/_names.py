@@ -11,36 +11,39 @@ from collections.abc import Collection
 
 BINARY = b"\1"
 TEXT = b"\2"
-DIGITS = 80
+NAME_BYTES = 41
+"""Size of the name of a key of embedonce."""
 LOWEST = f"eo1.{'0' * 16}.{'0' * 64}"
 HIGHEST = LOWEST.replace("0", "f")
+LENGTH = len(LOWEST)
+POINTS = ((0, "e"), (1, "o"), (2, "1"), (3, "."), (20, "."))
+"""The characters of such a key that are not digits, and their places."""
 
 
 def encode_key(key: str) -> bytes:
     """Return the name of a key."""
-    if len(key) == len(LOWEST) and key[:4] == "eo1." and key[20] == ".":
-        digits = key[4:20] + key[21:]
-        try:
-            name = bytes.fromhex(digits)
-        except ValueError:
-            return TEXT + key.encode()
-        # fromhex also takes capital letters and spaces, which no key of embedonce has.
-        if name.hex() == digits:
-            return BINARY + name
+    if len(key) == LENGTH and key[:4] == "eo1." and key[20] == "." and (name := _read_digits(key[4:20] + key[21:])):
+        return BINARY + name
     return TEXT + key.encode()
 
 
 def encode_keys(keys: Collection[str]) -> list[bytes]:
-    """Return the names of several keys. If all of them are keys of embedonce, converting them takes one call."""
-    if all([len(key) == len(LOWEST) and key[:4] == "eo1." and key[20] == "." for key in keys]):
-        digits = "".join([key[4:20] + key[21:] for key in keys])
-        try:
-            names = bytes.fromhex(digits)
-        except ValueError:
-            names = b""
-        if names.hex() == digits:
-            return [BINARY + names[start : start + DIGITS // 2] for start in range(0, len(names), DIGITS // 2)]
+    """Return the names of several keys. If all of them are keys of embedonce, they are converted with a few calls."""
+    joined = "".join(keys)
+    if {*map(len, keys)} == {LENGTH} and all([joined[place::LENGTH] == one * len(keys) for place, one in POINTS]):
+        names = _read_digits(joined.replace("eo1.", BINARY.hex()).replace(".", ""))
+        if names is not None and len(names) == NAME_BYTES * len(keys):
+            return [names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES)]
     return [encode_key(key) for key in keys]
+
+
+def _read_digits(digits: str) -> bytes | None:
+    """Return the bytes of hexadecimal digits, or None if there are other characters."""
+    try:
+        found = bytes.fromhex(digits)
+    except ValueError:
+        return None
+    return found if found.hex() == digits else None  # fromhex also takes capital letters and spaces
 
 
 def decode_name(name: bytes) -> str:

@@ -11,6 +11,7 @@ import math
 import struct
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import merge
@@ -40,6 +41,8 @@ MAX_ITEMS = 4096
 MAX_TRANSACTION_BYTES = 2**26
 """Maximum items and bytes of one write transaction, because writers in other processes wait for it."""
 
+HEADER = 16
+"""Bytes before each frame: its expiry time and its number."""
 _UINT64 = struct.Struct(">Q")
 NEVER = b"\xff" * 8
 """Expiry time of an entry that does not expire. As bytes, it sorts after every other time."""
@@ -98,17 +101,14 @@ class LmdbBackend:
         """
         if not keys:
             return {}
-        now = self._now()
-        names = encode_keys(keys)
+        now, names = self._now(), encode_keys(keys)
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> dict[str, bytes]:
-            get, index, frames = transaction.get, opened.index, opened.frames
+            get, frames = transaction.get, opened.frames
             return {
-                key: frame
+                key: value[HEADER:]
                 for key, name in zip(keys, names, strict=True)
-                if (entry := get(name, None, index)) is not None
-                and entry[:8] > now
-                and (frame := get(entry[8:] + name, None, frames)) is not None
+                if (value := get(name, None, frames)) is not None and value[:8] > now
             }
 
         return self._environment.read(work)
@@ -118,8 +118,8 @@ class LmdbBackend:
         now, name = self._now(), encode_key(key)
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> bytes | None:
-            entry = transaction.get(name, None, opened.index)
-            return None if entry is None or entry[:8] <= now else transaction.get(entry[8:] + name, None, opened.frames)
+            value = transaction.get(name, None, opened.frames)
+            return None if value is None or value[:8] <= now else value[HEADER:]
 
         return self._environment.read(work)
 
@@ -143,7 +143,7 @@ class LmdbBackend:
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> int:
             if not prefix:
-                return transaction.stat(opened.index)["entries"]
+                return transaction.stat(opened.frames)["entries"]
             ranges = find_ranges(prefix)
             return sum(len(_read_page(opened, transaction, first=first, last=last)) for first, last in ranges)
 
@@ -161,7 +161,10 @@ class LmdbBackend:
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is absent or expired, and return these keys. Only one caller gets each key."""
-        return {key for chunk in self._split(items) for key in self._store(chunk, ttl, only_absent=True)}
+        added: set[str] = set()
+        for chunk in self._split(items):
+            added |= chunk.keys() - self._store(chunk, ttl, only_absent=True)
+        return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys. Their bytes stay in the file until a later write reuses the pages."""
@@ -190,8 +193,12 @@ class LmdbBackend:
     def _now(self) -> bytes:
         return _encode_time(self.clock())
 
-    def _split(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    def _split(self, items: Mapping[str, bytes]) -> Iterator[Mapping[str, bytes]]:
         max_size = min(MAX_TRANSACTION_BYTES, self._max_bytes // 8)
+        sizes = list(map(len, items.values()))
+        if items and len(items) <= MAX_ITEMS and sum(sizes) <= max_size and max(sizes) <= self._max_value_bytes:
+            yield items  # the usual case, without a loop in Python
+            return
         chunk: dict[str, bytes] = {}
         size = 0
         for key, value in items.items():
@@ -208,26 +215,27 @@ class LmdbBackend:
             yield chunk
 
     def _store(self, items: Mapping[str, bytes], ttl: float | None, *, only_absent: bool) -> set[str]:
+        """Store the items in one transaction, and return the keys that ``only_absent`` left as they were."""
         environment = self._environment
         environment.reopen_if_replaced()
         expires = NEVER if ttl is None else _encode_time(self.clock() + ttl)
-        now = self._now()
+        now, names = self._now(), encode_keys(items)
 
-        # Sorted names use the same pages of the index one after the other.
-        rows = sorted(zip(encode_keys(items), items, items.values(), strict=True))
-
-        def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> tuple[set[str], int]:
+        def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> tuple[set[bytes], int]:
             evicted = self._make_room(opened, transaction, items, now)
-            first_number = transaction.id() << 24
-            entries = {name: expires + _UINT64.pack(first_number + i) for i, (name, _, _) in enumerate(rows)}
-            kept = _index(opened, transaction, entries, None if not only_absent else now)
-            frames = [(entries[name][8:] + name, value) for name, _, value in rows if name not in kept]
-            _put_all(transaction, opened.frames, frames, append=True)
+            numbers = _make_numbers(transaction.id() << 24, len(names))
+            frames = zip(names, numbers, items.values(), strict=True)
+            values = [(name, expires + number + frame) for name, number, frame in frames]
+            kept = _put_frames(opened, transaction, values, now if only_absent else None)
+            order = list(zip(numbers, names, strict=True))
+            if kept:
+                order = [(number, name) for number, name in order if name not in kept]
+            _put_all(transaction, opened.order, order, append=True)
             if expires != NEVER:
-                _put_all(transaction, opened.due, [(entries[name], name) for name in entries if name not in kept])
-            return {key for name, key, _ in rows if name not in kept}, evicted
+                _put_all(transaction, opened.due, [(expires + number, name) for number, name in order])
+            return kept, evicted
 
-        stored, evicted = environment.write(work)
+        kept, evicted = environment.write(work)
         if evicted and not self._has_warned:
             self._has_warned = True
             log.warning(
@@ -236,7 +244,7 @@ class LmdbBackend:
                 self.path,
                 self._max_bytes,
             )
-        return stored
+        return set(map(decode_name, kept))
 
     def _make_room(
         self, opened: Opened, transaction: lmdb.Transaction[memoryview], items: Mapping[str, bytes], now: bytes
@@ -252,15 +260,16 @@ class LmdbBackend:
             if expires[:8] > now:
                 break
             _remove(opened, transaction, name)
-        page_size = transaction.stat(opened.index)["psize"]
-        needed = sum(_estimate_bytes(len(value), page_size) for value in items.values())
+        page_size = transaction.stat(opened.frames)["psize"]
+        sizes = Counter(map(len, items.values()))  # most values have the same size
+        needed = sum(count * _estimate_bytes(size, page_size) for size, count in sizes.items())
         evicted = 0
         while opened.count_used_bytes(transaction) + needed > self._max_bytes:
-            oldest = _read_first(transaction, opened.frames, max(8, len(items) // 4))
+            oldest = _read_first(transaction, opened.order, max(8, len(items) // 4))
             if not oldest:
                 break
-            for place, _ in oldest:
-                _remove(opened, transaction, place[8:])
+            for _, name in oldest:
+                _remove(opened, transaction, name)
             evicted += len(oldest)
         return evicted
 
@@ -270,9 +279,15 @@ def _encode_time(seconds: float) -> bytes:
     return _UINT64.pack(min(MAX_TIME, max(0, math.ceil(seconds * 1000))))
 
 
+def _make_numbers(first: int, count: int) -> list[bytes]:
+    """Return the numbers from ``first`` on as bytes that sort in their order. One call makes all of them."""
+    packed = struct.pack(f">{count}Q", *range(first, first + count))
+    return [packed[start : start + 8] for start in range(0, 8 * count, 8)]
+
+
 def _estimate_bytes(size: int, page_size: int) -> int:
     """Estimate the bytes of the file that a value takes. Small values share a page; larger ones take whole pages."""
-    size += 250
+    size += HEADER + 250
     return size * 3 // 2 if size < page_size // 2 else -(-size // page_size) * page_size + 300
 
 
@@ -281,7 +296,7 @@ def _read_page(
 ) -> list[bytes]:
     """Return the names from ``first`` to ``last``, up to ``limit`` names."""
     page: list[bytes] = []
-    with transaction.cursor(opened.index) as cursor:
+    with transaction.cursor(opened.frames) as cursor:
         has_item = cursor.set_range(first)
         while has_item and len(page) != limit and (name := cursor.key()) <= last:
             page.append(name)
@@ -302,25 +317,28 @@ def _read_first(
     return pairs
 
 
-def _index(
-    opened: Opened, transaction: lmdb.Transaction[memoryview], entries: Mapping[bytes, bytes], now: bytes | None
+def _put_frames(
+    opened: Opened,
+    transaction: lmdb.Transaction[memoryview],
+    values: Sequence[tuple[bytes, bytes]],
+    now: bytes | None,
 ) -> set[bytes]:
-    """Add entries to the index, and remove the frames of those that they replace.
+    """Store values under their names, and remove the values that they replace from the other databases.
 
-    With ``now``, do not replace entries that have not expired, and return their names.
+    With ``now``, do not replace values that have not expired, and return their names.
     """
     kept: set[bytes] = set()
-    if _put_all(transaction, opened.index, list(entries.items()), overwrite=False) == len(entries):
-        return kept
-    for name, entry in entries.items():
-        existing = bytes(transaction.get(name, b"", opened.index))
-        if existing == entry:
+    if _put_all(transaction, opened.frames, values, overwrite=False) == len(values):
+        return kept  # usually, all entries are new, and one search for each is enough
+    for name, value in values:
+        header = bytes(transaction.get(name, b"", opened.frames)[:HEADER])
+        if header == value[:HEADER]:
             continue
-        if now is not None and existing[:8] > now:
+        if now is not None and header[:8] > now:
             kept.add(name)
         else:
-            _remove_frame(opened, transaction, name, existing)
-            transaction.put(name, entry, db=opened.index)
+            _remove_from_indexes(opened, transaction, header)
+            transaction.put(name, value, db=opened.frames)
     return kept
 
 
@@ -332,24 +350,24 @@ def _put_all(
     overwrite: bool = True,
     append: bool = False,
 ) -> int:
-    """Store pairs with one call, and return how many were stored. Without ``overwrite``, existing keys stay."""
+    """Store pairs with one call, and return how many were stored. Without ``overwrite``, existing values stay."""
     with transaction.cursor(database) as cursor:
         _, stored = cursor.putmulti(pairs, overwrite=overwrite, append=append)
     return stored
 
 
 def _remove(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes) -> None:
-    entry = transaction.get(name, None, opened.index)
-    if entry is not None:
-        _remove_frame(opened, transaction, name, bytes(entry))
-        transaction.delete(name, db=opened.index)
+    existing = transaction.get(name, None, opened.frames)
+    if existing is not None:
+        _remove_from_indexes(opened, transaction, bytes(existing[:HEADER]))
+        transaction.delete(name, db=opened.frames)
 
 
-def _remove_frame(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes, entry: bytes) -> None:
-    """Remove a frame, and its expiry time if it has one. ``entry`` is its value in the index."""
-    transaction.delete(entry[8:] + name, db=opened.frames)
-    if entry[:8] != NEVER:
-        transaction.delete(entry, db=opened.due)
+def _remove_from_indexes(opened: Opened, transaction: lmdb.Transaction[memoryview], header: bytes) -> None:
+    """Remove an entry from the databases ``order`` and ``due``."""
+    transaction.delete(header[8:], db=opened.order)
+    if header[:8] != NEVER:
+        transaction.delete(header, db=opened.due)
 
 
 @hookimpl
