@@ -277,9 +277,10 @@ class DiskBackend:
             for group in group_keys(keys[start : start + CHUNK_KEYS]):
                 rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
                 if len(rows) < len(group.keys) and self._database.has_earlier_keys:
-                    rows += fetch_rows(connection, GET_MANY[Form.TEXT], (*group.as_texts().parameters, *times))
-                for index, value in rows:
-                    found.setdefault(group.keys[index], value if type(value) is bytes else b"")
+                    texts = (*group.as_texts().parameters, *times)
+                    rows = fetch_rows(connection, GET_MANY[Form.TEXT], texts) + rows  # the later row counts
+                names = group.keys
+                found |= {names[index]: value if type(value) is bytes else b"" for index, value in rows}
         return found
 
     def _split_items(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:

@@ -23,7 +23,7 @@ pages, storing an entry would write more bytes, because SQLite writes whole page
 # it would still write to the file.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
 READ_PRAGMAS = (
-    "cache_size = -16384",
+    "cache_size = -65536",  # 64 MiB, which is the size of the index of a million entries
     "mmap_size = 0",
     "temp_store = MEMORY",
     "trusted_schema = OFF",

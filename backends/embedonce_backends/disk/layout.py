@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, str | int] = {
     "eviction_policy": "none",
     "cull_limit": 0,
     "sqlite_auto_vacuum": 2,
-    "sqlite_cache_size": -16384,
+    "sqlite_cache_size": -65536,
     "sqlite_journal_mode": "wal",
     # Without mmap, reading a damaged page or a truncated file causes an error. With mmap, the process would be killed.
     "sqlite_mmap_size": 0,
