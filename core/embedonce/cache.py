@@ -143,10 +143,7 @@ class Cache(Requests):
             Exception: the provider's own error.
         """
         vector = self._read_hot_vector(text, task)
-        if vector is not None:
-            return vector
-        row: Vector = run_blocking(self._embed_rows(self._chain.ports.blocking, [text], task))[0]
-        return row
+        return self._embed_one(text, task) if vector is None else vector
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """Return a float32 matrix of shape (n, d), row i for text i.

@@ -177,7 +177,7 @@ def test_hits_in_a_folder_of_an_earlier_version_cost_nothing(tmp_path: Path) -> 
     with embedonce.Cache(provider, [DiskBackend(path=tmp_path)]) as cache:
         assert cache.fetch(texts).sources == ["disk"] * 50
         cache.forget(texts[:10])
-        assert cache.fetch(texts).sources == ["counting"] * 10 + ["disk"] * 40
+        assert cache.fetch(texts).sources == ["provider"] * 10 + ["disk"] * 40
     assert len(provider.texts) == 60
 
 

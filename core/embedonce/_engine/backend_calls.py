@@ -48,6 +48,8 @@ class BackendCalls:
         self.on_error = tier.on_error
         self.is_quick = not self.capabilities.blocking and self.capabilities.deadline
         """Whether calls never block, so that they are made in the caller's thread and without a deadline."""
+        self.can_get_inline = self.capabilities.get and (self.is_quick or self.capabilities.deadline)
+        """Whether :meth:`get_inline` can be used."""
         self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
         """Maximum number of keys per call; None means no limit."""
         self.warnings = RepeatedWarnings()
@@ -96,6 +98,12 @@ class BackendCalls:
     def call_in_this_thread(self, call: Callable[[], Any]) -> Any:
         """Make a call in the current thread, with the tier's timeout as its deadline."""
         return call_with_deadline(call, self.timeout)
+
+    def get_inline(self, key: str) -> Any:
+        """Read one key in the current thread. Return None if the backend does not have it."""
+        if self.is_quick:
+            return self.backend.get(key)
+        return call_with_deadline(partial(self.backend.get, key), self.timeout)
 
     async def get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Read some keys; on an event loop, use the backend's async twin if it has one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from embedonce.vectors import Entries, Matrix, Metadata
 from .ahead import Gathered
 from .flights import Ticket
 from .ports import Port
+from .reading import ReadResult
 from .routes import Route
 
 PROVIDER = "provider"
@@ -85,6 +86,12 @@ class Answer:
         if self._texts_by_key is None:
             self._texts_by_key = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
         return self._texts_by_key
+
+    def normalize_texts(self, keys: Iterable[str]) -> Mapping[str, str]:
+        """Return the texts that are embedded in place of the texts of some keys, perhaps with those of other keys."""
+        keyer = self.route.keyer
+        texts = self.texts_by_key()
+        return {key: keyer.normalize(texts[key]) for key in keys} if keyer.changes_texts else texts
 
     def find_missing(self) -> list[str]:
         """Return the keys that have neither an entry nor an error yet, without duplicates."""
@@ -159,6 +166,16 @@ class Call(NamedTuple):
 def copy_metadata(metadata: Sequence[Metadata | None]) -> list[Metadata | None]:
     """Return copies, so that a caller who changes the result does not change the cached entries."""
     return [None if item is None else deepcopy(item) for item in metadata]
+
+
+class BegunCall(NamedTuple):
+    """A call for one text that has read some tiers already. The plan goes on with the next tier."""
+
+    ticket: Ticket
+    read_at: float
+    """Monotonic time at which the call began to read the tiers."""
+    reads: Sequence[ReadResult]
+    """The results of the first tiers."""
 
 
 def _set_positions(error: TextRefused, positions: Sequence[int]) -> Exception:

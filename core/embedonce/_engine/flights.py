@@ -522,3 +522,8 @@ class InFlight:
                         self._may_not_store = self._drop_oldest_erasure().until or self._may_not_store
                 else:
                     self._drop_erasure(erasure)
+
+
+def list_unlanded(flights: Mapping[str, Flight]) -> dict[str, Flight]:
+    """Return the flights without an entry."""
+    return {key: flight for key, flight in flights.items() if flight.entry is None}

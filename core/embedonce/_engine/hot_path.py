@@ -16,6 +16,7 @@ from .checks import are_as_stored
 from .ledger import HotHits
 from .routes import LiveProvider, Route
 from .running import RunningChain
+from .single_reads import can_read_singly
 
 SOME_HITS, EVERY_HIT = 0xFF, 0
 """After each 256 hits of single texts, or after each one, the watchers of the counters are called. One of them records
@@ -176,3 +177,4 @@ class HotPath:
     def _refresh_hot_path(self) -> None:
         self._report_mask = EVERY_HIT if self._chain.write_listeners else SOME_HITS
         self._hot = self._find_hot_tier()
+        self._reads_singly = not self._chain.listeners and not self._closed and can_read_singly(self._chain.engine)

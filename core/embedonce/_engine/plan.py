@@ -8,7 +8,7 @@ await the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,10 +17,10 @@ from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
 
 from .ahead import Gathered, turns
-from .call import PROVIDER, Answer, Call, copy_error
+from .call import PROVIDER, Answer, BegunCall, Call, copy_error
 from .checks import check_matrix, check_rows
 from .counters import RequestCounters
-from .flights import Abandoned, Claims, Flight, InFlight, Leader
+from .flights import Abandoned, Claims, Flight, InFlight, Leader, list_unlanded
 from .isolation import Patience, embed_chunk
 from .leases import Leases
 from .ledger import Ledger
@@ -33,7 +33,9 @@ from .provider_calls import (
     pause_after_failure,
     read_tokens,
     split_costs,
+    sum_tokens,
 )
+from .reading import ReadResult
 from .routes import Route
 from .served import ServedModels, read_served_model
 from .tiers import LiveTier
@@ -73,8 +75,10 @@ class Engine:
 
     # --- the plan -----------------------------------------------------------------------------
 
-    async def fetch(self, port: Port, answer: Answer, *, compute: bool = True) -> None:
+    async def fetch(self, port: Port, answer: Answer, *, compute: bool = True, begun: BegunCall | None = None) -> None:
         """Fill the answer from the tiers, landed flights, the provider and other calls' flights, in this order.
+
+        A call that has ``begun`` has read some tiers already.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
@@ -83,10 +87,11 @@ class Engine:
         requested = len(missing)
         try:
             for is_retry in (False, True):
-                with self.in_flight.new_ticket() as ticket:
+                with self.in_flight.new_ticket() if begun is None else begun.ticket as ticket:
                     call = Call(port, ticket, answer)
                     looked_up = len(missing)
-                    missing = await self._read_tiers(call, missing)
+                    missing = await self._read_tiers(call, missing, begun)
+                    begun = None
                     answer.hits += looked_up - len(missing)
                     if missing and compute and not self._replay:
                         refusal = await self.find_refusal(port, answer.route)
@@ -174,14 +179,15 @@ class Engine:
 
     # --- tiers --------------------------------------------------------------------------------
 
-    async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
+    async def _read_tiers(self, call: Call, keys: list[str], begun: BegunCall | None = None) -> list[str]:
         """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has."""
         answer = call.answer
-        answer.read_at = time.monotonic()
+        answer.read_at = time.monotonic() if begun is None else begun.read_at
+        reads = () if begun is None else begun.reads
         for depth, tier in enumerate(self.tiers):
             if not keys:
                 break
-            read = await tier.read(call.port, keys, route=answer.route, dtype=self.dtype, dimensions=answer.dimensions)
+            read = reads[depth] if depth < len(reads) else await self._read_tier(call, tier, keys)
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
@@ -200,6 +206,20 @@ class Engine:
                 else:
                     answer.entries = read.entries
         return keys
+
+    async def promote(self, call: Call, entries: Mapping[str, Entry], depth: int) -> None:
+        """Store entries of one tier in the tiers before it.
+
+        Raises:
+            TierError: a tier with ``on_error = "raise"`` failed.
+        """
+        await self._store_in(call, entries, self.tiers[:depth], wait_for_room=False)
+        if call.answer.store_error is not None:
+            raise call.answer.store_error
+
+    async def _read_tier(self, call: Call, tier: LiveTier, keys: list[str]) -> ReadResult:
+        answer = call.answer
+        return await tier.read(call.port, keys, route=answer.route, dtype=self.dtype, dimensions=answer.dimensions)
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
         await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
@@ -282,7 +302,7 @@ class Engine:
         """Compute, store and land flights, chunk by chunk. On an event loop, go on even if the caller is cancelled."""
         if not flights:
             return
-        texts = _normalize_texts(call.answer, flights)
+        texts = call.answer.normalize_texts(flights)
         ticket = call.ticket
 
         # ``done`` also runs after an interrupt and after the end of the loop, so that no other call waits for ever.
@@ -376,11 +396,11 @@ class Engine:
             await call.port.sleep(pause)
             read_at = time.monotonic()
             answered = await self._read_written(call, theirs, leases.tier)
-            ours = theirs = _list_unlanded(theirs)
+            ours = theirs = list_unlanded(theirs)
             if theirs and answered and not is_last_look:
                 ours = await self._take_leases(call, theirs, leases, read_at)
             await self._compute_chunks(call, ours, texts, partial(self._compute_leased, leases=leases))
-            theirs = _list_unlanded({key: flight for key, flight in theirs.items() if key not in ours})
+            theirs = list_unlanded({key: flight for key, flight in theirs.items() if key not in ours})
             if not theirs:
                 return
 
@@ -400,7 +420,7 @@ class Engine:
         if taken and leases.is_stale(read_at):
             await self._read_written(call, ours, leases.tier)
             leases.end({key: flight for key, flight in ours.items() if flight.entry is not None})
-        return _list_unlanded(ours)
+        return list_unlanded(ours)
 
     async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
         """Land the flights whose entries other processes have written by now. Return whether the tier answered."""
@@ -548,12 +568,7 @@ class Engine:
     ) -> None:
         """Count a call of the provider. ``made`` has the positions of the texts that got a vector."""
         source = route.source
-        if isinstance(tokens, list):
-            unknown = sum(tokens[i] is None for i in made)
-            known = [number for number in tokens if number is not None]
-            tokens = sum(known) if known else None
-        else:
-            unknown = len(made) if tokens is None else 0
+        tokens, unknown = sum_tokens(tokens, made)
         source.count(texts=len(made), failed=0, tokens=tokens or 0, seconds=seconds)
         self._ledger.count_computed(route.keyer.scope, source.price, Work(len(made), tokens or 0, seconds, unknown))
         self._emit(
@@ -580,14 +595,3 @@ class Engine:
     async def handle_other_model(self, call: Call, error: DriftError) -> None:
         """Raise ``error``, because an answer names a different model than earlier answers in the same space."""
         raise error
-
-
-def _list_unlanded(flights: Mapping[str, Flight]) -> dict[str, Flight]:
-    return {key: flight for key, flight in flights.items() if flight.entry is None}
-
-
-def _normalize_texts(answer: Answer, keys: Iterable[str]) -> Mapping[str, str]:
-    """Return the texts that are embedded in place of the texts of some keys. Other keys may be in the result too."""
-    keyer = answer.route.keyer
-    texts = answer.texts_by_key()
-    return {key: keyer.normalize(texts[key]) for key in keys} if keyer.changes_texts else texts

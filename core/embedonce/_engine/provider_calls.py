@@ -53,6 +53,14 @@ def _read_number(value: Any) -> int | None:
     return number if 0 <= number <= MAX_TOKENS else None
 
 
+def sum_tokens(tokens: int | list[int | None] | None, made: Sequence[int]) -> tuple[int | None, int]:
+    """Return the sum of an answer's tokens, and how many of the texts that were ``made`` have an unknown number."""
+    if not isinstance(tokens, list):
+        return tokens, len(made) if tokens is None else 0
+    known = [number for number in tokens if number is not None]
+    return sum(known) if known else None, sum(tokens[i] is None for i in made)
+
+
 def split_costs(
     tokens: int | list[int | None] | None, seconds: float, texts: Sequence[str]
 ) -> tuple[Sequence[int | None], Sequence[float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from embedonce.errors import TierError
 from embedonce.events import Event, LookedUp
-from embedonce.vectors import Dtype, Entries, sum_costs
+from embedonce.vectors import CostColumns, Dtype, Entries, Entry, sum_costs
 
 from .backend_calls import BackendCalls, split_partial
 from .breaker import Breaker, BreakerChange
@@ -46,6 +46,10 @@ class ReadResult:
 
     def __init__(self) -> None:
         self.entries = Entries()
+
+
+MISSED = ReadResult()
+"""The result of each read of one key that the tier does not have. Do not change it."""
 
 
 class TierReader:
@@ -129,6 +133,44 @@ class TierReader:
             _drop_odd_dimensions(read)
         self._count(read, route, start, is_repeat=is_repeat)
         return read
+
+    def read_one(self, key: str, *, route: Route, dtype: Dtype, dimensions: int) -> Entry | ReadResult | None:
+        """Read one key in the caller's thread, and count the read as :meth:`read` does, but emit no event.
+
+        Returns:
+            The entry; :data:`MISSED` if the tier does not have it; another result if the read failed or the value needs
+            a closer look; None if nothing was read, because the breaker is open.
+
+        Raises:
+            TierError: the tier failed and its ``on_error`` is ``"raise"``.
+        """
+        if self.breaker.is_open:
+            return None
+        start = time.perf_counter()
+        try:
+            value = self._calls.get_inline(key)
+        except Exception as error:  # noqa: BLE001  (a backend may raise anything)
+            read = ReadResult()
+            try:
+                self._note_failure([key], read, error)
+            finally:
+                self._count(read, route, start, is_repeat=False)
+            return read
+        self.breaker.record_success()
+        if value is None:
+            self._counters.count_read(1, time.perf_counter() - start)
+            return MISSED
+        entry = self._codec.decode_plain(key, value, dtype, dimensions)
+        if entry is None:
+            read = ReadResult()
+            read.answered = 1
+            self._accept({key: value}, read, dtype, dimensions)
+            self._count(read, route, start, is_repeat=False)
+            return read
+        self._counters.count_read(0, time.perf_counter() - start)
+        costs = [CostColumns(1, (entry.tokens,), (entry.seconds,))]
+        self._ledger.count_saved(route.keyer.scope, route.source.price, self._calls.name, costs)
+        return entry
 
     def _note_failure(self, chunk: Sequence[str], read: ReadResult, error: Exception) -> Mapping[str, Any]:
         """Record a chunk that failed, wholly or in part, and return the values that did arrive.

@@ -34,13 +34,14 @@ from embedonce.vectors import (
     Entry,
     Matrix,
     Metadata,
+    Vector,
     freeze_rows,
     is_valid_cost,
     plain_metadata,
 )
 
 from .ahead import read_windows, read_windows_async, run_ahead, run_ahead_async
-from .call import Answer
+from .call import Answer, BegunCall
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
@@ -49,6 +50,7 @@ from .ports import Port, run_blocking
 from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
+from .single_reads import read_one
 
 ITER_BATCH = 1024
 MAX_ROUTES = 256
@@ -143,8 +145,24 @@ class Requests(HotPath):
 
     # --- embedding ----------------------------------------------------------------------------
 
-    async def _embed_rows(self, port: Port, texts: Sequence[str], task: Task, first: int = 0) -> list[Any]:
-        answer = await self._answer_texts(port, texts, task, rows_only=True, first=first)
+    def _embed_one(self, text: str, task: Task) -> Vector:
+        """Return the vector of one text. A plain hit needs no plan; everything else goes on in the plan."""
+        engine, port = self._chain.engine, self._chain.ports.blocking
+        begun = None
+        route = self._routes.get((self._source, task)) if self._reads_singly and type(task) is str else None
+        if route is not None and route.dimensions is not None and type(text) is str:
+            key = route.recent_keys.get(text) or route.key(text)
+            found = read_one(engine, port, route, key, text, route.dimensions)
+            if isinstance(found, Entry):
+                return found.vector
+            begun = found
+        row: Vector = run_blocking(self._embed_rows(port, [text], task, begun=begun))[0]
+        return row
+
+    async def _embed_rows(
+        self, port: Port, texts: Sequence[str], task: Task, first: int = 0, *, begun: BegunCall | None = None
+    ) -> list[Any]:
+        answer = await self._answer_texts(port, texts, task, rows_only=True, first=first, begun=begun)
         return answer.rows()
 
     async def _embed_matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
@@ -233,6 +251,7 @@ class Requests(HotPath):
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
         first: int = 0,
+        begun: BegunCall | None = None,
     ) -> Answer:
         """Find vectors for all texts in one vector space: the provider's, or the fallback's if the provider fails.
 
@@ -243,7 +262,7 @@ class Requests(HotPath):
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
         how = (texts, task, store, metadata, first)
-        answer = await self._answer_in_one_space(port, self._source, *how)
+        answer = await self._answer_in_one_space(port, self._source, *how, begun)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
             return answer
@@ -265,6 +284,7 @@ class Requests(HotPath):
         store: bool,
         metadata: Sequence[Metadata | None] | None,
         first: int,
+        begun: BegunCall | None = None,
     ) -> Answer:
         """Find vectors in one vector space. If the provider drifts meanwhile, start again in the new vector space."""
         engine = self._chain.engine
@@ -273,7 +293,7 @@ class Requests(HotPath):
             if engine.can_change_space:
                 await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
-            await engine.fetch(port, answer)
+            await engine.fetch(port, answer, begun=begun)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
             if not moved or moves == MOVES:
                 return answer

@@ -295,10 +295,11 @@ class Entries(MutableMapping[str, Entry]):
         """Return the entries that are not in a block."""
         if not self._blocks:
             return dict(self._by_key)  # type: ignore[arg-type]
-        if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._by_key):
-            return {}
         # Several threads may fill the answer of one call. Copying a dict is one step for them, a loop is not.
-        return {key: item for key, item in dict(self._by_key).items() if type(item) is not Block}  # type: ignore[misc]
+        items = dict(self._by_key)
+        if set(map(type, items.values())) == {Block}:
+            return {}
+        return {key: item for key, item in items.items() if type(item) is not Block}  # type: ignore[misc]
 
     def list_keys(self) -> list[str]:
         """Return all keys. This is faster than making a list of the mapping itself."""
