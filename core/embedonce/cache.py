@@ -153,7 +153,11 @@ class Cache(Requests):
                 stored.
         """
         rows = self._read_hot_matrix(texts, task)
-        return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task)) if rows is None else rows
+        if rows is not None:
+            return rows
+        if type(texts) is list and len(texts) == 1:
+            return self._embed_one(texts[0], task).reshape(1, -1).copy()
+        return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
         """Yield each text's vector in order. Only ``batch`` texts are read at a time, so memory stays bounded.

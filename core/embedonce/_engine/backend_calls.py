@@ -48,7 +48,8 @@ class BackendCalls:
         self.on_error = tier.on_error
         self.is_quick = not self.capabilities.blocking and self.capabilities.deadline
         """Whether calls never block, so that they are made in the caller's thread and without a deadline."""
-        self.can_get_inline = self.capabilities.get and (self.is_quick or self.capabilities.deadline)
+        keeps_time = self.is_quick or self.capabilities.deadline or self.timeout is None
+        self.can_get_inline = self.capabilities.get and keeps_time
         """Whether :meth:`get_inline` can be used."""
         self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
         """Maximum number of keys per call; None means no limit."""
