@@ -207,6 +207,21 @@ def test_entries_are_a_mutable_mapping() -> None:
     assert "8" not in repr(entries)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.sampled_from("abcd"), min_size=1)), max_size=6))
+def test_all_entries_are_those_that_were_added_last(additions: list[tuple[bool, set[str]]]) -> None:
+    entries = Entries()
+    expected: dict[str, float] = {}
+    for number, (is_block, names) in enumerate(additions):
+        keys, values = sorted(names), np.full((len(names), 2), number, np.float32)
+        if is_block:
+            entries.add_block(Block(keys, values, np.zeros(len(keys)), np.full(len(keys), math.inf)))
+        else:
+            entries.add({key: Entry(row, 0.0) for key, row in zip(keys, values, strict=True)})
+        expected.update(dict.fromkeys(keys, float(number)))
+    assert {key: entry.vector[0] for key, entry in entries.as_dict().items()} == expected
+    assert list(entries.as_dict()) == list(entries)
+
+
 def test_vectors_and_matrices_neither_keep_the_batch_alive_nor_change_it() -> None:
     frames = encode_frames({key_of(n): Entry(freeze(row), MADE) for n, row in enumerate(rows_of(50))})
     entries = decode_frames(frames, now=NOW).entries
