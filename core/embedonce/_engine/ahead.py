@@ -47,7 +47,7 @@ garbage collector may end the run in one of its own threads, which would otherwi
 
 GATHER = 4096
 """Number of computed entries that a window of a run stores together. A disk tier writes them in one transaction."""
-GATHER_SECONDS = 0.25
+GATHER_SECONDS = 1.0
 """Seconds after which a window stores what it has gathered, when the next answer of the provider arrives.
 
 A run that is killed loses this much more work at most. A slow provider's answers are stored one by one."""

@@ -330,10 +330,12 @@ class Engine:
             partial(compute, call, {key: flights[key] for key in chunk}, texts, patience)
             for chunk in cut_chunks(source, {key: texts[key] for key in flights})
         ]
+        concurrency = source.provider.limits.concurrency
         if len(jobs) > 1 and turns.get() is not None:
             call.answer.gathered = Gathered()
+            concurrency *= 2  # the turns limit the calls; meanwhile, the next chunks take their leases
         try:
-            await call.port.run_all(jobs, source.provider.limits.concurrency)
+            await call.port.run_all(jobs, concurrency)
         finally:
             if call.answer.gathered is not None:
                 await self._store_gathered(call, call.answer.gathered)

@@ -309,11 +309,12 @@ class Entries(MutableMapping[str, Entry]):
         """Return all entries as a dict. Entry objects are created for the entries that are still in blocks."""
         if not self._blocks:
             return dict(self._by_key)  # type: ignore[arg-type]
-        found: dict[str, Any] = dict(self._by_key)
-        # A later block has replaced the entries of an earlier one, and a single entry those of all blocks before it.
+        by_key = dict(self._by_key)  # a copy, because several threads may fill the answer of one call
+        found: dict[str, Any] = dict(by_key)
+        # A later block has replaced the entries of an earlier one, and a single entry those of the blocks before it.
         for block in list(self._blocks):
             found.update(block.entries())
-        found.update(self.loose())
+        found.update({key: item for key, item in by_key.items() if type(item) is not Block})
         return found
 
     def sizes(self) -> Counter[int]:
