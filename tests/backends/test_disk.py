@@ -1015,7 +1015,7 @@ def test_a_full_disk_is_an_error_and_stored_entries_stay(tmp_path: Path, monkeyp
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(100)), None)
     with monkeypatch.context() as patch:
-        patch.setattr(disk_file, "WRITE_PRAGMAS", (*disk_file.WRITE_PRAGMAS, "max_page_count = 60"))
+        patch.setattr(disk_file, "WRITE_PRAGMAS", (*disk_file.WRITE_PRAGMAS, "max_page_count = 30"))
         with open_backend(tmp_path) as backend:
             for _ in range(3):
                 with pytest.raises(OSError, match="disk full") as caught:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedonce
+from embedonce.contracts import deadline
 from embedonce.testing import CountingProvider, ManualClock
 from embedonce_backends.disk import BytesDisk, DiskBackend
 from embedonce_backends.disk.stored_keys import Form, decode_key, encode_key, group_keys
@@ -125,12 +126,50 @@ def test_leases_leave_no_gaps_between_entries(tmp_path: Path) -> None:
             assert backend.add_many(leases, 2.5) == set()
             backend.set_many(items_of(range(start, start + 50)), None)
             assert backend.get_many(list(leases)) == leases
+        assert count_rows(tmp_path) == 500
         with open_file(tmp_path) as connection:
             assert connection.execute("SELECT MAX(rowid) FROM Cache").fetchall() == [(500,)]
-            assert connection.execute("SELECT COUNT(*) FROM Leases").fetchall() == [(500,)]
-            clock.advance(10.0)
-            assert backend.add_many({lease_of(0): b"token"}, 2.5) == {lease_of(0)}
-            assert connection.execute("SELECT COUNT(*) FROM Leases").fetchall() == [(1,)], "expired leases are deleted"
+        clock.advance(10.0)
+        assert backend.add_many({lease_of(0): b"token"}, 2.5) == {lease_of(0)}
+        assert count_rows(tmp_path) == 1, "expired leases are deleted"
+
+
+def count_rows(folder: Path) -> int:
+    """Return how many leases are stored, with those that have expired."""
+    with closing(sqlite3.connect(folder / "leases.db")) as connection:
+        return int(connection.execute("SELECT COUNT(*) FROM Leases").fetchone()[0])
+
+
+def test_a_lease_need_not_wait_until_a_batch_is_stored(tmp_path: Path) -> None:
+    with closing(DiskBackend(path=tmp_path)) as backend, closing(DiskBackend(path=tmp_path)) as other:
+        backend.set_many(items_of(range(1)), None)
+        with backend._database.open_transaction(), deadline(5.0):
+            assert other.add_many({lease_of(0): b"token"}, 2.5) == {lease_of(0)}
+            assert other.get(lease_of(0)) == b"token"
+
+
+def test_reading_leases_makes_no_file(tmp_path: Path) -> None:
+    with closing(DiskBackend(path=tmp_path)) as backend:
+        backend.set_many(items_of(range(2)), None)
+        assert backend.get(lease_of(0)) is None
+        assert backend.get_many([lease_of(0), key_of(0), lease_of(1)]) == items_of(range(1))
+        backend.delete_many([lease_of(0)])
+        assert list(backend.scan("eo1.lease.")) == []
+        assert backend.count("") == 2
+        assert not (tmp_path / "leases.db").exists()
+
+
+def test_entries_and_leases_in_one_batch(tmp_path: Path) -> None:
+    items = {**items_of(range(3)), **{lease_of(number): b"token" for number in range(3)}, "eo1.card.x": b"card"}
+    with closing(DiskBackend(path=tmp_path)) as backend:
+        backend.set_many(items, 60.0)
+        assert backend.get_many(list(items)) == items
+        assert backend.add_many({**items, lease_of(9): b"token", key_of(9): b"nine"}, 60.0) == {lease_of(9), key_of(9)}
+        assert list(backend.scan("")) == sorted([*items, lease_of(9), key_of(9)])
+        backend.delete_many([lease_of(0), key_of(0)])
+        assert backend.get_many(list(items)) == {
+            key: value for key, value in items.items() if key not in (lease_of(0), key_of(0))
+        }
 
 
 # --- folders of an earlier version ------------------------------------------------------------
@@ -173,12 +212,11 @@ def test_hits_in_a_folder_of_an_earlier_version_cost_nothing(tmp_path: Path) -> 
     with open_file(tmp_path) as connection:
         for rowid, stored in connection.execute("SELECT rowid, key FROM Cache WHERE TYPEOF(key) = 'blob'").fetchall():
             connection.execute("UPDATE Cache SET key = ? WHERE rowid = ?", (decode_key(Form.ENTRY, stored), rowid))
-        connection.execute("DROP TABLE Leases")
     with embedonce.Cache(provider, [DiskBackend(path=tmp_path)]) as cache:
         assert cache.fetch(texts).sources == ["disk"] * 50
         cache.forget(texts[:10])
         assert cache.fetch(texts).sources == ["provider"] * 10 + ["disk"] * 40
-    assert len(provider.texts) == 60
+    assert provider.texts == 60
 
 
 def test_what_was_forgotten_in_a_folder_of_an_earlier_version_is_overwritten(earlier: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_next_window_is_computed_while_the_caller_uses_the_rows() -> None:
     provider = GatedProvider(max_batch=2)
     with Cache(provider, [DictBackend()]) as cache:
         rows = cache.embed_iter((str(number) for number in range(8)), batch=4)
-        provider.permits.release(1)
+        provider.permits.release(2)  # either of the two windows may ask the provider first
         next(rows)  # the second window has been given to a thread by now
         assert provider.started.acquire(timeout=SECONDS)
         assert provider.started.acquire(timeout=SECONDS)

@@ -154,7 +154,7 @@ def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: py
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("embedonce._engine.plan._normalize_texts", interrupted)
+            patch.setattr("embedonce._engine.call.Answer.normalize_texts", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.embed_batch(["a", "b"])
         assert pool.submit(cache.embed, "a").result(LONG_TIMEOUT)[0] == 1

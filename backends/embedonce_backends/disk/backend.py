@@ -14,7 +14,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +26,10 @@ from embedonce.options import Doc, Size
 
 from .compaction import compact
 from .database import Database, count_used_bytes, release_pages
+from .entries_file import EntriesFile
 from .errors import DiskFull, is_writable
 from .folder import check_folder
+from .lease_file import LeaseFile
 from .log import LOG_BYTES
 from .sqlite import Connection, fetch_rows, get_remaining_seconds
 from .statements import (
@@ -44,7 +45,7 @@ from .statements import (
     STORE,
     Statement,
 )
-from .stored_keys import Form, decode_key, encode_key, find_range, group_keys
+from .stored_keys import Form, decode_key, encode_key, find_range, group_keys, pick_leases
 
 api = 1
 
@@ -112,10 +113,13 @@ class DiskBackend:
         )
         self.clock: Callable[[], float] = time.time
         """Function that returns the Unix time in seconds. The backend uses this clock to tell when an entry expires."""
-        self._database = Database(folder, max_bytes)
+        self._file = EntriesFile(folder, max_bytes)
+        self._database = Database(self._file)
+        self._leases = Database(LeaseFile(folder))
         self._has_warned = False
         self._leases_cleared_at = -math.inf
-        weakref.finalize(self, self._database.connections.close)
+        for database in (self._database, self._leases):
+            weakref.finalize(self, database.connections.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
         """Return the frames that are stored under ``keys``, with one query per 512 keys.
@@ -126,15 +130,20 @@ class DiskBackend:
         if len(keys) == 1:  # for a single key, get() takes a third of the time of the query below
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
-        return self._database.call(self._find_values, keys)
+        leases = pick_leases(keys)
+        if not leases:
+            return self._database.call(self._find_values, keys)
+        found = self._leases.call(self._find_values, leases) if self._leases.exists() else {}
+        others = [key for key in keys if key not in set(leases)]
+        return {**found, **self._database.call(self._find_values, others)} if others else found
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
         form, stored = encode_key(key)
         times = self._get_times()
-        found = self._database.read(GET[form], (stored, *times))
-        if not found and self._database.has_earlier_keys and form is Form.ENTRY:
-            found = self._database.read(GET[Form.TEXT], (key, *times))
+        found = self._read_form(form, GET, (stored, *times))
+        if not found and self._file.has_earlier_keys and form is Form.ENTRY:
+            found = self._read_form(Form.TEXT, GET, (key, *times))
         if not found:
             return None
         value = found[0][0]
@@ -150,11 +159,11 @@ class DiskBackend:
             ReadOnlyFile: the file or its folder is read-only.
             LogTooLarge: SQLite's log has reached its limit, because a reader keeps it from being emptied.
         """
-        for chunk in self._split_items(items):
-            with self._database.open_transaction() as connection:
-                evicted = self._make_room(connection, chunk)
+        for database, chunk in self._split_items(items):
+            with database.open_transaction() as connection:
+                evicted = self._make_room(connection, database, chunk)
                 self._store(connection, chunk, ttl)
-            self._tidy(evicted)
+            self._tidy(database, evicted)
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is missing or expired, and return those keys.
@@ -162,13 +171,13 @@ class DiskBackend:
         If several callers add the same key at the same time, only one call stores the item and returns the key.
         """
         added: set[str] = set()
-        for chunk in self._split_items(items):
-            with self._database.open_transaction() as connection:
+        for database, chunk in self._split_items(items):
+            with database.open_transaction() as connection:
                 held = self._find_values(connection, list(chunk))
                 new = {key: value for key, value in chunk.items() if key not in held}
-                evicted = self._make_room(connection, new)
+                evicted = self._make_room(connection, database, new)
                 self._store(connection, new, ttl)
-            self._tidy(evicted)
+            self._tidy(database, evicted)
             added.update(new)
         return added
 
@@ -182,20 +191,18 @@ class DiskBackend:
                 has ended overwrites the data. Another call with the same keys also does, or raises this error again.
             LogTooLarge: the log is twice as large as its limit, so not even keys can be removed.
         """
-        is_overwrite_needed = False
-        for start in range(0, len(keys), CHUNK_KEYS):
-            chunk = keys[start : start + CHUNK_KEYS]
+        leases = pick_leases(keys)
+        if leases and self._leases.exists():
+            for chunk in _split_keys(leases):
+                with self._leases.open_transaction(2 * self._leases.log.limit) as connection:
+                    self._delete(connection, chunk)
+        others = [key for key in keys if key not in set(leases)] if leases else keys
+        for chunk in _split_keys(others):
             with self._database.open_transaction(2 * self._database.log.limit) as connection:
-                for group in group_keys(chunk):
-                    fetch_rows(connection, DELETE[group.form], group.parameters)
-                    # A lease contains no vector. Of any other key, an earlier call may have removed the entry without
-                    # overwriting its data.
-                    is_overwrite_needed = is_overwrite_needed or group.form is not Form.LEASE
-                    if group.form is Form.ENTRY:
-                        # An earlier version stored the keys of entries as text.
-                        fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
+                self._delete(connection, chunk)
             self._database.tidy(release_pages)
-        if is_overwrite_needed:
+        if others:
+            # Even if no key was there, an earlier call may have removed an entry without overwriting its data.
             self._database.call_alone(self._database.log.overwrite_removed_data)
 
     def compact(self) -> str:
@@ -209,7 +216,7 @@ class DiskBackend:
             ReadOnlyFile: the file or its folder is read-only.
         """
         before = self._database.get_bytes()
-        compact(self._database)
+        compact(self._database, is_whole=self._file.has_earlier_keys)
         return f"{self._database.get_bytes() / MIB:.1f} MiB, was {before / MIB:.1f} MiB"
 
     def describe(self) -> str:
@@ -235,7 +242,7 @@ class DiskBackend:
     def _scan_form(self, form: Form, prefix: str) -> Iterator[str]:
         bounds = find_range(form, prefix)
         while bounds is not None:
-            page = self._database.read(SCAN[form], (*bounds, CHUNK_KEYS))
+            page = self._read_form(form, SCAN, (*bounds, CHUNK_KEYS))
             for (stored,) in page:
                 yield decode_key(form, stored)
             bounds = (page[-1][0] + b"\0", bounds[1]) if len(page) == CHUNK_KEYS else None
@@ -256,11 +263,18 @@ class DiskBackend:
     def _read_ranges(self, statement: Statement, prefix: str) -> list[tuple[Any, ...]]:
         """Return one row for each form of keys."""
         bounds = {form: found for form in Form if (found := find_range(form, prefix)) is not None}
-        return [row for form, found in bounds.items() for row in self._database.read(statement[form], found)]
+        return [row for form, found in bounds.items() for row in self._read_form(form, statement, found)]
+
+    def _read_form(self, form: Form, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        """Return the rows of a statement for one form of keys."""
+        if form is not Form.LEASE:
+            return self._database.read(statement[form], values)
+        return self._leases.read(statement[form], values) if self._leases.exists() else []
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
-        self._database.connections.close()
+        for database in (self._database, self._leases):
+            database.connections.close()
 
     # --- one call ---
 
@@ -273,45 +287,57 @@ class DiskBackend:
         """Return the values that are stored under ``keys``, with one query for each chunk and form of keys."""
         found: dict[str, bytes] = {}
         times = self._get_times()
-        for start in range(0, len(keys), CHUNK_KEYS):
-            for group in group_keys(keys[start : start + CHUNK_KEYS]):
+        for chunk in _split_keys(keys):
+            for group in group_keys(chunk):
                 rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
-                if len(rows) < len(group.keys) and self._database.has_earlier_keys:
+                if len(rows) < len(group.keys) and self._file.has_earlier_keys:
                     texts = (*group.as_texts().parameters, *times)
                     rows = fetch_rows(connection, GET_MANY[Form.TEXT], texts) + rows  # the later row counts
                 names = group.keys
                 found |= {names[index]: value if type(value) is bytes else b"" for index, value in rows}
         return found
 
-    def _split_items(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-        """Split the items into groups, each with a limited number of items and bytes, to keep transactions short."""
-        chunk: dict[str, bytes] = {}
-        size = 0
-        max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
-        for key, value in items.items():
-            if len(value) > self._max_value_bytes:
-                raise ValueError(f"value has {len(value)} bytes; max_bytes allows at most {self._max_value_bytes}")
-            if chunk and (len(chunk) == CHUNK_ITEMS or size + len(value) > max_chunk_bytes):
-                yield chunk
-                chunk, size = {}, 0
-            chunk[key] = value
-            size += len(value)
-        if chunk:
-            yield chunk
+    def _split_items(self, items: Mapping[str, bytes]) -> Iterator[tuple[Database, dict[str, bytes]]]:
+        """Split the items into the contents of transactions, each with a limited number of items and bytes."""
+        leases = set(pick_leases(list(items)))
+        for database in (self._leases, self._database) if leases else (self._database,):
+            chunk: dict[str, bytes] = {}
+            size = 0
+            max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
+            for key, value in items.items():
+                if leases and (key in leases) is not (database is self._leases):
+                    continue
+                if len(value) > self._max_value_bytes:
+                    raise ValueError(f"value has {len(value)} bytes; max_bytes allows at most {self._max_value_bytes}")
+                if chunk and (len(chunk) == CHUNK_ITEMS or size + len(value) > max_chunk_bytes):
+                    yield database, chunk
+                    chunk, size = {}, 0
+                chunk[key] = value
+                size += len(value)
+            if chunk:
+                yield database, chunk
 
     def _store(self, connection: Connection, items: Mapping[str, bytes], ttl: float | None) -> None:
         now = self.clock()
         expires = None if ttl is None else now + ttl
-        for start in range(0, len(items), CHUNK_KEYS):
-            chunk = dict(islice(items.items(), start, start + CHUNK_KEYS))
-            for group in group_keys(list(chunk)):
-                rows = [(stored, now, expires, chunk[key]) for key, stored in group.list_stored()]
+        for chunk in _split_keys(list(items)):
+            for group in group_keys(chunk):
+                rows = [(stored, now, expires, items[key]) for key, stored in group.list_stored()]
                 connection.executemany(STORE[group.form], rows)
-                if self._database.has_earlier_keys and group.form is Form.ENTRY:
+                if self._file.has_earlier_keys and group.form is Form.ENTRY:
                     fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
 
-    def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
+    def _delete(self, connection: Connection, keys: Sequence[str]) -> None:
+        for group in group_keys(keys):
+            fetch_rows(connection, DELETE[group.form], group.parameters)
+            if group.form is Form.ENTRY:
+                # An earlier version stored the keys of entries as text.
+                fetch_rows(connection, DELETE[Form.TEXT], group.as_texts().parameters)
+
+    def _make_room(self, connection: Connection, database: Database, items: Mapping[str, bytes]) -> int:
         """Delete some expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
+
+        In the file of the leases, delete only the expired leases.
 
         Returns:
             The number of entries that were evicted before they expired.
@@ -320,10 +346,12 @@ class DiskBackend:
             OSError: the call has no time left to make enough room. The entries evicted so far stay deleted.
         """
         now = self.clock()
+        if database is self._leases:
+            if not 0 <= now - self._leases_cleared_at < CLEAR_SECONDS:
+                self._leases_cleared_at = now
+                connection.execute(EXPIRE_LEASES, (now,))
+            return 0
         connection.execute(EXPIRE, (now, 2 * len(items) + 64))
-        if not 0 <= now - self._leases_cleared_at < CLEAR_SECONDS:
-            self._leases_cleared_at = now
-            connection.execute(EXPIRE_LEASES, (now,))
         # At the usual sizes, a row takes 30 to 40 % more space than its value, because the row's key is also in an
         # index, and because pages are not full.
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
@@ -344,13 +372,13 @@ class DiskBackend:
                 )
         return evicted
 
-    def _tidy(self, evicted: int) -> None:
+    def _tidy(self, database: Database, evicted: int) -> None:
         """After a write, limit the log. If entries were evicted, also give free pages back to the file system."""
         if evicted:
-            self._database.tidy(lambda connection: release_pages(connection, self.max_bytes))
+            database.tidy(lambda connection: release_pages(connection, self.max_bytes))
             self._warn_of_eviction()
-        if self._database.log.is_due():
-            self._database.tidy(self._database.log.limit_size)
+        if database.log.is_due():
+            database.tidy(database.log.limit_size)
 
     def _warn_of_eviction(self) -> None:
         if self._has_warned:
@@ -362,6 +390,11 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
+
+
+def _split_keys(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(keys), CHUNK_KEYS):
+        yield keys[start : start + CHUNK_KEYS]
 
 
 @hookimpl

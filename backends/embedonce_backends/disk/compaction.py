@@ -28,14 +28,14 @@ _LAST_ROW = "SELECT COALESCE(MAX(rowid), 0) FROM Cache"
 _MOVE = "UPDATE OR REPLACE Cache SET rowid = ?, key = ? WHERE rowid = ?"
 
 
-def compact(database: Database) -> None:
+def compact(database: Database, *, is_whole: bool) -> None:
     """Move entries out of pages with gaps, give the free pages back, and empty the log.
 
     The entries keep their order, in which they are evicted. Entries that are stored meanwhile may come before others.
-    Keys that an earlier version stored as text get the form of today.
+    With ``is_whole``, all entries are moved, and keys that an earlier version stored as text get the form of today.
     """
     ((last,),) = database.read(_LAST_ROW, ())
-    start = 0 if database.has_earlier_keys else _find_gaps(database, last)
+    start = 0 if is_whole else _find_gaps(database, last)
     while start is not None:
         start = _move_rows(database, start, last)
         database.tidy(database.log.limit_size)

@@ -6,7 +6,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from embedonce.errors import EmbedonceError
@@ -21,18 +20,17 @@ _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, p
 
 
 class Database:
-    """The database of one folder, for all threads of this process."""
+    """One database file, for all threads of this process."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._file = DatabaseFile(folder, max_bytes)
-        self.path = self._file.path
-        self.log = self._file.log
-        self.connections = Connections(self._file.connect)
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+        self.path = file.path
+        self.log = file.log
+        self.connections = Connections(file.connect)
 
-    @property
-    def has_earlier_keys(self) -> bool:
-        """Whether the file may have entries whose keys are stored as text. An earlier version stored them so."""
-        return self._file.has_earlier_keys
+    def exists(self) -> bool:
+        """Return whether the file has been made."""
+        return os.path.exists(self.path)
 
     def read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         """Run one statement and return its rows."""

@@ -1,4 +1,4 @@
-"""The database file: made when first used, and opened read-only if it cannot be written."""
+"""A database file: made when first used, and opened read-only if it cannot be written."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ import os
 import sqlite3
 from pathlib import Path
 
-import diskcache  # type: ignore[import-untyped]
-
 from .errors import ReadOnlyFile, get_primary_code, is_writable
 from .folder import check_folder, make_file, make_folder
-from .layout import COUNTERS, MAKE_LEASES, SCHEMA_OBJECTS, SETTINGS, TRIGGERS, Layout
 from .log import LOG_BYTES, Log
 from .sqlite import PROGRESS_STEPS, Connection, Stamp, fetch_rows, is_out_of_time
-from .statements import HAS_EARLIER_KEYS
 
-PAGE_BYTES = 16384
-"""Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
-pages, storing an entry would write more bytes, because SQLite writes whole pages."""
-# These pragmas have an effect only before the first table is made. Later, auto_vacuum would have no effect, but setting
-# it would still write to the file.
-NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
 READ_PRAGMAS = (
     "cache_size = -65536",  # 64 MiB, which is the size of the index of a million entries
     "mmap_size = 0",
@@ -38,16 +28,24 @@ WRITE_PRAGMAS = (
 
 
 class DatabaseFile:
-    """The folder and its database. Both are made when first used, so that a broken disk does not prevent startup."""
+    """A folder and a database in it. Both are made when first used, so that a broken disk does not prevent startup."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
-        self.path = folder / diskcache.core.DBNAME
+    new_file_pragmas: tuple[str, ...] = ()
+    """Pragmas that have an effect only before the first table is made."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
+        self.folder = path.parent
         self.max_bytes = max_bytes
-        self.log = Log(self.path, max_bytes)
+        self.log = Log(path, max_bytes)
         self.is_made = False
-        self.has_earlier_keys = False
-        """Whether the file may have entries whose keys are stored as text. An earlier version stored them so."""
+
+    def make_tables(self, connection: Connection) -> None:
+        """Make what is missing in the database, before this process first uses it."""
+        raise NotImplementedError
+
+    def note_content(self, connection: Connection) -> None:
+        """Look at the content of the database, before this process first uses it."""
 
     def connect(self) -> Connection:
         """Open a connection. The first call also makes the folder and the tables if they are missing."""
@@ -62,10 +60,7 @@ class DatabaseFile:
             connection = self._open_immutable(error)
         try:
             if not self.is_made:
-                self.has_earlier_keys = bool(fetch_rows(connection, HAS_EARLIER_KEYS))
-            if not fetch_rows(connection, "PRAGMA table_info(Leases)"):
-                # The file is read-only. With an empty table, every statement works.
-                fetch_rows(connection, MAKE_LEASES.format(temporary="TEMPORARY"))
+                self.note_content(connection)
         except BaseException:
             connection.close()
             raise
@@ -98,7 +93,7 @@ class DatabaseFile:
         )
         try:
             is_new = fetch_rows(connection, "PRAGMA page_count") == [(0,)]
-            for pragma in (*NEW_FILE_PRAGMAS, *pragmas) if is_new else pragmas:
+            for pragma in (*self.new_file_pragmas, *pragmas) if is_new else pragmas:
                 fetch_rows(connection, f"PRAGMA {pragma}")
         except BaseException:
             connection.close()
@@ -113,7 +108,7 @@ class DatabaseFile:
         connection = self._open("mode=rw", WRITE_PRAGMAS + READ_PRAGMAS)
         try:
             if not self.is_made:
-                self._make_tables(connection)
+                self.make_tables(connection)
         except BaseException:
             connection.close()
             raise
@@ -152,35 +147,3 @@ class DatabaseFile:
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size, self.log.get_bytes()
-
-    def _make_tables(self, connection: Connection) -> None:
-        """Make the tables and the settings, unless all of them are already as expected.
-
-        If all of them are as expected, nothing is written, so the file can be opened while the disk is full or the
-        database is locked. A file that is read-only is used as it is, with the tables that every version makes.
-        """
-        settings = {**SETTINGS, "size_limit": self.max_bytes}
-        existing = {name for (name,) in fetch_rows(connection, "SELECT name FROM sqlite_master")}
-        if "Settings" in existing:
-            found = dict(fetch_rows(connection, "SELECT key, value FROM Settings"))
-            if (
-                existing >= SCHEMA_OBJECTS
-                and not existing & TRIGGERS
-                and {key: found[key] for key in found if key not in COUNTERS} == settings
-            ):
-                return
-        try:
-            self._write_settings(connection, settings, is_new="Settings" not in existing)
-        except sqlite3.OperationalError as error:
-            if get_primary_code(error) != sqlite3.SQLITE_READONLY or "Cache" not in existing:
-                raise
-
-    def _write_settings(self, connection: Connection, settings: dict[str, str | int], *, is_new: bool) -> None:
-        if not is_new:
-            known = (*settings, *COUNTERS)
-            marks = ", ".join("?" * len(known))
-            fetch_rows(connection, f"DELETE FROM Settings WHERE key NOT IN ({marks})", known)
-        Layout(self.folder, connection, settings)
-        for trigger in TRIGGERS:
-            fetch_rows(connection, f"DROP TRIGGER IF EXISTS {trigger}")
-        fetch_rows(connection, MAKE_LEASES.format(temporary=""))

@@ -38,7 +38,7 @@ SETTINGS: Mapping[str, str | int] = {
     "disk_pickle_protocol": 0,
 }
 COUNTERS = ("count", "size", "hits", "misses")
-SCHEMA_OBJECTS = {"Settings", "Cache", "Cache_key_raw", "Cache_expire_time", "Leases"}
+SCHEMA_OBJECTS = {"Settings", "Cache", "Cache_key_raw", "Cache_expire_time"}
 """Tables and indexes of the database."""
 TRIGGERS = {
     "Settings_count_insert",
@@ -49,10 +49,6 @@ TRIGGERS = {
 }
 """Triggers with which diskcache counts its entries. They would take a third of the time of a write, so they are dropped
 whenever this backend opens the file."""
-MAKE_LEASES: Final = (
-    "CREATE {temporary} TABLE IF NOT EXISTS Leases"
-    " (key BLOB PRIMARY KEY, value BLOB, store_time REAL, expire_time REAL) WITHOUT ROWID"
-)
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types

@@ -1,7 +1,7 @@
 """The SQL statements that read and change the tables of entries and of leases.
 
-diskcache's table ``Cache`` holds entries, and every key that is stored as text. The table ``Leases`` holds leases: they
-come and go with every new entry, so in the large table they would cost as much as the entries, and leave gaps.
+diskcache's table ``Cache`` holds entries, and every key that is stored as text. The table ``Leases``, in another file,
+holds leases.
 
 Each statement is written once for every :class:`~.stored_keys.Form` of keys. A statement for a batch of keys begins
 with a table ``wanted`` of positions in the batch and stored keys.
@@ -75,6 +75,10 @@ _STORE_LEASE = "INSERT OR REPLACE INTO Leases (key, store_time, expire_time, val
 STORE: Final = Statement(_STORE_ENTRY, _STORE_LEASE, _STORE_ENTRY)
 """The parameters: the stored key, the time now, the time of expiry or None, the value."""
 
+MAKE_LEASES: Final = (
+    "CREATE TABLE IF NOT EXISTS Leases"
+    " (key BLOB PRIMARY KEY, value BLOB, store_time REAL, expire_time REAL) WITHOUT ROWID"
+)
 EXPIRE: Final = (
     "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)"
 )

@@ -38,6 +38,7 @@ _FORMS: Final = {
     len(prefix) + _SCOPE_DIGITS + 1 + _DIGEST_DIGITS: (Form(i), len(prefix)) for i, prefix in enumerate(_PREFIXES)
 }
 """By the length of a key, the form that the key may have, and where its digits start."""
+_LEASE_LENGTH: Final = next(length for length, (form, _) in _FORMS.items() if form is Form.LEASE)
 
 
 class KeyGroup(NamedTuple):
@@ -96,6 +97,13 @@ def decode_key(form: Form, stored: bytes) -> str:
 def _write_key(form: Form, stored: bytes) -> str:
     digits = stored.hex()
     return f"{_PREFIXES[form]}{digits[:_SCOPE_DIGITS]}.{digits[_SCOPE_DIGITS:]}"
+
+
+def pick_leases(keys: Sequence[str]) -> list[str]:
+    """Return the keys of leases."""
+    if _LEASE_LENGTH not in set(map(len, keys)):
+        return []
+    return [key for key in keys if encode_key(key)[0] is Form.LEASE]
 
 
 def group_keys(keys: Sequence[str]) -> list[KeyGroup]:
