@@ -81,7 +81,7 @@ def test_the_next_window_is_computed_while_the_caller_uses_the_rows() -> None:
     provider = GatedProvider(max_batch=2)
     with Cache(provider, [DictBackend()]) as cache:
         rows = cache.embed_iter((str(number) for number in range(8)), batch=4)
-        provider.permits.release(2)  # either of the two windows may ask the provider first
+        provider.permits.release(1)
         next(rows)  # the second window has been given to a thread by now
         assert provider.started.acquire(timeout=SECONDS)
         assert provider.started.acquire(timeout=SECONDS)
@@ -316,9 +316,36 @@ def test_a_turn_that_is_not_waited_for_goes_to_the_next() -> None:
             future.result(SECONDS)
             return True
 
-    turns, source = Turns(), object()
+    turns, source = Turns().open_window(), object()
     run_blocking(turns.take(Patient(), source, 1))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         run_blocking(turns.take(Impatient(), source, 1))  # type: ignore[arg-type]
     turns.give_back(source)
     run_blocking(turns.take(Patient(), source, 1))  # type: ignore[arg-type]
+
+
+def test_an_earlier_window_calls_the_provider_first() -> None:
+    """The second window waits until the first one has begun its last call, even if the second one asks first."""
+    provider = GatedProvider(max_batch=1)
+    texts: list[str] = []
+    inner = provider.embed
+
+    def embed(asked: Sequence[str], task: str) -> Any:
+        texts.extend(asked)
+        return inner(asked, task)
+
+    provider.embed = embed
+    with Cache(provider, [DictBackend()]) as cache:
+        provider.permits.release(100)
+        assert len(list(cache.embed_iter(map(str, range(40)), batch=8))) == 40
+    assert sorted(texts[:4]) == ["0", "1", "2", "3"]
+    assert [int(text) // 4 for text in texts] == sorted(int(text) // 4 for text in texts)
+
+
+@pytest.mark.parametrize("texts", [["a", "b", "a", "b", "c", "d"], ["a", "a", "a", "a", "b", "b"]])
+def test_windows_with_the_same_texts_do_not_wait_for_each_other(texts: list[str]) -> None:
+    provider = CountingProvider(max_batch=1)
+    with Cache(provider, [DictBackend()]) as cache:
+        for _ in range(20):
+            cache.forget(sorted(set(texts)))
+            assert len(list(cache.embed_iter(texts, batch=4))) == len(texts)

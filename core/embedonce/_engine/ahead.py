@@ -8,6 +8,7 @@ provider's ``concurrency``.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -26,6 +27,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 from embedonce.vectors import Entry
@@ -58,29 +60,54 @@ class RunEnded(BaseException):
 
 
 class Turns:
-    """The calls that the windows of one run may make to each provider at the same time, in the order of asking."""
+    """The calls that the windows of one run may make to each provider at the same time.
+
+    An earlier window goes first: a later one gets a turn only if no earlier window has a call to begin. So the rows
+    that the caller waits for come first.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # re-entrant, because the garbage collector may end the run anywhere
         self._free: dict[object, int] = {}
-        self._waiting: dict[object, deque[Future[None]]] = {}
+        self._waiting: list[tuple[int, object, Future[None]]] = []
+        """The window, the provider and the future of each call that waits, in the order of asking."""
+        self._to_begin: dict[int, float] = {}
+        """For each window in flight, the number of calls that it has yet to begin; infinite until this is known."""
+        self._windows = 0
         self._has_ended = False
 
-    async def take(self, port: Port, source: object, limit: int) -> None:
-        """Wait until fewer than ``limit`` calls of ``source`` are running. Call :meth:`give_back` after the call.
+    def open_window(self) -> WindowTurns:
+        """Return the turns of the next window."""
+        with self._lock:
+            self._windows += 1
+            self._to_begin[self._windows] = math.inf
+            return WindowTurns(self, self._windows)
+
+    def set_to_begin(self, window: int, calls: int) -> None:
+        """Set how many calls a window has yet to begin."""
+        with self._lock:
+            if window in self._to_begin:
+                self._to_begin[window] = calls
+                self._hand_out()
+
+    def close_window(self, window: int) -> None:
+        """Forget a window that has ended."""
+        with self._lock:
+            self._to_begin.pop(window, None)
+            self._hand_out()
+
+    async def take(self, port: Port, window: int, source: object, limit: int) -> None:
+        """Wait for a turn.
 
         Raises:
             RunEnded: the run has ended.
         """
-        turn: Future[None] | None = None
+        turn: Future[None] = Future()
         with self._lock:
-            free = self._free.setdefault(source, limit)
-            if free:
-                self._free[source] = free - 1
-            else:
-                turn = Future()
-                self._waiting.setdefault(source, deque()).append(turn)
-        if turn is not None:
+            self._free.setdefault(source, limit)
+            self._waiting.append((window, source, turn))
+            self._hand_out()
+        if not turn.done():
             try:
                 await port.wait(turn, None)
             except BaseException:
@@ -93,26 +120,63 @@ class Turns:
 
     def give_back(self, source: object) -> None:
         with self._lock:
-            waiting = self._waiting.get(source)
-            while waiting:
-                turn = waiting.popleft()
-                if turn.set_running_or_notify_cancel():
-                    turn.set_result(None)
-                    return
             self._free[source] += 1
+            self._hand_out()
 
     def end(self) -> None:
         """Let no call begin any more."""
         with self._lock:
             self._has_ended = True
-            for source, waiting in self._waiting.items():
-                if waiting:
-                    self._free[source] -= 1
-                    self.give_back(source)  # the woken window gives its turn back, which wakes the next one
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give the free turns to the calls that may begin, or wake all calls if the run has ended. Hold the lock."""
+        first = min((window for window, calls in self._to_begin.items() if calls > 0), default=math.inf)
+        for place in sorted(self._waiting, key=itemgetter(0)):
+            window, source, turn = place
+            if not self._has_ended and (window > first or not self._free[source]):
+                continue
+            self._waiting.remove(place)
+            if turn.set_running_or_notify_cancel():
+                self._free[source] -= 1
+                if window in self._to_begin:
+                    self._to_begin[window] = max(0, self._to_begin[window] - 1)
+                    first = min((other for other, calls in self._to_begin.items() if calls > 0), default=math.inf)
+                turn.set_result(None)
 
 
-turns: ContextVar[Turns | None] = ContextVar("embedonce_turns", default=None)
-"""The turns of the run that the current call belongs to."""
+class WindowTurns(NamedTuple):
+    """The turns of one window of a run."""
+
+    turns: Turns
+    number: int
+
+    async def take(self, port: Port, source: object, limit: int) -> None:
+        """Wait until fewer than ``limit`` calls of ``source`` are running. Call :meth:`give_back` after the call.
+
+        Raises:
+            RunEnded: the run has ended.
+        """
+        await self.turns.take(port, self.number, source, limit)
+
+    def give_back(self, source: object) -> None:
+        """Let another call of ``source`` begin."""
+        self.turns.give_back(source)
+
+    def close(self, _: object = None) -> None:
+        """Say that the window has ended. This is the callback of its thread or task."""
+        self.turns.close_window(self.number)
+
+
+window_turns: ContextVar[WindowTurns | None] = ContextVar("embedonce_window_turns", default=None)
+"""The turns of the window that the current call belongs to."""
+
+
+def set_calls_to_begin(calls: int) -> None:
+    """Say how many calls of the provider the current window has yet to begin, if there is a window."""
+    window = window_turns.get()
+    if window is not None:
+        window.turns.set_to_begin(window.number, calls)
 
 
 class Gathered:
@@ -185,14 +249,16 @@ def run_ahead(get_workers: Callable[[], Workers], jobs: Iterable[Callable[[], T]
 
 
 def _start(workers: Workers, own_turns: Turns, job: Callable[[], T]) -> _Started:
-    token = turns.set(own_turns)
+    window = own_turns.open_window()
+    token = window_turns.set(window)
     try:
         future: Future[T] = workers.submit(job)
     except RuntimeError:  # no thread can be started, so the job runs here
         future = Future()
         future.set_result(job())
     finally:
-        turns.reset(token)
+        window_turns.reset(token)
+    future.add_done_callback(window.close)
     return _Started(job, future, os.getpid())
 
 
@@ -211,9 +277,11 @@ async def run_ahead_async(jobs: AsyncIterator[Callable[[], Coroutine[Any, Any, T
                 job, problem = None, error
             if job is None:
                 break
-            token = turns.set(own_turns)
+            window = own_turns.open_window()
+            token = window_turns.set(window)
             started.append(asyncio.create_task(job()))
-            turns.reset(token)
+            window_turns.reset(token)
+            started[-1].add_done_callback(window.close)
             if len(started) == IN_FLIGHT:
                 yield await started.popleft()
         while started:

@@ -16,7 +16,7 @@ from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused,
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
 
-from .ahead import Gathered, turns
+from .ahead import Gathered, set_calls_to_begin, window_turns
 from .call import PROVIDER, Answer, BegunCall, Call, copy_error
 from .checks import check_matrix, check_rows
 from .counters import RequestCounters
@@ -301,6 +301,7 @@ class Engine:
     async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
         """Compute, store and land flights, chunk by chunk. On an event loop, go on even if the caller is cancelled."""
         if not flights:
+            set_calls_to_begin(0)
             return
         texts = call.answer.normalize_texts(flights)
         ticket = call.ticket
@@ -331,12 +332,14 @@ class Engine:
             for chunk in cut_chunks(source, {key: texts[key] for key in flights})
         ]
         concurrency = source.provider.limits.concurrency
-        if len(jobs) > 1 and turns.get() is not None:
+        set_calls_to_begin(len(jobs))
+        if len(jobs) > 1 and window_turns.get() is not None:
             call.answer.gathered = Gathered()
             concurrency *= 2  # the turns limit the calls; meanwhile, the next chunks take their leases
         try:
             await call.port.run_all(jobs, concurrency)
         finally:
+            set_calls_to_begin(0)
             if call.answer.gathered is not None:
                 await self._store_gathered(call, call.answer.gathered)
                 call.answer.gathered = None
@@ -514,17 +517,15 @@ class Engine:
     async def _store_gathered(self, call: Call, gathered: Gathered) -> None:
         """Store what several requests of a call have computed, land the flights, and end their leases."""
         entries, flights = gathered.take()
-        if not entries:
-            return
-        await self._store_and_land(call, entries, flights)
-        leases = self._choose_leases(call.answer)
-        if leases is not None:
-            leases.end(flights, unstored=call.answer.unstored)
+        if entries:
+            await self._store_and_land(call, entries, flights)
+            leases = self._choose_leases(call.answer)
+            if leases is not None:
+                leases.end(flights, unstored=call.answer.unstored)
 
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
-        source = answer.route.source
-        source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
+        answer.route.source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
         self.in_flight.fail(flights, error)
 
     async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
@@ -535,9 +536,9 @@ class Engine:
         answer = call.answer
         route = answer.route
         source = route.source
-        shared_turns = turns.get()
-        if shared_turns is not None:
-            await shared_turns.take(call.port, source, source.provider.limits.concurrency)
+        window = window_turns.get()
+        if window is not None:
+            await window.take(call.port, source, source.provider.limits.concurrency)
         start = time.perf_counter()
         made: Sequence[int] = ()
         tokens: int | list[int | None] | None = None
@@ -545,8 +546,8 @@ class Engine:
             try:
                 reply = await call_provider(call, list(texts))
             finally:
-                if shared_turns is not None:
-                    shared_turns.give_back(source)
+                if window is not None:
+                    window.give_back(source)
             tokens = read_tokens(reply, len(texts))
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
