@@ -7,14 +7,15 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import wait_until
 
 from embedonce import Cache, TextError, Tier
-from embedonce._engine import ahead
 from embedonce._engine.ahead import Turns, run_ahead
 from embedonce._engine.ports import run_blocking
 from embedonce._engine.workers import Workers
@@ -207,25 +208,87 @@ def test_an_async_iterator_can_be_cancelled() -> None:
 # --- entries that are stored together ---------------------------------------------------------
 
 
-@faces
-def test_a_window_stores_the_entries_of_quick_calls_together(asynchronous: bool) -> None:
-    backend = RecordingBackend()
-    with Cache(CountingProvider(max_batch=4), [backend]) as cache:
-        rows, _ = read_rows(cache, map(str, range(64)), 32, asynchronous=asynchronous)
-        assert len(rows) == 64
-        assert backend.sizes == [16, 16, 16, 16]
-        assert cache.lookup([str(number) for number in range(64)]).sources == ["recording"] * 64
+def test_entries_that_come_during_a_write_are_stored_together() -> None:
+    provider = CountingProvider(max_batch=4)
+
+    class Slow(RecordingBackend):
+        def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
+            if not self.sizes:  # the first write takes until the window has begun its last call
+                wait_until(lambda: len(provider.calls) >= 4)
+            super().set_many(items, ttl)
+
+    backend = Slow()
+    with Cache(provider, [backend]) as cache:
+        assert len(list(cache.embed_iter(map(str, range(16)), batch=32))) == 16
+        assert backend.sizes[0] == 4
+        assert sum(backend.sizes) == 16
+        assert len(backend.sizes) < 4
+        assert cache.lookup([str(number) for number in range(16)]).sources == ["slow"] * 16
 
 
 @faces
-def test_the_answers_of_a_slow_provider_are_stored_one_by_one(
-    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ahead, "GATHER_SECONDS", 0.0)
-    backend = RecordingBackend()
-    with Cache(CountingProvider(max_batch=4), [backend]) as cache:
-        read_rows(cache, map(str, range(64)), 32, asynchronous=asynchronous)
-    assert backend.sizes == [4] * 16
+def test_no_entry_waits_for_the_provider(asynchronous: bool) -> None:
+    """What was computed is stored, and other calls get it, although the next call hangs."""
+    provider = GatedProvider(max_batch=2)
+    backend = DictBackend(scope="host")
+    with Cache(provider, [backend]) as cache, ThreadPoolExecutor(2) as pool:
+        provider.permits.release(3)
+        run = pool.submit(read_rows, cache, list(map(str, range(16))), 16, asynchronous=asynchronous)
+        try:
+            wait_until(lambda: cache.lookup(list(map(str, range(6)))).sources == ["dict"] * 6)
+            assert pool.submit(cache.embed_batch, ["0", "5"]).result(SECONDS).shape == (2, 8)
+        finally:
+            provider.permits.release(100)
+        assert len(run.result(SECONDS)[0]) == 16
+
+
+@faces
+def test_a_provider_may_use_its_own_cache(asynchronous: bool) -> None:
+    class Nested(CountingProvider):
+        def _embed(self, texts: Sequence[str], task: str) -> Any:
+            if not texts[0].startswith("part of "):
+                cache.embed_batch(["part of " + text for text in texts])
+                list(cache.embed_iter(["part of a part of " + text for text in texts], batch=8))
+            return super()._embed(texts, task)
+
+    cache = Cache(Nested(max_batch=2), [DictBackend()])
+    with cache:
+        rows, error = read_rows(cache, list(map(str, range(40))), 8, asynchronous=asynchronous)
+    assert (len(rows), error) == (40, None)
+
+
+def test_an_async_run_that_ends_early_stores_what_is_paid_for(caplog: pytest.LogCaptureFixture) -> None:
+    backend = DictBackend()
+
+    async def main() -> int:
+        provider = CountingProvider(max_batch=1, delay=0.002, concurrency=2)
+        async with Cache(provider, [backend]) as cache:
+            async for _ in cache.aembed_iter(map(str, range(100)), batch=8):
+                break
+            while len(asyncio.all_tasks()) > 1:
+                await asyncio.sleep(0.001)
+            gc.collect()
+            stored = cache.lookup(list(map(str, range(100)))).sources
+            return sum(source is not None for source in stored) - len(provider.calls)
+
+    assert asyncio.run(main()) == 0
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_that_is_forked_in_the_loop_body_goes_on() -> None:
+    provider = CountingProvider(max_batch=1, delay=0.005)
+    with Cache(provider, [DictBackend()]) as cache:
+        pid, count = -1, 0
+        for _ in cache.embed_iter(map(str, range(40)), batch=8):
+            count += 1
+            if count == 2:
+                pid = os.fork()
+        if pid == 0:
+            os._exit(0 if count == 40 else 1)
+        assert count == 40
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_what_was_gathered_is_stored_if_a_later_call_is_interrupted() -> None:

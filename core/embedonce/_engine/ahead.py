@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -47,14 +47,6 @@ The caller may close the cache next, which must not happen in the middle of a wr
 garbage collector may end the run in one of its own threads, which would otherwise wait for itself."""
 
 
-GATHER = 4096
-"""Number of computed entries that a window of a run stores together. A disk tier writes them in one transaction."""
-GATHER_SECONDS = 1.0
-"""Seconds after which a window stores what it has gathered, when the next answer of the provider arrives.
-
-A run that is killed loses this much more work at most. A slow provider's answers are stored one by one."""
-
-
 class RunEnded(BaseException):
     """The run has ended early, so its windows in flight call the provider no more. Nobody sees this exception."""
 
@@ -74,7 +66,8 @@ class Turns:
         self._to_begin: dict[int, float] = {}
         """For each window in flight, the number of calls that it has yet to begin; infinite until this is known."""
         self._windows = 0
-        self._has_ended = False
+        self.has_ended = False
+        self.process = os.getpid()
 
     def open_window(self) -> WindowTurns:
         """Return the turns of the next window."""
@@ -114,7 +107,7 @@ class Turns:
                 if not turn.cancel():
                     self.give_back(source)
                 raise
-        if self._has_ended:
+        if self.has_ended:
             self.give_back(source)
             raise RunEnded
 
@@ -126,7 +119,7 @@ class Turns:
     def end(self) -> None:
         """Let no call begin any more."""
         with self._lock:
-            self._has_ended = True
+            self.has_ended = True
             self._hand_out()
 
     def _hand_out(self) -> None:
@@ -134,7 +127,7 @@ class Turns:
         first = min((window for window, calls in self._to_begin.items() if calls > 0), default=math.inf)
         for place in sorted(self._waiting, key=itemgetter(0)):
             window, source, turn = place
-            if not self._has_ended and (window > first or not self._free[source]):
+            if not self.has_ended and (window > first or not self._free[source]):
                 continue
             self._waiting.remove(place)
             if turn.set_running_or_notify_cancel():
@@ -172,6 +165,39 @@ window_turns: ContextVar[WindowTurns | None] = ContextVar("embedonce_window_turn
 """The turns of the window that the current call belongs to."""
 
 
+async def call_in_turn(port: Port, source: object, limit: int, call: Callable[[], Awaitable[T]]) -> T:
+    """Return ``await call()``, which calls a provider. In a window of a run, wait for a turn first.
+
+    The call itself belongs to no window. A provider that uses a cache would otherwise wait for its own turn to end.
+
+    Raises:
+        RunEnded: the run has ended.
+    """
+    window = window_turns.get()
+    if window is None:
+        return await call()
+    await window.take(port, source, limit)
+    token = window_turns.set(None)
+    try:
+        return await call()
+    finally:
+        window_turns.reset(token)
+        window.give_back(source)
+
+
+async def run_unless_ended(job: Callable[[], Awaitable[None]]) -> None:
+    """Run a job. If its run has ended, let the other jobs go on, because their calls in flight are paid for."""
+    with suppress(RunEnded):
+        await job()
+
+
+def raise_if_run_has_ended() -> None:
+    """Raise RunEnded in a window of a run that has ended."""
+    window = window_turns.get()
+    if window is not None and window.turns.has_ended:
+        raise RunEnded
+
+
 def set_calls_to_begin(calls: int) -> None:
     """Say how many calls of the provider the current window has yet to begin, if there is a window."""
     window = window_turns.get()
@@ -180,27 +206,39 @@ def set_calls_to_begin(calls: int) -> None:
 
 
 class Gathered:
-    """Computed entries of one call that are not stored yet, and their flights. Several threads may add entries."""
+    """Computed entries of one call that wait until the entries before them are stored. Several threads add entries.
+
+    No entry waits for the provider. If the tiers are slower than the provider, more entries are stored together.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._since = time.monotonic()
+        self._is_storing = False
         self._entries: dict[str, Entry] = {}
         self._flights: dict[str, Flight] = {}
 
     def add(self, entries: Mapping[str, Entry], flights: Mapping[str, Flight]) -> bool:
-        """Add entries, and return whether it is time to store what was gathered."""
+        """Add entries. Return whether the caller has to store them, because nobody is storing at the moment."""
         with self._lock:
             self._entries.update(entries)
             self._flights.update(flights)
-            return len(self._entries) >= GATHER or time.monotonic() - self._since >= GATHER_SECONDS
+            is_free, self._is_storing = not self._is_storing, True
+            return is_free
 
-    def take(self) -> tuple[dict[str, Entry], dict[str, Flight]]:
-        """Remove and return the gathered entries and their flights."""
+    def take(self) -> tuple[dict[str, Entry], dict[str, Flight]] | None:
+        """Return what has to be stored next. If this is nothing, the caller stops storing."""
         with self._lock:
+            if not self._entries:
+                self._is_storing = False
+                return None
             taken = self._entries, self._flights
-            self._since, self._entries, self._flights = time.monotonic(), {}, {}
+            self._entries, self._flights = {}, {}
         return taken
+
+    def stop(self) -> None:
+        """Let another caller store, because this one was interrupted."""
+        with self._lock:
+            self._is_storing = False
 
 
 class _Started(NamedTuple):
@@ -233,6 +271,8 @@ def run_ahead(get_workers: Callable[[], Workers], jobs: Iterable[Callable[[], T]
                 job, problem = None, error
             if job is None:
                 break
+            if own_turns.process != os.getpid():  # in a forked child, the turns belong to threads of the parent
+                own_turns = Turns()
             started.append(_start(get_workers(), own_turns, job))
             if len(started) == IN_FLIGHT:
                 yield started.popleft().get_result()

@@ -16,7 +16,8 @@ from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused,
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
 
-from .ahead import Gathered, set_calls_to_begin, window_turns
+from . import ahead
+from .ahead import Gathered
 from .call import PROVIDER, Answer, BegunCall, Call, copy_error
 from .checks import check_matrix, check_rows
 from .counters import RequestCounters
@@ -136,6 +137,7 @@ class Engine:
             self.in_flight.claim(call.ticket, keys, loop, claims)
             await self._take_flights(call, claims.landed)
             await self._compute_flights(call, claims.led, leases=leases)
+            ahead.raise_if_run_has_ended()
             await self._follow_flights(call, claims, is_last_try=is_last_try)
         except BaseException:
             self._give_up_flights(call, claims, blocking=loop is None)
@@ -301,7 +303,7 @@ class Engine:
     async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
         """Compute, store and land flights, chunk by chunk. On an event loop, go on even if the caller is cancelled."""
         if not flights:
-            set_calls_to_begin(0)
+            ahead.set_calls_to_begin(0)
             return
         texts = call.answer.normalize_texts(flights)
         ticket = call.ticket
@@ -327,19 +329,17 @@ class Engine:
         """Cut the flights into chunks for the provider, and compute them, several at the same time."""
         source = call.answer.route.source
         patience = Patience(len(flights))
-        jobs = [
-            partial(compute, call, {key: flights[key] for key in chunk}, texts, patience)
-            for chunk in cut_chunks(source, {key: texts[key] for key in flights})
-        ]
+        chunks = cut_chunks(source, {key: texts[key] for key in flights})
+        jobs = [partial(compute, call, {key: flights[key] for key in chunk}, texts, patience) for chunk in chunks]
         concurrency = source.provider.limits.concurrency
-        set_calls_to_begin(len(jobs))
-        if len(jobs) > 1 and window_turns.get() is not None:
+        ahead.set_calls_to_begin(len(jobs))
+        if len(jobs) > 1 and ahead.window_turns.get() is not None:
             call.answer.gathered = Gathered()
             concurrency *= 2  # the turns limit the calls; meanwhile, the next chunks take their leases
         try:
-            await call.port.run_all(jobs, concurrency)
+            await call.port.run_all([partial(ahead.run_unless_ended, job) for job in jobs], concurrency)
         finally:
-            set_calls_to_begin(0)
+            ahead.set_calls_to_begin(0)
             if call.answer.gathered is not None:
                 await self._store_gathered(call, call.answer.gathered)
                 call.answer.gathered = None
@@ -464,7 +464,8 @@ class Engine:
             chunk = [texts[key] for key in keys]
             try:
                 # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
-                entries, bad = await call_at_rate(call, chunk, self._embed, repeats_failures=len(flights) == 1)
+                compute = partial(call_at_rate, call, chunk, self._embed, repeats_failures=len(flights) == 1)
+                entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
             except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
                 return error
             if bad:
@@ -515,13 +516,16 @@ class Engine:
             self.in_flight.land(flights, entries, stored=call.answer.store)
 
     async def _store_gathered(self, call: Call, gathered: Gathered) -> None:
-        """Store what several requests of a call have computed, land the flights, and end their leases."""
-        entries, flights = gathered.take()
-        if entries:
-            await self._store_and_land(call, entries, flights)
-            leases = self._choose_leases(call.answer)
-            if leases is not None:
-                leases.end(flights, unstored=call.answer.unstored)
+        """Store what a call has computed, land the flights and end their leases, until nothing is left."""
+        try:
+            while (taken := gathered.take()) is not None:
+                entries, flights = taken
+                await self._store_and_land(call, entries, flights)
+                leases = self._choose_leases(call.answer)
+                if leases is not None:
+                    leases.end(flights, unstored=call.answer.unstored)
+        finally:
+            gathered.stop()
 
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
@@ -536,18 +540,11 @@ class Engine:
         answer = call.answer
         route = answer.route
         source = route.source
-        window = window_turns.get()
-        if window is not None:
-            await window.take(call.port, source, source.provider.limits.concurrency)
         start = time.perf_counter()
         made: Sequence[int] = ()
         tokens: int | list[int | None] | None = None
         try:
-            try:
-                reply = await call_provider(call, list(texts))
-            finally:
-                if window is not None:
-                    window.give_back(source)
+            reply = await call_provider(call, list(texts))
             tokens = read_tokens(reply, len(texts))
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
