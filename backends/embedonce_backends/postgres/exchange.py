@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import psycopg
 from psycopg.abc import Transformer
 from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus, Format, TransactionStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from .connections import AsyncConnection, Connection
@@ -90,18 +90,38 @@ def _exchange(pgconn: PGconn, statement: bytes, values: Sequence[Parameter]) -> 
 
     The generator never waits. It yields what the caller has to wait for.
     """
-    pgconn.send_query_params(statement, values, None, [Format.BINARY] * len(values), Format.BINARY)
-    while pgconn.flush():  # the socket does not take the whole statement at once
-        yield "writable"
     results: list[PGresult] = []
-    while True:
-        while pgconn.is_busy():
-            yield "readable"
-            pgconn.consume_input()
-        result = pgconn.get_result()
-        if result is None:
-            return results[0]
+    try:
+        pgconn.send_query_params(statement, values, None, [Format.BINARY] * len(values), Format.BINARY)
+        while pgconn.flush():  # the socket does not take the whole statement at once
+            yield "writable"
+        while True:
+            while pgconn.is_busy():
+                yield "readable"
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None:
+                return results[0]
+            results.append(result)
+    except psycopg.OperationalError as error:
+        raise _find_reason(pgconn, results) or _shorten_loss(error) from None
+
+
+def _find_reason(pgconn: PGconn, results: list[PGresult]) -> psycopg.Error | None:
+    """Return the error that the server sent before it closed the connection, or None if it sent none."""
+    # libpq has dropped the connection, so reading a result does not wait.
+    while pgconn.status == ConnStatus.BAD and (result := pgconn.get_result()) is not None:
         results.append(result)
+    for result in results:
+        if result.error_field(DiagnosticField.SQLSTATE):  # libpq's own errors have no SQLSTATE
+            return error_from_result(result)
+    return None
+
+
+def _shorten_loss(error: psycopg.OperationalError) -> psycopg.OperationalError:
+    """Keep the first line of libpq's message. The other lines only guess at the reason."""
+    error.args = (str(error).partition("\n")[0],)
+    return error
 
 
 async def _wait_on_loop(descriptor: int, wanted: Readiness) -> None:
