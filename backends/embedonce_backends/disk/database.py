@@ -21,7 +21,7 @@ ROW_BYTES = 90
 """Bytes of a row of the table ``Cache`` beside its value: the key, the times and the headers. At most this many if the
 key has 40 bytes."""
 INDEX_BYTES = 70
-"""Bytes of an entry in the index of the keys, whose pages are two thirds full on average."""
+"""Bytes of an entry in the two indexes, whose pages are two thirds full on average."""
 
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 
