@@ -295,7 +295,9 @@ class DiskBackend:
         times = self._get_times()
         for chunk in _split_keys(keys):
             for group in group_keys(chunk):
-                rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
+                rows: list[tuple[int, object]] = fetch_rows(
+                    connection, GET_MANY[group.form], (*group.parameters, *times)
+                )
                 if len(rows) < len(group.keys) and self._file.has_earlier_keys:
                     texts = (*group.as_texts().parameters, *times)
                     rows = fetch_rows(connection, GET_MANY[Form.TEXT], texts) + rows  # the later row counts

@@ -93,14 +93,16 @@ def _move_rows(database: Database, start: int, last: int) -> int | None:
     """Move the next rows to the end of the table. Return the rowid of the row after them, or None after ``last``."""
     with database.open_transaction() as connection:
         rows = fetch_rows(connection, _NEXT_TO_MOVE, (start, last))
+        if not rows:
+            return None
         ((end,),) = fetch_rows(connection, _LAST_ROW)
-        size = 0
+        rowid = size = 0
         for number, (rowid, key, is_text, length) in enumerate(rows, 1):
             connection.execute(*_plan_move(connection, rowid, end + number, key if is_text else None))
             size += length or 0
             if size >= STEP_BYTES:
                 break
-        return int(rowid) + 1 if rows else None
+        return int(rowid) + 1
 
 
 def _plan_move(connection: Connection, rowid: int, target: int, text: bytes | None) -> tuple[str, tuple[Any, ...]]:
