@@ -241,6 +241,16 @@ def test_compact_gives_keys_of_an_earlier_version_the_form_of_today(earlier: Pat
         assert backend.get_many(list(items)) == items
 
 
+def test_a_key_in_two_forms_is_counted_once(earlier: Path) -> None:
+    with closing(DiskBackend(path=earlier)) as backend:
+        backend.add_many({lease_of(1): b"token"}, 60.0)
+        with open_file(earlier) as connection:
+            for key in (encode_key(key_of(1))[1], encode_key(key_of(900))[1], lease_of(1)):
+                connection.execute("INSERT INTO Cache (key, raw, mode, value) VALUES (?, 1, 1, x'00')", (key,))
+        for prefix, count in (("", 303), ("eo1.", 303), (f"eo1.{SCOPE}.", 301), ("eo1.lease.", 1), (key_of(1), 1)):
+            assert backend.count(prefix) == len(list(backend.scan(prefix))) == count
+
+
 # --- diskcache ----------------------------------------------------------------------------------
 
 
@@ -274,6 +284,8 @@ def test_diskcache_stores_keys_in_the_same_form(tmp_path: Path) -> None:
             cache[key_of(2)] = b"two"
             with pytest.raises(TypeError, match="lease"):
                 cache[lease_of(1)] = b"token"
+            assert lease_of(1) not in cache
+            assert cache.get(lease_of(1)) is None
             assert set(cache) == {key_of(1), key_of(2), "eo1.card.x"}
         assert backend.get_many([key_of(1), key_of(2)]) == {key_of(1): b"uno", key_of(2): b"two"}
         assert backend.count("") == 3

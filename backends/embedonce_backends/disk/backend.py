@@ -13,6 +13,7 @@ import math
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from embedonce.errors import ConfigError
 from embedonce.options import Doc, Size
 
 from .compaction import compact
-from .database import Database, count_used_bytes, release_pages
+from .database import Database, count_used_bytes, estimate_bytes, release_pages
 from .entries_file import EntriesFile
 from .errors import DiskFull, is_writable
 from .folder import check_folder
@@ -40,6 +41,7 @@ from .statements import (
     EXPIRE_LEASES,
     GET,
     GET_MANY,
+    HAS_EARLIER_KEYS,
     MEASURE,
     SCAN,
     STORE,
@@ -214,9 +216,11 @@ class DiskBackend:
         Raises:
             DiskFull: the disk has no space left, not even for one step.
             ReadOnlyFile: the file or its folder is read-only.
+            LogTooLarge: readers kept SQLite's log from being emptied for 60 s.
+            TierTimeout: another process held the lock for 60 s.
         """
         before = self._database.get_bytes()
-        compact(self._database, is_whole=self._file.has_earlier_keys)
+        compact(self._database)
         return f"{self._database.get_bytes() / MIB:.1f} MiB, was {before / MIB:.1f} MiB"
 
     def describe(self) -> str:
@@ -249,6 +253,8 @@ class DiskBackend:
 
     def count(self, prefix: str, /) -> int:
         """Return how many keys ``scan(prefix)`` yields."""
+        if self._database.read(HAS_EARLIER_KEYS, ()):  # a key may be stored in two forms
+            return sum(1 for _ in self.scan(prefix))
         return sum(int(count) for (count,) in self._read_ranges(COUNT, prefix))
 
     def measure(self, prefix: str, /) -> StoredSize:
@@ -289,7 +295,9 @@ class DiskBackend:
         times = self._get_times()
         for chunk in _split_keys(keys):
             for group in group_keys(chunk):
-                rows = fetch_rows(connection, GET_MANY[group.form], (*group.parameters, *times))
+                rows: list[tuple[int, object]] = fetch_rows(
+                    connection, GET_MANY[group.form], (*group.parameters, *times)
+                )
                 if len(rows) < len(group.keys) and self._file.has_earlier_keys:
                     texts = (*group.as_texts().parameters, *times)
                     rows = fetch_rows(connection, GET_MANY[Form.TEXT], texts) + rows  # the later row counts
@@ -352,9 +360,8 @@ class DiskBackend:
                 connection.execute(EXPIRE_LEASES, (now,))
             return 0
         connection.execute(EXPIRE, (now, 2 * len(items) + 64))
-        # At the usual sizes, a row takes 30 to 40 % more space than its value, because the row's key is also in an
-        # index, and because pages are not full.
-        need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
+        # Pages of the index may be split, so more space than for full pages is needed.
+        need = estimate_bytes(connection, Counter(map(len, items.values())).items()) + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
         while count_used_bytes(connection) + need > self.max_bytes:

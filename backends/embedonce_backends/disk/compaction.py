@@ -1,4 +1,4 @@
-"""Compaction: entries move to the end of the file until its pages are full, and the free pages are given back.
+"""Compaction: all entries move to the end of the file, where they fill whole pages, and free pages are given back.
 
 SQLite's ``VACUUM`` would copy the whole file twice, and keep all writers waiting meanwhile. Here, each step is a short
 transaction, and needs the space of one step. Whoever interrupts the compaction loses nothing.
@@ -6,65 +6,114 @@ transaction, and needs the space of one step. Whoever interrupts the compaction 
 
 from __future__ import annotations
 
-from itertools import pairwise
+import time
+from typing import Any
 
-from .database import Database, release_pages
-from .sqlite import fetch_rows
-from .stored_keys import encode_key
+from .database import Database, count_used_bytes, estimate_bytes, release_pages
+from .log import LOG_BYTES
+from .sqlite import Connection, fetch_rows
+from .statements import HAS_EARLIER_KEYS, VALUE_SIZES
+from .stored_keys import Form, encode_key
 
 STEP_ROWS = 512
-"""Number of rows that are examined together, and the maximum number of rows that one transaction moves."""
+"""Maximum number of rows that one transaction moves."""
 STEP_BYTES = 2**20
 """Number of bytes after which a transaction moves no more rows."""
-MAX_GAPS = STEP_ROWS // 50
-"""Number of gaps in the rowids of a step above which its rows are moved. Where rows have been removed from a page, the
-rowids have a gap, and no later row fills it. A gap of any length is one gap, because whole pages are used again."""
+PAUSE_SECONDS = 0.002
+"""Number of seconds between two steps, in which other threads and processes get the locks that they wait for."""
+LOG_SECONDS = 60.0
+"""Maximum number of seconds that the compaction waits between two steps until the log can be emptied."""
+END_SECONDS = 5.0
+"""Maximum number of seconds that the compaction tries to empty the log at its end."""
 
-_NEXT_ROWS = f"SELECT rowid FROM Cache WHERE rowid >= ? ORDER BY rowid LIMIT {STEP_ROWS}"
+# The key is read as bytes, because another program may have stored a text that is invalid UTF-8.
 _NEXT_TO_MOVE = (
-    f"SELECT rowid, key, raw, LENGTH(value) FROM Cache WHERE rowid >= ? AND rowid <= ? ORDER BY rowid LIMIT {STEP_ROWS}"
+    "SELECT rowid, CAST(key AS BLOB), raw = 1 AND TYPEOF(key) = 'text', LENGTH(value) FROM Cache"
+    f" WHERE rowid >= ? AND rowid <= ? ORDER BY rowid LIMIT {STEP_ROWS}"
 )
 _LAST_ROW = "SELECT COALESCE(MAX(rowid), 0) FROM Cache"
-_MOVE = "UPDATE OR REPLACE Cache SET rowid = ?, key = ? WHERE rowid = ?"
+_MOVE = "UPDATE Cache SET rowid = ? WHERE rowid = ?"
+_CONVERT = "UPDATE Cache SET rowid = ?, key = ? WHERE rowid = ?"
+_REMOVE = "DELETE FROM Cache WHERE rowid = ?"
+_HAS_KEY = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
 
 
-def compact(database: Database, *, is_whole: bool) -> None:
-    """Move entries out of pages with gaps, give the free pages back, and empty the log.
+def compact(database: Database) -> None:
+    """Move the entries to full pages if a tenth of the file is unused, give free pages back, and empty the log.
 
-    The entries keep their order, in which they are evicted. Entries that are stored meanwhile may come before others.
-    With ``is_whole``, all entries are moved, and keys that an earlier version stored as text get the form of today.
+    If the file has keys that an earlier version stored as text, the entries are also moved, and these keys get the form
+    of today. The entries keep their order, in which they are evicted. Entries that are stored meanwhile may come before
+    others.
+
+    Raises:
+        LogTooLarge: readers kept the log from being emptied for 60 s.
     """
+    _wait_for_small_log(database)
+    start: int | None = 0 if database.call(_is_worth_moving) else None
     ((last,),) = database.read(_LAST_ROW, ())
-    start = 0 if is_whole else _find_gaps(database, last)
     while start is not None:
         start = _move_rows(database, start, last)
-        database.tidy(database.log.limit_size)
+        _wait_for_small_log(database)
     while database.call_alone(lambda connection: release_pages(connection, 0)):
-        database.tidy(database.log.limit_size)
-    database.call_alone(database.log.limit_size)
+        _wait_for_small_log(database)
+    _empty_log(database, 0, END_SECONDS)
 
 
-def _find_gaps(database: Database, last: int) -> int | None:
-    """Return the first rowid from which on rows must be moved, or None."""
-    start = 0
-    while start <= last:
-        rowids = [rowid for (rowid,) in database.read(_NEXT_ROWS, (start,))]
-        if sum(after - before > 1 for before, after in pairwise(rowids)) > MAX_GAPS:
-            return int(rowids[0])
-        start = rowids[-1] + 1 if rowids else last + 1
-    return None
+def _is_worth_moving(connection: Connection) -> bool:
+    if fetch_rows(connection, HAS_EARLIER_KEYS):
+        return True
+    return count_used_bytes(connection) > 1.1 * estimate_bytes(connection, fetch_rows(connection, VALUE_SIZES))
+
+
+def _wait_for_small_log(database: Database) -> None:
+    """Let others use the database, and empty the log if it is large.
+
+    Raises:
+        LogTooLarge: the log is still large after 60 s.
+    """
+    time.sleep(PAUSE_SECONDS)
+    if not _empty_log(database, LOG_BYTES, LOG_SECONDS):
+        raise database.log.explain_stop()
+
+
+def _empty_log(database: Database, max_bytes: int, seconds: float) -> bool:
+    """Empty the log if it is larger than ``max_bytes``. Return False if that was not possible in ``seconds``."""
+    end = time.monotonic() + seconds
+    while database.log.get_bytes() > max_bytes:
+        if database.call_alone(database.log.empty):
+            return True
+        if time.monotonic() >= end:
+            return False
+        # Without this pause, no other thread of this process could write, and no other process could make a checkpoint.
+        time.sleep(PAUSE_SECONDS)
+    return True
 
 
 def _move_rows(database: Database, start: int, last: int) -> int | None:
     """Move the next rows to the end of the table. Return the rowid of the row after them, or None after ``last``."""
     with database.open_transaction() as connection:
         rows = fetch_rows(connection, _NEXT_TO_MOVE, (start, last))
+        if not rows:
+            return None
         ((end,),) = fetch_rows(connection, _LAST_ROW)
-        size = 0
-        for number, (rowid, key, raw, length) in enumerate(rows, 1):
-            stored = encode_key(key)[1] if raw and isinstance(key, str) else key
-            connection.execute(_MOVE, (end + number, stored, rowid))
+        rowid = size = 0
+        for number, (rowid, key, is_text, length) in enumerate(rows, 1):
+            connection.execute(*_plan_move(connection, rowid, end + number, key if is_text else None))
             size += length or 0
             if size >= STEP_BYTES:
                 break
-        return int(rowid) + 1 if rows else None
+        return int(rowid) + 1
+
+
+def _plan_move(connection: Connection, rowid: int, target: int, text: bytes | None) -> tuple[str, tuple[Any, ...]]:
+    """Return the statement that moves a row, and its parameters. ``text`` is the key if it is stored as text."""
+    try:
+        form, stored = encode_key("" if text is None else text.decode())
+    except UnicodeDecodeError:
+        form, stored = Form.TEXT, ""
+    if form is Form.TEXT:
+        return _MOVE, (target, rowid)
+    # Leases expire in seconds, and today they are in another file. An entry in the form of today is the newer one.
+    if form is Form.LEASE or fetch_rows(connection, _HAS_KEY, (stored,)):
+        return _REMOVE, (rowid,)
+    return _CONVERT, (target, stored, rowid)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -15,6 +16,12 @@ from .file import DatabaseFile
 from .sqlite import Connection, Connections, fetch_rows, hold_lock, retry_while_locked
 
 T = TypeVar("T")
+
+ROW_BYTES = 90
+"""Bytes of a row of the table ``Cache`` beside its value: the key, the times and the headers. At most this many if the
+key has 40 bytes."""
+INDEX_BYTES = 70
+"""Bytes of an entry in the two indexes, whose pages are two thirds full on average."""
 
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 
@@ -110,12 +117,38 @@ def count_used_bytes(connection: Connection) -> int:
     return int((pages - free) * size)
 
 
+def estimate_row_bytes(value_bytes: int, page_bytes: int) -> float:
+    """Return the bytes of the file that an entry takes, with its part of the index, if the table has no unused space.
+
+    SQLite splits a row only if the row is larger than a page. So the end of a page is unused if no other row fits.
+    """
+    row = value_bytes + ROW_BYTES
+    overflow_pages = 0
+    if row > page_bytes - 33:  # SQLite then stores most of the row in pages of its own
+        smallest = (page_bytes - 12) * 32 // 255 - 23
+        rest = smallest + (row - smallest) % (page_bytes - 4)
+        first = rest if rest <= page_bytes - 35 else smallest
+        overflow_pages = -((first - row) // (page_bytes - 4))
+        row = first
+    return page_bytes * (overflow_pages + 1 / max(1, (page_bytes - 8) // row)) + INDEX_BYTES
+
+
+def estimate_bytes(connection: Connection, sizes: Iterable[tuple[int | None, int]]) -> int:
+    """Return the bytes that entries take in a file without unused space.
+
+    ``sizes`` has pairs of the size of a value in bytes, and the number of entries with such a value.
+    """
+    ((page_bytes,),) = fetch_rows(connection, "PRAGMA page_size")
+    return math.ceil(sum(number * estimate_row_bytes(size or 0, page_bytes) for size, number in sizes))
+
+
 def release_pages(connection: Connection, max_bytes: int | None = None) -> int:
     """Give free pages back to the file system, and return how many.
 
     With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. If
     ``max_bytes`` is None, this gives back the free pages that exceed a quarter of the file. One call gives back at most
-    1,000 pages, because SQLite may have to move a used page for each page that it gives back.
+    1,000 pages, because SQLite may have to move a used page for each page that it gives back. It gives back none if
+    another program has made the file without ``auto_vacuum``.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = int(free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size))
@@ -123,4 +156,5 @@ def release_pages(connection: Connection, max_bytes: int | None = None) -> int:
         return 0
     # This uses executescript, because `execute` would stop the statement after the first page.
     retry_while_locked(lambda: connection.executescript(f"PRAGMA incremental_vacuum({min(excess, 1000)})"))
-    return min(excess, 1000)
+    ((left, _, _),) = fetch_rows(connection, _PAGES)
+    return max(0, int(pages - left))

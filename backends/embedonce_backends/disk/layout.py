@@ -66,9 +66,8 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         if type(key) is not str:
             raise TypeError(f"key must be a str, got {type(key).__name__}")
         form, stored = encode_key(key)
-        if form is Form.LEASE:
-            raise TypeError("a lease cannot be stored through diskcache")
-        return stored, True
+        # Leases are not in diskcache's table. As text, a lease is not found there.
+        return key if form is Form.LEASE else stored, True
 
     def get(self, key: object, raw: object) -> str:
         """Return the key from its columns."""
@@ -82,6 +81,8 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         """Return the values of the columns ``size``, ``mode``, ``filename`` and ``value`` for a value."""
         if type(value) is not bytes or read:
             raise TypeError(f"value must be bytes, got {type(value).__name__}")
+        if type(key) is str and encode_key(key)[0] is Form.LEASE:
+            raise TypeError("a lease cannot be stored through diskcache")
         return 0, MODE_RAW, None, sqlite3.Binary(value)
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:

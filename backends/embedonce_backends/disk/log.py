@@ -29,6 +29,7 @@ WAIT_SECONDS = 0.25
 OVERWRITE_SECONDS = 5.0
 """Maximum number of seconds that removing entries waits for active readers, and for the checkpoints and writes of other
 processes, before it reports that a reader is in the way."""
+_ADVICE = "Look for a stopped process or an open transaction in a sqlite3 shell"
 
 
 class Log:
@@ -73,6 +74,18 @@ class Log:
         if not self._empty(connection, is_waiting) and is_waiting:
             self._next_wait = 2 * size
 
+    def empty(self, connection: Connection) -> bool:
+        """Empty the log, and wait up to 0.25 s for readers. Return False if a reader still uses the log."""
+        return self._empty(connection, is_waiting=True)
+
+    def explain_stop(self) -> LogTooLarge:
+        """Return the exception to raise if a long change of the file stops, because the log cannot be emptied."""
+        message = (
+            f"the log has {self.get_bytes() // MIB} MiB and cannot be emptied, because others read; the "
+            f"rest of the file was left as it is, and no entry is lost. {_ADVICE}, and try again"
+        )
+        return LogTooLarge(errno.EFBIG, message, self._path)
+
     def make_room(self, connection: Connection, limit: int) -> None:
         """Before a write, empty the log if it is larger than ``limit`` bytes.
 
@@ -88,7 +101,7 @@ class Log:
             return
         message = (
             f"the log has {size // MIB} MiB, because another connection still reads an old state of the file; nothing "
-            "is stored until that connection ends. Look for a stopped process or an open transaction in a sqlite3 shell"
+            f"is stored until that connection ends. {_ADVICE}"
         )
         if not self._has_warned:
             self._has_warned = True

@@ -85,7 +85,8 @@ EXPIRE: Final = (
 EXPIRE_LEASES: Final = "DELETE FROM Leases WHERE expire_time <= ?"
 EVICT: Final = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
 HAS_EARLIER_KEYS: Final = (
-    "SELECT 1 FROM Cache WHERE key >= 'eo1.' AND key < 'eo1/' AND raw = 1 AND LENGTH(key) = 85"
-    " AND SUBSTR(key, 21, 1) = '.' LIMIT 1"
+    "SELECT 1 FROM Cache WHERE key >= 'eo1.' AND key < 'eo1/' AND raw = 1 AND (LENGTH(key) = 85"
+    " AND SUBSTR(key, 21, 1) = '.' OR LENGTH(key) = 91 AND SUBSTR(key, 1, 10) = 'eo1.lease.') LIMIT 1"
 )
-"""Whether the table may have an entry whose key is stored as text, as an earlier version did."""
+"""Whether the table may have an entry or a lease whose key is stored as text, as an earlier version did."""
+VALUE_SIZES: Final = "SELECT LENGTH(value), COUNT(*) FROM Cache GROUP BY 1"

@@ -13,9 +13,9 @@ embedonce compact
 embedonce compact --config production.toml --json
 
 A store keeps the space of removed entries for new entries. Run this command after you have removed many entries, for
-example with `embedonce purge`. It may take minutes, and meanwhile it may need free space of twice the size of the
-store. Other programs may use the store meanwhile, but their writes may time out. If you interrupt this command, no
-entry is lost. The exit code is 1 if a store could not be compacted; the other stores are compacted nevertheless.
+example with `embedonce purge`. It may take minutes. It needs no space for a copy, and other programs can read and write
+meanwhile. If you interrupt this command, no entry is lost. The exit code is 1 if a store could not be compacted; the
+other stores are compacted nevertheless.
 """
 
 
