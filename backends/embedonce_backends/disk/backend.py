@@ -305,25 +305,35 @@ class DiskBackend:
                 found |= {names[index]: value if type(value) is bytes else b"" for index, value in rows}
         return found
 
-    def _split_items(self, items: Mapping[str, bytes]) -> Iterator[tuple[Database, dict[str, bytes]]]:
+    def _split_items(self, items: Mapping[str, bytes]) -> Iterator[tuple[Database, Mapping[str, bytes]]]:
         """Split the items into the contents of transactions, each with a limited number of items and bytes."""
-        leases = set(pick_leases(list(items)))
-        for database in (self._leases, self._database) if leases else (self._database,):
-            chunk: dict[str, bytes] = {}
-            size = 0
-            max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
-            for key, value in items.items():
-                if leases and (key in leases) is not (database is self._leases):
-                    continue
-                if len(value) > self._max_value_bytes:
-                    raise ValueError(f"value has {len(value)} bytes; max_bytes allows at most {self._max_value_bytes}")
-                if chunk and (len(chunk) == CHUNK_ITEMS or size + len(value) > max_chunk_bytes):
-                    yield database, chunk
-                    chunk, size = {}, 0
-                chunk[key] = value
-                size += len(value)
-            if chunk:
+        sizes = list(map(len, items.values()))
+        if sizes and max(sizes) > self._max_value_bytes:
+            raise ValueError(f"value has {max(sizes)} bytes; max_bytes allows at most {self._max_value_bytes}")
+        leases = dict.fromkeys(pick_leases(list(items)))
+        if leases:
+            yield from self._split_part(self._leases, {key: items[key] for key in leases})
+            items = {key: value for key, value in items.items() if key not in leases}
+        yield from self._split_part(self._database, items)
+
+    def _split_part(
+        self, database: Database, items: Mapping[str, bytes]
+    ) -> Iterator[tuple[Database, Mapping[str, bytes]]]:
+        """Split the items of one database."""
+        max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
+        if len(items) <= CHUNK_ITEMS and sum(map(len, items.values())) <= max_chunk_bytes:  # nearly always
+            if items:
+                yield database, items
+            return
+        chunk: dict[str, bytes] = {}
+        size = 0
+        for key, value in items.items():
+            if chunk and (len(chunk) == CHUNK_ITEMS or size + len(value) > max_chunk_bytes):
                 yield database, chunk
+                chunk, size = {}, 0
+            chunk[key] = value
+            size += len(value)
+        yield database, chunk
 
     def _store(self, connection: Connection, items: Mapping[str, bytes], ttl: float | None) -> None:
         now = self.clock()
