@@ -862,7 +862,7 @@ def end_sessions(database: Database, backend: PostgresBackend) -> None:
     """Let the server end the sessions in which the backend has run a statement on its table or waits for it."""
     database.run(
         "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE strpos(query, %s) > 0"
-        " AND query NOT LIKE 'LOCK %' AND pid <> pg_backend_pid()",
+        " AND left(query, 4) <> 'LOCK' AND pid <> pg_backend_pid()",
         f'"{backend.table}"',
     )
 
