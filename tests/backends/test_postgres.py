@@ -23,7 +23,7 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
-from servers import PgBouncerServer, PostgresServer
+from servers import PgBouncerServer, PostgresServer, wait_until
 
 import embedonce
 from embedonce import Cache, Tier
@@ -35,6 +35,7 @@ from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce.vectors import Dtype, Entry, freeze, round_vectors
 from embedonce_backends.postgres import PostgresBackend, connections
 from embedonce_backends.postgres import backend as postgres_backend
+from embedonce_backends.postgres.exchange import execute, execute_async
 
 SCOPE = "0123456789abcdef"
 LONG = 60.0
@@ -841,6 +842,115 @@ def test_the_pool_opens_at_most_max_connections(database: Database) -> None:
         run_in_threads(12, lambda _: [backend.get_many([key_of(1)]) for _ in range(20)] and None, "twelve threads")
         assert len(backend._pool._idle) <= 3
         assert backend._pool._open_count == len(backend._pool._idle)
+
+
+def test_no_thread_starves_if_the_pool_is_too_small(database: Database) -> None:
+    with open_backend(database.url, max_connections=1) as backend:
+        backend.set_many({key_of(1): b"x"}, None)
+        turns = [0] * 4
+
+        def work(number: int) -> None:
+            while min(turns) < 20:
+                with deadline(LONG / 2):
+                    backend.get_many([key_of(1)])
+                turns[number] += 1
+
+        run_in_threads(4, work, "four threads with one connection")
+
+
+def end_sessions(database: Database, backend: PostgresBackend) -> None:
+    """Let the server end the sessions in which the backend has run a statement on its table or waits for it."""
+    database.run(
+        "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE strpos(query, %s) > 0"
+        " AND left(query, 4) <> 'LOCK' AND pid <> pg_backend_pid()",
+        f'"{backend.table}"',
+    )
+
+
+STATEMENTS = {"small": (), "large": (b"x" * 20_000,)}
+"""The parameters of a statement that libpq sends at once, and of one that it sends in parts."""
+
+
+@pytest.mark.parametrize("size", STATEMENTS)
+def test_the_reason_is_known_if_the_server_has_ended_an_idle_session(
+    database: Database, backend: PostgresBackend, size: str
+) -> None:
+    values = STATEMENTS[size]
+    statement = b"SELECT length($1::bytea)" if values else b"SELECT 1"
+    backend.set_many({key_of(1): b"x"}, None)
+    connection = backend._pool.take()
+    end_sessions(database, backend)
+    with deadline(LONG), pytest.raises(psycopg.errors.AdminShutdown):
+        execute(connection, statement, values)
+    backend._pool.drop(connection)
+    assert backend.get_many([key_of(1)]) == {key_of(1): b"x"}
+
+    async def use_twin() -> None:
+        twin = backend.twin()
+        await twin.get_many([key_of(1)])
+        connection = await twin._pool.take()
+        end_sessions(database, backend)
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            await execute_async(connection, statement, values)
+        twin._pool.drop(connection)
+        assert await twin.get_many([key_of(1)]) == {key_of(1): b"x"}
+        await twin.close()
+
+    asyncio.run(use_twin())
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["blocking", "twin"])
+def test_the_reason_is_known_if_the_server_ends_a_session_while_a_statement_runs(
+    database: Database, backend: PostgresBackend, is_async: bool
+) -> None:
+    backend.set_many({key_of(1): b"x"}, None)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
+
+    def end_waiting_session() -> None:
+        wait_until(lambda: database.run(waiting, database.name) == [(1,)], "the statement waits for the lock")
+        end_sessions(database, backend)
+
+    async def read_by_twin() -> None:
+        twin = backend.twin()
+        try:
+            await twin.get_many([key_of(1)])
+        finally:
+            await twin.close()
+
+    thread = threading.Thread(target=end_waiting_session)
+    with lock_table(database, backend):
+        thread.start()
+        with deadline(LONG), pytest.raises(psycopg.errors.AdminShutdown) as raised:
+            asyncio.run(read_by_twin()) if is_async else backend.get_many([key_of(1)])
+    thread.join()
+    assert str(raised.value) == "terminating connection due to administrator command"
+    assert backend.get_many([key_of(1)]) == {key_of(1): b"x"}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["blocking", "twin"])
+def test_a_lost_connection_without_a_reason_is_an_error_of_one_line(
+    proxied_backend: PostgresBackend, proxy: FaultProxy, is_async: bool
+) -> None:
+    keys = list(entries_of(range(40)))
+
+    async def read_by_twin() -> None:
+        twin = proxied_backend.twin()
+        try:
+            await twin.get_many(keys[:1])
+            proxy.fault = BREAKS["cut in a reply"]
+            await twin.get_many(keys)
+        finally:
+            await twin.close()
+
+    def read() -> None:
+        proxy.fault = BREAKS["cut in a reply"]
+        proxied_backend.get_many(keys)
+
+    with deadline(LONG), pytest.raises(psycopg.OperationalError) as raised:
+        asyncio.run(read_by_twin()) if is_async else read()
+    assert type(raised.value) is psycopg.OperationalError
+    assert "closed the connection" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_connections_idle_for_too_long_are_closed(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.backend import key
+from embedonce.testing.contracts.support import run_in_fork
 from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
 from embedonce_backends.redis.errors import Parser
@@ -1066,6 +1067,30 @@ def test_a_fork_shares_no_connection(server: RedisServer, backends: Any) -> None
         backend.set_many(many, None)
         assert all(backend.get_many(list(many)) == many for _ in range(50))
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_free_connections_although_its_parents_are_in_use(
+    server: RedisServer, backends: Any
+) -> None:
+    backend = backends(url=server.url, max_connections=1)
+    backend.set_many(items(1), None)
+    (pool,) = backend._client._pools.values()
+    lent = pool.take()
+    waiting = threading.Thread(target=backend.get_many, args=([key(0)],))
+    waiting.start()
+    wait_until(lambda: pool._slots._waiting, "a call waits for the connection")
+
+    def read() -> None:
+        with deadline(60.0):
+            assert [backend.get_many([key(0)]) for _ in range(3)] == [items(1)] * 3
+
+    try:
+        run_in_fork(read, "get_many in a child whose parent uses its only connection")
+    finally:
+        pool.give(lent, is_reusable=True)
+        waiting.join()
+    read()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from servers import wait_until
@@ -12,6 +15,7 @@ from servers import wait_until
 from embedonce.contracts import deadline
 from embedonce.errors import TierTimeout
 from embedonce.testing.contracts.support import run_in_threads
+from embedonce_backends import _call_slots
 from embedonce_backends._call_slots import CallSlots
 from embedonce_backends._sockets import SocketWaiter, send_all
 
@@ -120,27 +124,127 @@ def test_a_call_gives_up_after_its_time() -> None:
     assert slots.take(never)
 
 
-def test_a_waiting_call_goes_before_a_new_call() -> None:
-    slots = CallSlots(1)
-    assert slots.take(never)
-    taken = threading.Event()
+def start_waiting(slots: CallSlots, done: Callable[[], None]) -> threading.Thread:
+    """Start a thread that waits for a slot, calls ``done`` and frees the slot."""
 
-    def wait() -> None:
+    def work() -> None:
         assert slots.take(lambda: LONG)
-        taken.set()
+        done()
+        slots.free()
 
-    waiting = threading.Thread(target=wait, daemon=True)
-    waiting.start()
-    wait_until(lambda: slots._waiting, "the thread waits")
-    with slots._lock:  # the slot becomes free, and the waiting thread cannot run yet
-        slots._used -= 1
-        slots._changed.notify()
-        is_free = slots._used + slots._waiting < slots._limit
-    assert not is_free
-    assert taken.wait(LONG)
-    waiting.join(LONG)
+    count = len(slots._waiting)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(lambda: len(slots._waiting) == count + 1, "the thread waits")
+    return thread
+
+
+def test_waiting_calls_go_before_a_new_call_in_their_order() -> None:
+    slots, order = CallSlots(1), list[str]()
+    assert slots.take(never)
+    threads = [start_waiting(slots, partial(order.append, name)) for name in ("first", "second", "third")]
+    slots.free()
+    assert slots.take(lambda: LONG)
+    order.append("new")
+    assert order == ["first", "second", "third", "new"]
+    for thread in threads:
+        thread.join(LONG)
     slots.free()
     assert slots.take(never)
+
+
+def test_a_freed_slot_belongs_to_the_waiting_call_at_once() -> None:
+    slots, may_end = CallSlots(1), threading.Event()
+    assert slots.take(never)
+    waiting = start_waiting(slots, partial(may_end.wait, LONG))
+    slots.free()
+    assert not slots.take(lambda: 0.0)
+    may_end.set()
+    waiting.join(LONG)
+    assert slots.take(never)
+
+
+def test_no_thread_starves() -> None:
+    slots, turns = CallSlots(1), [0] * 4
+
+    def work(number: int) -> None:
+        while min(turns) < 20:
+            assert slots.take(lambda: LONG / 4)
+            turns[number] += 1
+            time.sleep(0)  # other threads run while this one has the slot
+            slots.free()
+
+    run_in_threads(4, work, "four threads with one slot")
+
+
+@pytest.mark.parametrize("is_given", [True, False], ids=["with the slot", "without a slot"])
+@pytest.mark.parametrize("end", ["time", "interrupt"])
+def test_a_wait_that_ends_loses_no_slot(monkeypatch: pytest.MonkeyPatch, end: str, is_given: bool) -> None:
+    """The wait ends at the moment when the call is given the slot, or before that."""
+    slots = CallSlots(1)
+    assert slots.take(never)
+
+    class EndedTurn(_call_slots._Turn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = self  # type: ignore[assignment]
+
+        def acquire(self, timeout: float) -> bool:
+            assert timeout == LONG
+            if is_given:
+                slots.free()
+            if end == "interrupt":
+                raise KeyboardInterrupt
+            return False
+
+        def release(self) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_call_slots, "_Turn", EndedTurn)
+        if end == "interrupt":
+            with pytest.raises(KeyboardInterrupt):
+                slots.take(lambda: LONG)
+        else:
+            assert slots.take(lambda: LONG) == is_given
+    assert not slots._waiting
+    if not is_given or end == "time":
+        slots.free()
+    assert slots.take(never)
+    assert not slots.take(lambda: 0.0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
+def test_an_interrupted_wait_leaves_the_queue() -> None:
+    slots, main = CallSlots(1), threading.main_thread().ident
+    assert slots.take(never)
+    assert main is not None
+
+    def interrupt() -> None:
+        wait_until(lambda: slots._waiting, "the main thread waits")
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        slots.take(lambda: LONG)
+    thread.join(LONG)
+    slots.free()
+    assert slots.take(never)
+
+
+def test_a_call_whose_time_is_over_does_not_wait() -> None:
+    slots = CallSlots(1)
+    assert slots.take(never)
+    assert not slots.take(lambda: -1.0)
+    with pytest.raises(TierTimeout):
+        slots.take(raise_timeout)
+    slots.free()
+    assert slots.take(never)
+
+
+def raise_timeout() -> float:
+    raise TierTimeout("no time is left")
 
 
 def test_closing_ends_all_waits() -> None:
@@ -150,8 +254,11 @@ def test_closing_ends_all_waits() -> None:
     waiting = [threading.Thread(target=lambda: results.append(slots.take(lambda: LONG)), daemon=True) for _ in range(3)]
     for thread in waiting:
         thread.start()
-    wait_until(lambda: slots._waiting == 3, "all threads wait")
+    wait_until(lambda: len(slots._waiting) == 3, "all threads wait")
     slots.close()
     for thread in waiting:
         thread.join(LONG)
     assert results == [True] * 3
+    for _ in range(4):
+        slots.free()
+    assert slots.take(never)
