@@ -340,7 +340,7 @@ class Cache(Requests):
         return run_blocking(self._chain.upkeep.migrate(self._chain.ports.blocking))
 
     def compact(self) -> dict[str, str]:
-        """Give unused space of every store that keeps some (disk) back to the system. Return the sizes by tier.
+        """Give unused space back to the system, in every store that supports this (disk). Return the sizes by tier.
 
         This may take minutes. Other threads and processes may use the stores meanwhile, but a write that waits for
         longer than its tier's timeout fails. If the call is interrupted, no entry is lost.

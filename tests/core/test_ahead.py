@@ -235,8 +235,11 @@ def test_no_entry_waits_for_the_provider(asynchronous: bool) -> None:
         provider.permits.release(3)
         run = pool.submit(read_rows, cache, list(map(str, range(16))), 16, asynchronous=asynchronous)
         try:
-            wait_until(lambda: cache.lookup(list(map(str, range(6)))).sources == ["dict"] * 6)
-            assert pool.submit(cache.embed_batch, ["0", "5"]).result(SECONDS).shape == (2, 8)
+            texts = list(map(str, range(16)))
+            wait_until(lambda: cache.lookup(texts).sources.count("dict") == 6)
+            sources = cache.lookup(texts).sources
+            stored = [text for text, source in zip(texts, sources, strict=True) if source]
+            assert pool.submit(cache.embed_batch, stored).result(SECONDS).shape == (6, 8)
         finally:
             provider.permits.release(100)
         assert len(run.result(SECONDS)[0]) == 16

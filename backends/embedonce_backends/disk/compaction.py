@@ -1,7 +1,7 @@
 """Compaction: all entries move to the end of the file, where they fill whole pages, and free pages are given back.
 
-SQLite's ``VACUUM`` would copy the whole file twice, and keep all writers waiting meanwhile. Here, each step is a short
-transaction, and needs the space of one step. Whoever interrupts the compaction loses nothing.
+SQLite's ``VACUUM`` would copy the whole file twice, and make all writers wait meanwhile. Here, each step is a short
+transaction, and needs the space of one step. If the compaction is interrupted, no entry is lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The file of the leases, ``leases.db``.
 
-Leases come and go with every new entry. Among the entries, each would cost as much as an entry, and leave a gap. In a
-file of their own, they also need not wait until a large batch of entries is stored.
+Leases come and go with every new entry. In the table of entries, each lease would cost as much as an entry, and leave a
+gap. In a file of their own, leases also need not wait until a large batch of entries is stored.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ garbage collector may end the run in one of its own threads, which would otherwi
 
 
 class RunEnded(BaseException):
-    """The run has ended early, so its windows in flight call the provider no more. Nobody sees this exception."""
+    """The run has ended early, so its windows in flight stop calling the provider. Callers never see this exception."""
 
 
 class Turns:
@@ -117,7 +117,7 @@ class Turns:
             self._hand_out()
 
     def end(self) -> None:
-        """Let no call begin any more."""
+        """Let no further call begin."""
         with self._lock:
             self.has_ended = True
             self._hand_out()

@@ -13,14 +13,15 @@ embedonce compact
 embedonce compact --config production.toml --json
 
 A store keeps the space of removed entries for new entries. Run this command after you have removed many entries, for
-example with `embedonce purge`. It may take minutes. It needs no space for a copy, and other programs can read and write
-meanwhile. If you interrupt this command, no entry is lost. The exit code is 1 if a store could not be compacted; the
-other stores are compacted nevertheless.
+example with `embedonce purge`. Also run it once for a disk folder of an earlier version, whose keys it converts. It may
+take minutes. It needs no space for a copy, and other programs can read and write meanwhile. If you interrupt this
+command, no entry is lost. The exit code is 1 if a store could not be compacted; the other stores are compacted
+nevertheless.
 """
 
 
 def compact(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Give unused space of the tiers that keep some (disk) back to the system."""
+    """Give unused space back to the system, in the tiers that support this (disk)."""
     from .opened import open_cache
 
     with open_cache(config, needs_provider=False) as cache:
