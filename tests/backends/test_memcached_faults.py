@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from pymemcache.exceptions import MemcacheError
+from pymemcache.exceptions import MemcacheError, MemcacheUnknownError
 from servers import MemcachedServer, wait_until
 
 from embedonce import Cache, Tier
@@ -258,7 +258,7 @@ def test_an_invalid_reply_to_delete_is_an_error() -> None:
 def test_a_value_of_another_key_is_an_error() -> None:
     shifted = f"VALUE {key_of(1)} 0 5\r\nwrong\r\nEND\r\n".encode()
     with serve_replies([shifted], [b"END\r\n"]) as backend:
-        with pytest.raises(KeyError):
+        with pytest.raises(MemcacheUnknownError, match="invalid reply"):
             backend.get_many([key_of(0)])
         assert backend.get_many([key_of(1)]) == {}
 

@@ -225,10 +225,14 @@ def test_an_interrupted_wait_leaves_the_queue() -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        slots.take(lambda: LONG)
-    thread.join(LONG)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            slots.take(lambda: LONG)
+        thread.join(LONG)
+    finally:
+        signal.signal(signal.SIGINT, before)
     slots.free()
     assert slots.take(never)
 
