@@ -66,15 +66,16 @@ class Window:
         return [(passage, self.failed[number]) for passage, number in pairs if number in self.failed]
 
     def add(self, numbers: Sequence[int], fetched: Fetched, *, is_final: bool) -> Results:
-        """Take over the vectors of texts, and the errors that another call would not change.
+        """Take over the vectors of texts from tiers, and the errors that another call would not change.
 
-        With ``is_final``, take over all errors.
+        With ``is_final``, take over all vectors and errors. Without it, ``fetched`` is the result of a lookup. A vector
+        that no tier had is then one that the window before is computing. It is fetched later, when it is in a tier.
         """
         repeats = self._repeats
         sources: Counter[str] = Counter()
         failed = 0
         for number, row, source in zip(numbers, fetched.rows, fetched.sources, strict=True):
-            if row is not None and source is not None:
+            if row is not None and source is not None and (is_final or source != "provider"):
                 self.rows[number] = row
                 sources[source] += 1 if repeats is None else repeats[number]
         for place, number in enumerate(numbers) if fetched.failed or is_final else ():
