@@ -63,9 +63,9 @@ class Pair:
         self.now = 1e9
         self.caches, self.backends = [], []
         for _ in range(2):
-            backends = [
-                MoodyBackend(scope=scope, deadline=True, clock=lambda: self.now) for scope in ("host", "network")
-            ]
+            # The backends of servers have no ``get``.
+            kinds: list[dict[str, Any]] = [{"scope": "host"}, {"scope": "network", "get": False}]
+            backends = [MoodyBackend(**kind, deadline=True, clock=lambda: self.now) for kind in kinds]
             tiers = [
                 Tier(backend, name=name, on_error=on_error, write="inline", lease="off", ttl=100.0)
                 for name, backend in zip(TIERS, backends, strict=True)

@@ -48,8 +48,7 @@ class BackendCalls:
         self.on_error = tier.on_error
         self.is_quick = not self.capabilities.blocking and self.capabilities.deadline
         """Whether calls never block, so that they are made in the caller's thread and without a deadline."""
-        keeps_time = self.is_quick or self.capabilities.deadline or self.timeout is None
-        self.can_get_inline = self.capabilities.get and keeps_time
+        self.can_get_inline = self.is_quick or self.capabilities.deadline or self.timeout is None
         """Whether :meth:`get_inline` can be used."""
         self._chunk_size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else None)
         """Maximum number of keys per call; None means no limit."""
@@ -102,9 +101,10 @@ class BackendCalls:
 
     def get_inline(self, key: str) -> Any:
         """Read one key in the current thread. Return None if the backend does not have it."""
-        if self.is_quick:
-            return self.backend.get(key)
-        return call_with_deadline(partial(self.backend.get, key), self.timeout)
+        return self._get(key) if self.is_quick else call_with_deadline(partial(self._get, key), self.timeout)
+
+    def _get(self, key: str) -> Any:
+        return self.backend.get(key) if self.capabilities.get else self.backend.get_many([key]).get(key)
 
     async def get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Read some keys; on an event loop, use the backend's async twin if it has one."""
