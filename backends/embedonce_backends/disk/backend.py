@@ -136,7 +136,7 @@ class DiskBackend:
         if not leases:
             return self._database.call(self._find_values, keys)
         found = self._leases.call(self._find_values, leases) if self._leases.exists() else {}
-        others = [key for key in keys if key not in set(leases)]
+        others = _leave_out(keys, leases)
         return {**found, **self._database.call(self._find_values, others)} if others else found
 
     def get(self, key: str, /) -> bytes | None:
@@ -198,7 +198,7 @@ class DiskBackend:
             for chunk in _split_keys(leases):
                 with self._leases.open_transaction(2 * self._leases.log.limit) as connection:
                     self._delete(connection, chunk)
-        others = [key for key in keys if key not in set(leases)] if leases else keys
+        others = _leave_out(keys, leases)
         for chunk in _split_keys(others):
             with self._database.open_transaction(2 * self._database.log.limit) as connection:
                 self._delete(connection, chunk)
@@ -407,6 +407,14 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
+
+
+def _leave_out(keys: Sequence[str], leases: Sequence[str]) -> Sequence[str]:
+    """Return the keys that are not among the leases."""
+    if not leases:
+        return keys
+    left_out = set(leases)
+    return [key for key in keys if key not in left_out]
 
 
 def _split_keys(keys: Sequence[str]) -> Iterator[Sequence[str]]:
