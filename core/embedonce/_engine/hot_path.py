@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
 from embedonce.contracts import Task
-from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Vector, matrix
+from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Vector, matrix, sum_costs
 
 from .call import copy_metadata
 from .checks import are_as_stored
@@ -30,6 +30,8 @@ class HotBatch(NamedTuple):
     route: Route
     rows: Columns
     """The fields of the texts' entries, one item per text."""
+    costs: Sequence[CostColumns]
+    """What it took to compute the entries. Equal texts count once."""
     seconds: float
     """Seconds spent in the tier."""
 
@@ -99,7 +101,7 @@ class HotPath:
         batch = self._read_hot_batch(texts, task)
         if batch is None:
             return None
-        route, rows, seconds = batch
+        route, rows, costs, seconds = batch
         tier = self._chain.tiers[0].name
         return Fetched(
             rows=list(rows.vectors),
@@ -110,6 +112,7 @@ class HotPath:
             seconds={tier: seconds},
             errors={},
             dimensions=route.dimensions,
+            saved=sum_costs(costs),
         )
 
     def _read_hot_batch(self, texts: Any, task: Task) -> HotBatch | None:
@@ -141,16 +144,16 @@ class HotPath:
         except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
         seconds = time.perf_counter() - start
-        self._count_hot_batch(route, columns, seconds)
+        costs = [CostColumns(len(distinct), columns.tokens, columns.seconds)]
+        self._count_hot_batch(route, costs, seconds)
         rows = columns if len(distinct) == len(keys) else Columns.of(list(map(found.__getitem__, keys)))
-        return HotBatch(route, rows, seconds)
+        return HotBatch(route, rows, costs, seconds)
 
-    def _count_hot_batch(self, route: Route, columns: Columns, seconds: float) -> None:
+    def _count_hot_batch(self, route: Route, costs: Sequence[CostColumns], seconds: float) -> None:
         """Count the hits of a batch, as the slow path does. Equal texts count once."""
-        chain, count = self._chain, len(columns.vectors)
+        chain, count = self._chain, costs[0].texts
         tier = chain.tiers[0]
         tier.counters.count_read(0, seconds)
-        costs = [CostColumns(count, columns.tokens, columns.seconds)]
         chain.ledger.count_saved(route.keyer.scope, route.source.price, tier.name, costs)
         chain.engine.requests.count(count, count)
 
