@@ -20,7 +20,8 @@ from .documents import (
 from .hints import hide_name, is_table, suggest_tier_name
 from .places import TomlPath
 from .reader import FoundPlugin, Reader, Table, is_any_inside, make_provider_config
-from .resolved import Config, ProviderConfig, TierConfig
+from .resolved import Config, ProviderConfig, ServeConfig, TierConfig
+from .serving import has_served_models, read_serve
 from .tables import (
     NOT_IN_PROCESS,
     OWN_TABLES,
@@ -35,11 +36,12 @@ from .tables import (
     is_in_process,
 )
 
-TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "embed")
+TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "embed", "serve")
 
 
 def load_document(document: Document, *, own_provider: bool = False) -> Config:
-    """Return the configuration that a document describes. With ``own_provider``, ``[provider]`` is not read.
+    """Return the configuration that a document describes. With ``own_provider``, ``[provider]`` and
+    ``[serve]`` are not read.
 
     Raises:
         ConfigError: the document has problems; the error lists all of them, in the order of the file.
@@ -60,7 +62,7 @@ class _Loader:
     def __init__(self, document: Document, *, own_provider: bool) -> None:
         self._document = document
         self._own_provider = own_provider
-        self._reader = Reader(document, left_out=("provider",) if own_provider else ())
+        self._reader = Reader(document, left_out=("provider", "serve") if own_provider else ())
         self._values = self._reader.values
 
     def read_allow_list(self) -> Sequence[str] | None:
@@ -86,6 +88,7 @@ class _Loader:
             provider, fallback, fetch_only = self._read_providers()
             drift = self._read_drift()
             tiers = self._read_tiers()
+            serve = ServeConfig() if self._own_provider else read_serve(self._reader)
         embed = self._reader.read_section("embed", EmbedTable)
         self._reader.check_variables()
         if self._reader.problems:
@@ -102,6 +105,7 @@ class _Loader:
             drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
             embed=EmbedTable(**embed),
+            serve=serve,
             document=self._document,
             _settings=self._reader.list_settings,
         )
@@ -166,6 +170,8 @@ class _Loader:
         if self._own_provider:
             return None, None, False
         if "provider" not in self._values.data:
+            if has_served_models(self._reader):
+                return None, None, False
             example = f'add one, such as {self._document.table("provider")} type = "ngram"'
             self._reader.problems.append(
                 Problem(

@@ -219,7 +219,8 @@ class Reader:
         names = [*table.options, *table.tables]
         for key in table.given:
             if key not in names:
-                home = next((name for name, cls in OWN_TABLES.items() if key in options_of(cls)), None)
+                is_own = table.where[0] != "serve"  # a model or a tenant has keys that other tables also have
+                home = next((name for name, cls in OWN_TABLES.items() if is_own and key in options_of(cls)), None)
                 hint = f"; it belongs in {self.document.table(home)}" if home else suggest_key(key, names)
                 self.add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
@@ -342,6 +343,8 @@ class Reader:
                 hint = f"; did you mean {known[meant]}?" if meant else ""
                 if form.startswith("tiers__") and form.endswith("__name"):
                     hint = ": a tier's name cannot be overridden, because the name identifies the tier"
+                if form.startswith(("serve__models", "serve__tenants")):
+                    hint = ": models and tenants cannot be overridden; write ${NAME} in their tables instead"
                 self.problems.append(Problem(f"the environment variable {variable} overrides nothing{hint}"))
 
     # --- settings and their sources ---
