@@ -134,12 +134,12 @@ class Reader:
 
     def format_label(self, where: TomlPath) -> str:
         """Return a table's name for messages, such as ``[key]`` or ``[[tiers]] "redis"``."""
-        if len(where) > 1 and where[-1] == "provider":
+        *names, last = map(str, where)
+        if names and last == "provider":
             return f"the provider of {self.format_label(where[:-1])}"
-        names = [str(part) for part in where]
-        if isinstance(where[-1], int):
-            return f"{self.document.table(*names[:-1], array=True)} {self._format_item(where)}"
-        return self.document.table(*names)
+        if last.isdecimal():
+            return f"{self.document.table(*names, array=True)} {self._format_item(where)}"
+        return self.document.table(*names, last)
 
     def _format_item(self, where: TomlPath) -> str:
         """Return what identifies a table in a list: the first of its name, type and number that can be shown."""

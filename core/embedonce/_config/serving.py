@@ -12,7 +12,7 @@ from embedonce._plugins.options import options_of
 from .documents import UNUSABLE
 from .places import TomlPath
 from .reader import Reader, Table, is_any_inside, make_provider_config
-from .resolved import ServeConfig, ServedModel, Tenant
+from .resolved import ProviderConfig, ServeConfig, ServedModel, Tenant
 from .tables import ProviderTable, ServedModelTable, ServeTable, TenantTable
 
 
@@ -120,14 +120,14 @@ class _ServeReader:
             self._reader.read_plugin(provider_table, loading.provider, {**options_of(ProviderTable)})
         )
         forward = tuple(table.values.get("forward", ()))
-        if provider is None or name is None:
+        if provider is None:
             return None
-        self._check_forward(table, forward, provider.cls, provider.type)
-        return ServedModel(name=name, provider=provider, forward=forward)
+        self._check_forward(table, forward, provider)
+        return None if name is None else ServedModel(name=name, provider=provider, forward=forward)
 
-    def _check_forward(self, table: Table, forward: tuple[str, ...], cls: type[Any], kind: str) -> None:
-        if forward and "extra_body" not in options_of(cls):
-            message = f"the provider {quote(kind)} cannot send other fields, because it has no option extra_body"
+    def _check_forward(self, table: Table, forward: Sequence[str], provider: ProviderConfig) -> None:
+        if forward and "extra_body" not in options_of(provider.cls):
+            message = f"{provider.label} cannot send other fields, because it has no option extra_body"
             self._reader.add_option_problem(table, "forward", f'{message}; remove "forward"', key=True)
         for index, name in enumerate(forward):
             if name in forward[:index]:
@@ -177,7 +177,7 @@ class _ServeReader:
                 words = (
                     f"did you mean {quote(meant)}?"
                     if meant
-                    else f"models are {join_words(map(quote, self._model_names))}"
+                    else f"the models are {join_words(map(quote, self._model_names))}"
                 )
                 where = (*table.where, "models")
                 shown = None if is_any_inside(where, self._reader.values.private) else quote(name)

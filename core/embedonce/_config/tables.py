@@ -244,8 +244,7 @@ class TenantTable:
         Doc("Namespace of the tenant's vectors. It is appended to that of [key]. Default: the tenant's name."),
     ] = None
     models: Annotated[
-        Sequence[ModelName] | None,
-        MinLen(1),
+        Annotated[Sequence[ModelName], MinLen(1)] | None,
         Doc("Names of the models that the tenant may use. Default: all."),
     ] = None
     requests_per_minute: Annotated[float | None, Gt(0), Doc("Maximum number of requests per minute.")] = None
