@@ -134,12 +134,12 @@ class Reader:
 
     def format_label(self, where: TomlPath) -> str:
         """Return a table's name for messages, such as ``[key]`` or ``[[tiers]] "redis"``."""
-        *names, last = map(str, where)
-        if names and last == "provider":
-            return f"the provider of {self.format_label(where[:-1])}"
-        if last.isdecimal():
-            return f"{self.document.table(*names, array=True)} {self._format_item(where)}"
-        return self.document.table(*names, last)
+        *inside, last = where
+        if inside and last == "provider":
+            return f"the provider of {self.format_label(tuple(inside))}"
+        if isinstance(last, int):
+            return f"{self.document.table(*map(str, inside), array=True)} {self._format_item(where)}"
+        return self.document.table(*map(str, where))
 
     def _format_item(self, where: TomlPath) -> str:
         """Return what identifies a table in a list: the first of its name, type and number that can be shown."""
