@@ -257,7 +257,8 @@ def test_core_imports_no_plugin() -> None:
         for entry in list_imports("embedonce")
         if entry.package in PACKAGES
         and entry.package != "embedonce"
-        and (entry.file.relative_to(ROOT).as_posix(), entry.package) != ("core/embedonce/cli/serve.py", "embedonce_server")
+        and (entry.file.relative_to(ROOT).as_posix(), entry.package)
+        != ("core/embedonce/cli/serve.py", "embedonce_server")
     ]
     assert not wrong, "the core must find plugins through entry points, not import them:\n" + "\n".join(wrong)
 

@@ -35,7 +35,7 @@ def write(
         seconds * 1e3,
         "-" if tenant is None else tenant.name,
         "-" if found is None else found.model.name,
-        0 if found is None else found.count,
+        0 if found is None else found.inputs,
         0 if found is None else found.hits,
         request_id.decode(),
     )

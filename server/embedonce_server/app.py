@@ -81,7 +81,9 @@ class _App:
                 await self._others(scope, receive, send)
                 return
             if scope["method"] != "POST":
-                raise ApiError(405, "send a POST request to this path", code="method_not_allowed", headers={"allow": "POST"})
+                raise ApiError(
+                    405, "send a POST request to this path", code="method_not_allowed", headers={"allow": "POST"}
+                )
             tenant = find_tenant(generation, headers)
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
@@ -96,7 +98,7 @@ class _App:
             status, answer, pairs = _render(error)
         except ClientGone:
             raise
-        except Exception as error:  # noqa: BLE001  (a fault must not end the connection without an answer)
+        except Exception as error:
             log.exception("a request to %s failed", path if path == EMBEDDINGS else "another path")
             status, answer, pairs = _render(
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
@@ -109,9 +111,7 @@ class _App:
         if access_log.is_on:
             access_log.write(scope, status, seconds, tenant=tenant, found=found, request_id=request_id)
 
-    async def _read_body(
-        self, generation: Generation, headers: dict[bytes, bytes], receive: Receive
-    ) -> bytes:
+    async def _read_body(self, generation: Generation, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """Return the body of a request. Its bytes count in ``body_bytes`` of the service from then on.
 
         Raises:

@@ -33,7 +33,7 @@ class Embeddings(NamedTuple):
     model: Model
     hits: int
     """Number of inputs that a tier had."""
-    count: int
+    inputs: int
     """Number of inputs."""
     fetched: Fetched
     tiers: Mapping[str, int]

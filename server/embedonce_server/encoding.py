@@ -31,7 +31,7 @@ def encode_vector(vector: Vector, encoding: Encoding) -> bytes:
     A number has as few digits as identify the float32.
     """
     if encoding == "base64":
-        return b'"%b"' % binascii.b2a_base64(np.ascontiguousarray(vector, "<f4"), newline=False)
+        return b'"%b"' % binascii.b2a_base64(np.ascontiguousarray(vector, "<f4").data, newline=False)
     return orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
 
 

@@ -22,16 +22,16 @@ def is_loopback(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        return ip_address(name.strip("[]")).is_loopback
+        return ip_address(name).is_loopback
     except ValueError:
         return False
 
 
 def split_port(host: str) -> str:
-    """Return the name or address of a Host header in lowercase, without its port."""
+    """Return the name or address of a Host header in lowercase, without its port and without brackets."""
     host = host.strip().lower()
     if host.startswith("["):
-        return host[: host.find("]") + 1] if "]" in host else host
+        return host[1:].partition("]")[0]
     return host.partition(":")[0]
 
 
@@ -39,7 +39,7 @@ class HostGuard:
     """Lets requests in whose Host is a loopback name or is allowed."""
 
     def __init__(self, allowed: Iterable[str]) -> None:
-        self._allowed = frozenset(split_port(name) for name in allowed)
+        self._allowed = frozenset(allowed)
         self._admitted: dict[bytes, None] = {}
         """Host headers that were checked before."""
 

@@ -42,7 +42,9 @@ PLAIN = Variation()
 class Model:
     """One model: its provider, and its caches by variation and namespace."""
 
-    def __init__(self, base: Cache, config: Config, name: str, provider: ProviderConfig, forward: Iterable[str]) -> None:
+    def __init__(
+        self, base: Cache, config: Config, name: str, provider: ProviderConfig, forward: Iterable[str]
+    ) -> None:
         self.name = name
         self.created = int(time.time())
         self.forward = frozenset(forward)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final
 
 import orjson
 
 from .api_errors import ApiError
+from .encoding import Encoding
 from .task_names import TASK_FIELDS, read_task
 
 MAX_INPUTS = 2048
@@ -18,6 +19,9 @@ MAX_DIMENSIONS = 65_536
 
 OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user", *TASK_FIELDS})
 """Fields that the server knows. All others are refused, or forwarded to the model."""
+
+
+_ENCODINGS: Final[Mapping[str | None, Encoding]] = {None: "float", "float": "float", "base64": "base64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class EmbeddingRequest:
     are_tokens: bool
     """Whether the inputs are token numbers."""
     task: str
-    encoding: Literal["float", "base64"]
+    encoding: Encoding
     dimensions: int | None
     forwarded: Mapping[str, Any]
     """Other fields, which are sent to the model and are part of the vector space."""
@@ -61,10 +65,8 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
     """
     if "input" not in data:
         raise ApiError(400, 'the field "input" is missing', param="input")
-    encoding = data.get("encoding_format")
+    encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
     if encoding is None:
-        encoding = "float"
-    elif encoding not in ("float", "base64"):
         raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
     dimensions = data.get("dimensions")
     if dimensions is not None and (type(dimensions) is not int or not 0 < dimensions <= MAX_DIMENSIONS):
