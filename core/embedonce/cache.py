@@ -167,8 +167,8 @@ class Cache(Requests, Observable):
             ReplayMiss: in replay mode, no tier has the text.
             Exception: the provider's own error.
         """
-        vector = self._read_hot_vector(text, task)
-        return self._embed_one(text, task) if vector is None else vector
+        entry = self._read_hot_entry(text, task)
+        return self._embed_one(text, task) if entry is None else entry.vector
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """Return a float32 matrix of shape (n, d), row i for text i.
@@ -409,9 +409,9 @@ class Cache(Requests, Observable):
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
         """Async twin of :meth:`embed`."""
-        vector = self._read_hot_vector(text, task)
-        if vector is not None:
-            return vector
+        entry = self._read_hot_entry(text, task)
+        if entry is not None:
+            return entry.vector
         row: Vector = (await self._embed_rows(self._chain.ports.get_loop_port(), [text], task))[0]
         return row
 
