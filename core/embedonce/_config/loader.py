@@ -349,10 +349,10 @@ class _Loader:
         if found is None:
             return None
         table, kind, cls = found
-        price = table.values.pop("price", None)
+        price, coalesce = (table.values.pop(name, None) for name in ("price", "coalesce"))
         return ProviderConfig(
             type=kind, cls=cls, options=table.values, label=table.label, path=table.where,
-            secrets=frozenset(table.secrets), price=price,
+            secrets=frozenset(table.secrets), price=price, coalesce=coalesce,
         )  # fmt: skip
 
     # --- tiers ---
