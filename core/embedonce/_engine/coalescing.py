@@ -50,7 +50,7 @@ async def request_together(
     """Do the same as ``request``, but together with chunks of other calls if there are any."""
     if _goes_alone(call, patience):
         return await request(call, keys, texts, take, patience)
-    part = _Part(call, {key: texts[key] for key in keys}, patience)
+    part = _Part(call, {key: texts[key] for key in keys})
     if not _Load(part.route.source, [part]).is_full():
         await _wait_in_window(part, call.port, in_flight, request)
         call.answer.seconds[PROVIDER] += part.seconds
@@ -116,10 +116,9 @@ class _Part:
     A part does not keep the call's ticket, because it may outlive the call.
     """
 
-    def __init__(self, call: Call, texts: Mapping[str, str], patience: Patience) -> None:
+    def __init__(self, call: Call, texts: Mapping[str, str]) -> None:
         self.route = call.answer.route
         self.texts = texts
-        self.patience = patience
         self.failed_tiers = frozenset(call.answer.failed_tiers)
         self.size = sum(map(count_bytes, texts.values()))
         limit = find_token_limit(self.route.source.provider)
@@ -276,12 +275,10 @@ class _Window:
         owners = {key: part for part in parts for key in part.texts}
         answer = Answer(self._route, list(texts), list(texts.values()), store=False)
         answer.failed_tiers.update(*(part.failed_tiers for part in parts))
-        patience = Patience(len(texts))
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
             for key, entry in entries.items():
                 owners[key].entries[key] = entry
-                owners[key].patience.note_success()
             for key, error in invalid.items():
                 owners[key].invalid[key] = error
             for part in {owners[key] for key in (*entries, *invalid)}:
@@ -291,7 +288,7 @@ class _Window:
         with self._in_flight.new_ticket() as ticket:
             self._in_flight.claim(ticket, (), self._port.loop, Claims())  # the request waits for no flight
             call = Call(self._port, ticket, answer)
-            alone, together = await self._request(call, list(texts), texts, take, patience)
+            alone, together = await self._request(call, list(texts), texts, take, Patience(len(texts)))
         copies: dict[tuple[int, int], Exception] = {}
 
         def copy_for(part: _Part, error: Exception) -> Exception:
@@ -308,7 +305,5 @@ class _Window:
         for key, error in together.items():
             if is_about_provider(error):  # otherwise, the texts of one call may be the reason, so each call tries alone
                 owners[key].together[key] = copy_for(owners[key], error)
-                if patience.final_error is not None:
-                    owners[key].patience.final_error = patience.final_error
         for part in parts:
             part.finish(answer.seconds[PROVIDER])
