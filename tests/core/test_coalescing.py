@@ -406,9 +406,8 @@ def test_a_forked_child_does_not_join_the_windows_of_its_parent() -> None:
 
         def child() -> bool:
             rows = embed_each(cache, ["parent", "child"], asynchronous=False)
-            return all(
-                (row == provider.vector_of(text)).all() for text, row in zip(("parent", "child"), rows, strict=True)
-            )
+            good = [(rows[0] == provider.vector_of("parent")).all(), (rows[1] == provider.vector_of("child")).all()]
+            return all(good)
 
         run_in_fork(child)
         cache.embed("second")
@@ -522,6 +521,51 @@ def test_a_server_that_is_down_gets_as_few_requests_as_from_one_call(asynchronou
         found = embed_each(cache, [f"{i}" for i in range(8)], asynchronous=asynchronous)
     assert {str(error) for error in found} == {"down"}
     assert len(endpoint.requests) <= 5
+
+
+def test_after_an_exit_of_the_provider_each_call_makes_its_own_request() -> None:
+    class Exiting(CountingProvider):
+        def _answer(self, texts: Sequence[str], task: str) -> Embedded:
+            if len(texts) > 1:
+                raise SystemExit
+            return super()._answer(texts, task)
+
+    provider = Exiting(max_batch=2)
+    with open_cache(provider) as cache:
+        rows = embed_each(cache, ["a", "b"], asynchronous=False)
+        assert all((row == provider.vector_of(text)).all() for text, row in zip("ab", rows, strict=True))
+
+
+def test_after_a_cancelled_window_each_call_makes_its_own_request() -> None:
+    provider = CountingProvider(asynchronous=True)
+
+    async def run(cache: Cache) -> list[Any]:
+        calls = [asyncio.create_task(cache.aembed(text)) for text in "ab"]
+        await asyncio.to_thread(wait_until, lambda: count_waiting(cache) == 2)
+        (window,) = [task for task in asyncio.all_tasks() if "_Window.run" in repr(task)]
+        window.cancel()
+        return await asyncio.gather(*calls)
+
+    with open_cache(provider) as cache:
+        rows = asyncio.run(run(cache))
+        assert all((row == provider.vector_of(text)).all() for text, row in zip("ab", rows, strict=True))
+        assert not list_windows(cache)
+    assert len(provider.calls) == 2
+
+
+@faces
+def test_a_joined_request_keeps_no_landed_flight(asynchronous: bool) -> None:
+    """Flights that have landed are kept for calls that have not claimed their keys yet."""
+    kept = []
+
+    class Watching(CountingProvider):
+        def _answer(self, texts: Sequence[str], task: str) -> Embedded:
+            kept.append(len(cache._chain.in_flight._reading))
+            return super()._answer(texts, task)
+
+    with open_cache(Watching(max_batch=2)) as cache:
+        embed_each(cache, ["a", "b"], asynchronous=asynchronous)
+    assert kept == [0]
 
 
 @faces
