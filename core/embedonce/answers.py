@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from ._reprs import format_counts, make_html_table, shorten
 from .errors import Incomplete
 from .keys import Value, VectorSpace
 from .prices import Price, format_money
-from .vectors import Matrix, Metadata, Vector, matrix
+from .vectors import NO_WORK, Matrix, Metadata, Vector, Work, matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,14 @@ class Fetched:
     """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
     """Number of dimensions of each vector; None if it is not known."""
+    computed: Work = NO_WORK
+    """The work of this call: the texts that it computed, their tokens and seconds. Texts that another call was already
+    computing are not included, because that call pays for them. Equal texts count once."""
+    saved: Work = NO_WORK
+    """The work that the tiers have saved: the texts that they had, and the tokens and seconds that it took to compute
+    these texts once. Equal texts count once."""
+    changed: Set[int] = frozenset()
+    """With ``fresh=True``: positions of the texts whose stored vector is not the vector that was computed now."""
 
     @property
     def vectors(self) -> Matrix:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._arguments import check_options, check_parts, find_normalizer, read_coalesce, read_price
 from ._engine.ahead import read_windows, read_windows_async
 from ._engine.chain import Tier
+from ._engine.observable import Observable
 from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
-from .answers import ChainWarning, Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
+from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
-from .events import Event, Stats
+from .events import Event
 from .functions import wrap
-from .keys import KeyPolicy, VectorSpace
+from .keys import KeyPolicy, VectorSpace, extend_namespace
 from .prices import Price
 from .savings import FoundSavings
 from .tasks import TASKS
-from .vectors import NO_WORK, Cost, Dtype, Matrix, Metadata, Vector
+from .vectors import Cost, Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:
     from typing import Self
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Cache(Requests):
+class Cache(Requests, Observable):
     """Embeds each text once: reads vectors from a chain of tiers, and asks the provider for the rest.
 
     Every method that does I/O has an async twin, whose name starts with ``a``. Blocking and async methods share
@@ -138,7 +140,30 @@ class Cache(Requests):
         self._check_open()
         paid, wait = read_price("price", price), read_coalesce("coalesce", coalesce)
         source = LiveProvider(wrap(provider, space), fallback=False, price=paid, coalesce=wait)
-        return _CacheOfSameTiers(self._chain, source)
+        return _CacheOfSameTiers(self._chain, source, policy=self._policy)
+
+    def for_namespace(self, name: str) -> Cache:
+        """Return a cache with the same tiers and the same provider, whose entries no other namespace can find.
+
+        ``name`` is appended to the namespace of the key policy: ``"search"`` becomes ``"project/search"``. Both
+        caches share the provider, its rate and its counters. Closing the new cache closes nothing else. Closing this
+        cache closes both caches.
+
+        Raises:
+            ValueError: ``name`` is empty, has a ``/``, or is not valid Unicode.
+        """
+        self._check_open()
+        policy = replace(self._policy, namespace=extend_namespace(self._policy.namespace, name))
+        cache = _CacheOfSameTiers(
+            self._chain,
+            self._source,
+            policy=policy,
+            fallback=self._fallback,
+            fetch_only=self._fetch_only,
+            owns_providers=False,
+        )
+        self._add_dependent(cache)
+        return cache
 
     # --- blocking methods --------------------------------------------------------------------
 
@@ -150,8 +175,8 @@ class Cache(Requests):
             ReplayMiss: in replay mode, no tier has the text.
             Exception: the provider's own error.
         """
-        vector = self._read_hot_vector(text, task)
-        return self._embed_one(text, task) if vector is None else vector
+        entry = self._read_hot_entry(text, task)
+        return self._embed_one(text, task) if entry is None else entry.vector
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """Return a float32 matrix of shape (n, d), row i for text i.
@@ -188,6 +213,7 @@ class Cache(Requests):
         *,
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
+        fresh: bool = False,
     ) -> Fetched:
         """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
@@ -198,11 +224,15 @@ class Cache(Requests):
 
         ``metadata`` (one small JSON object or None per text) is stored with vectors that this call computes. An entry
         that is already stored keeps its own metadata.
+
+        With ``fresh=True``, every text is computed, even if a tier has it. An entry that is already stored stays as it
+        is, and ``changed`` of the result has the positions of the texts whose vector is different now.
         """
-        hot = self._read_hot_fetched(texts, task) if metadata is None else None
+        hot = self._read_hot_fetched(texts, task) if metadata is None and not fresh else None
         if hot is not None:
             return hot
-        return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
+        port = self._chain.ports.blocking
+        return run_blocking(self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Return the vectors that the tiers have; compute nothing. An invalid text is in ``failed``."""
@@ -271,8 +301,9 @@ class Cache(Requests):
     ) -> Purged:
         """Remove, from every tier, all entries of the scopes that match all given parts.
 
-        With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task.
-        Entries of other namespaces, versions and models are unused, even if another program uses them.
+        With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task, and
+        no other open cache over the same tiers (see :meth:`for_provider`) has used it. Entries of other namespaces,
+        versions and models are unused, even if another program uses them.
 
         Raises:
             ValueError: no part was given, or ``unused`` was given and the cache has no provider.
@@ -386,9 +417,9 @@ class Cache(Requests):
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
         """Async twin of :meth:`embed`."""
-        vector = self._read_hot_vector(text, task)
-        if vector is not None:
-            return vector
+        entry = self._read_hot_entry(text, task)
+        if entry is not None:
+            return entry.vector
         row: Vector = (await self._embed_rows(self._chain.ports.get_loop_port(), [text], task))[0]
         return row
 
@@ -418,12 +449,14 @@ class Cache(Requests):
         *,
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
+        fresh: bool = False,
     ) -> Fetched:
         """Async twin of :meth:`fetch`."""
-        hot = self._read_hot_fetched(texts, task) if metadata is None else None
+        hot = self._read_hot_fetched(texts, task) if metadata is None and not fresh else None
         if hot is not None:
             return hot
-        return await self._fetch(self._chain.ports.get_loop_port(), texts, task, store=store, metadata=metadata)
+        port = self._chain.ports.get_loop_port()
+        return await self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh)
 
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Async twin of :meth:`lookup`."""
@@ -523,67 +556,6 @@ class Cache(Requests):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # --- counters -----------------------------------------------------------------------------
-
-    def stats(self) -> Stats:
-        """Return the counters of tiers and providers since the cache was created.
-
-        The counts of a tier are numbers of texts.
-        """
-        sources = [self._source, *([self._fallback] if self._fallback else [])]
-        requested, found, shared, passed_by = self._chain.engine.requests.read()
-        spaces = self._chain.ledger.read()
-        fast_hits = self._chain.ledger.count_hot_hits()
-        saved = {
-            tier.name: sum((space.saved.get(tier.name, NO_WORK) for space in spaces.values()), NO_WORK)
-            for tier in self._chain.tiers
-        }
-        return Stats(
-            tiers={tier.name: tier.counters.stats(saved[tier.name]) for tier in self._chain.tiers},
-            providers={source.name: source.stats() for source in sources},
-            shared=shared,
-            requested=requested + fast_hits,
-            found=found + fast_hits,
-            passed_by=passed_by,
-            spaces=spaces,
-        )
-
-    def count_passed_by(self) -> None:
-        """Count a call that did not use the cache, because its answer cannot be cached. Wrappers of clients call this.
-
-        The count is in ``stats().passed_by``.
-        """
-        self._chain.engine.requests.count_passed_by()
-
-    def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Call ``listener`` with every event from now on.
-
-        If the listener raises, the error is logged, and the listener stays subscribed.
-        """
-        self._chain.subscribe(listener)
-
-    def _watch_counters(self, watcher: Callable[[], None]) -> None:
-        """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
-        self._chain.watch_counters(watcher)
-
-    @property
-    def tiers(self) -> Sequence[str]:
-        """The tiers' names, fastest first."""
-        return tuple(tier.name for tier in self._chain.tiers)
-
-    @property
-    def warnings(self) -> Sequence[ChainWarning]:
-        """Warnings about probable mistakes in this chain, such as a network tier before a local tier."""
-        return self._chain.warnings
-
-    @property
-    def provider(self) -> AnyProvider:
-        return self._source.provider
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def __repr__(self) -> str:
         space = self._get_route(self._source, TASKS[0]).space
         chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
@@ -593,8 +565,22 @@ class Cache(Requests):
 class _CacheOfSameTiers(Cache):
     """A cache that shares the tiers of an existing cache. Only the existing cache closes the tiers."""
 
-    def __init__(self, chain: RunningChain, source: LiveProvider) -> None:
-        Requests.__init__(self, chain, source, None, fetch_only=False)
+    def __init__(
+        self,
+        chain: RunningChain,
+        source: LiveProvider,
+        *,
+        policy: KeyPolicy,
+        fallback: LiveProvider | None = None,
+        fetch_only: bool = False,
+        owns_providers: bool = True,
+    ) -> None:
+        self._owns_providers = owns_providers
+        Requests.__init__(self, chain, source, fallback, fetch_only=fetch_only, policy=policy)
+
+    def _close_providers(self) -> None:
+        if self._owns_providers:
+            super()._close_providers()
 
     def close(self) -> None:
         if self._mark_closed():

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._config.resolved import Config, Plugged, ProviderConfig, Setting, TierConfig
+from ._config.resolved import Config, Plugged, ProviderConfig, ServeConfig, ServedModel, Setting, Tenant, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
@@ -25,11 +25,16 @@ __all__ = [
     "Config",
     "Plugged",
     "ProviderConfig",
+    "ServeConfig",
+    "ServedModel",
     "Setting",
     "Source",
+    "Tenant",
     "TierConfig",
     "compose",
+    "list_options",
     "load",
+    "make_provider",
     "open",
     "read_allow_list",
     "schema",
@@ -67,8 +72,8 @@ def open(
 def load(source: Source = None, *, own_provider: bool = False) -> Config:
     """Read and check a configuration without creating anything. ``source`` is the same as for :func:`open`.
 
-    With ``own_provider``, ``[provider]`` is not read. In that case, pass a provider to :func:`compose`. Without a
-    provider, the cache computes nothing.
+    With ``own_provider``, ``[provider]`` and ``[serve]`` are not read. In that case, pass a provider to
+    :func:`compose`. Without a provider, the cache computes nothing.
 
     Raises:
         ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
@@ -156,10 +161,10 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
     def make(part: Plugged) -> Any:
         try:
-            made.append(part.cls(**part.options))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (any error becomes a problem at the plugin's table)
-            problems.append(_describe_failure(config, part, error))
-            causes.extend([error] if not _contains_secret(error, part.secrets) else [])
+            made.append(_create_part(config, part, {}))
+        except ConfigError as error:
+            problems.extend(error.problems)
+            causes.extend([error.__cause__] if error.__cause__ is not None else [])
             return None
         return made[-1]
 
@@ -184,7 +189,8 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
         )
         for tier, backend, encryption in zip(config.tiers, backends, encryptions, strict=True)
     ]
-    used = [part.type for part in (config.provider, config.fallback, *config.tiers) if part is not None]
+    providers = (config.provider, config.fallback, *(model.provider for model in config.serve.models))
+    used = [part.type for part in (*providers, *config.tiers) if part is not None]
     try:
         return Cache(
             provider,
@@ -215,6 +221,48 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
         if own is not None or at is None:
             raise
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
+
+
+def make_provider(config: Config, provider_config: ProviderConfig, **changes: Any) -> AnyProvider:
+    """Create a provider of a configuration, with other values for some options, such as ``dimensions=256``.
+
+    ``provider_config`` is ``config.provider``, ``config.fallback`` or the provider of a model in
+    ``config.serve.models``. The caller closes the provider.
+
+    Raises:
+        ConfigError: the provider's class refused its options. The problem has the place of the provider's table.
+        TypeError: the class does not have one of the options in ``changes``; :func:`list_options` returns those that
+            it has.
+    """
+    from ._plugins import entry_points
+
+    unknown = sorted(changes.keys() - list_options(provider_config))
+    if unknown:
+        raise TypeError(f"the provider {provider_config.type!r} does not have the option {unknown[0]!r}")
+    with entry_points.restrict_plugins(config.allow):
+        provider: AnyProvider = _create_part(config, provider_config, changes)
+    return provider
+
+
+def list_options(part: Plugged) -> frozenset[str]:
+    """Return the names of all options that the class of a provider or a backend accepts."""
+    from ._plugins.options import options_of
+
+    return frozenset(options_of(part.cls))
+
+
+def _create_part(config: Config, part: Plugged, changes: Mapping[str, Any]) -> Any:
+    """Create a provider or a backend. ``changes`` replace some of its options.
+
+    Raises:
+        ConfigError: the class raised an error. That error is the cause, unless it contains a secret.
+    """
+    try:
+        return part.cls(**{**part.options, **changes})
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (any error becomes a problem at the plugin's table)
+        problem = _describe_failure(config, part, error)
+        cause = None if _contains_secret(error, part.secrets) else error
+    raise ConfigError([problem]) from cause
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:

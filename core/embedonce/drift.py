@@ -26,6 +26,10 @@ CANARIES = (
 one of these texts. Any other change of the model changes the vectors of all four texts."""
 
 
+TOLERANCE = 0.001
+"""Default tolerance. A hosted model returns slightly different vectors for the same text from call to call."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftGuard:
     """``[drift]``: checks at intervals whether the provider still returns the vectors that are stored."""
@@ -47,7 +51,7 @@ class DriftGuard:
         Gt(0),
         Lt(2),
         Doc("A canary has drifted if the cosine of its new and its stored vector is less than 1 minus this value."),
-    ] = 0.001
+    ] = TOLERANCE
     texts: Annotated[
         Sequence[str],
         MinLen(1),

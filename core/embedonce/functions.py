@@ -126,7 +126,8 @@ class NoProvider:
             ProviderError: always.
         """
         raise ProviderError(
-            "this cache has no provider, so it cannot compute vectors; pass a provider to open() or compose()"
+            "this cache has no provider, so it cannot compute vectors; add [provider] to the configuration, or pass a "
+            "provider to open() or compose()"
         )
 
     def close(self) -> None:

@@ -251,6 +251,21 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
 Hash: TypeAlias = Literal["sha256", "blake2b"]
 
 
+def extend_namespace(namespace: str, name: str) -> str:
+    """Return the namespace ``name`` inside of another namespace.
+
+    Raises:
+        ValueError: ``name`` is empty, has a ``/`` (two different pairs could then be equal), or is not valid Unicode.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError("a namespace must be a str that is not empty")
+    if "/" in name:
+        raise ValueError('a namespace must not contain "/", which separates it from the namespace of the key policy')
+    if not _is_unicode(name):
+        raise ValueError("the namespace has a lone surrogate; it is not valid Unicode")
+    return f"{namespace}/{name}" if namespace else name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPolicy:
     """The settings that, with the vector space and the text, determine which requests share a vector.

@@ -7,6 +7,7 @@ request that was answered with an error status, as a whole or in parts.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -121,6 +122,13 @@ class OpenAIProvider:
                 '"none" leaves the field out of requests.'
             ),
         ] = None,
+        token_inputs: Annotated[
+            bool,
+            Doc(
+                "Each text is a list of token numbers as JSON, such as [1,2,3], and is sent as such a list. "
+                "embedonce serve uses this for clients that send token numbers."
+            ),
+        ] = False,
         batch_size: Annotated[int, Ge(1), Le(2048), Doc("Maximum number of texts per call.")] = 256,
         max_tokens: Annotated[
             int,
@@ -162,6 +170,9 @@ class OpenAIProvider:
         self._sent_model = deployment or model
         self._dimensions = dimensions
         self._prefixes = dict(prefixes or {})
+        self._has_token_inputs = token_inputs
+        if token_inputs and any(self._prefixes.values()):
+            raise ValueError("prefixes and token_inputs cannot be used together; remove one of them")
         self._bodies = {task: dict(body) for task, body in (task_body or {}).items()}
         self._extra_body = dict(extra_body or {})
         _check_body(self._extra_body, "extra_body")
@@ -215,6 +226,8 @@ class OpenAIProvider:
             advice="Add the task to prefixes or task_body to use it." if named_tasks else "",
         )
         body = {name: value for name, value in self._merge_body(task).items() if name != "user"}
+        if self._has_token_inputs:
+            body["input"] = "tokens"  # no field of the request has this name (RESERVED_FIELDS)
         is_symmetric = self._task_parts("document") == self._task_parts("query") == self._task_parts(task)
         return VectorSpace(
             **self._space_fields,
@@ -230,6 +243,8 @@ class OpenAIProvider:
         so a call could hold more texts. But it may block an event loop for seconds, because the tokens of all texts of
         a call are counted before the first request.
         """
+        if self._has_token_inputs:
+            return text.count(",") + 1
         return len(text) if text.isascii() else len(text.encode())
 
     def count_exact_tokens(self, texts: Sequence[str], task: Task) -> list[int] | None:
@@ -238,6 +253,8 @@ class OpenAIProvider:
         Only OpenAI's own models at OpenAI or Azure are counted, with the package ``tiktoken`` and a table that it has
         downloaded before. Other endpoints may use other tokenizers for the same name.
         """
+        if self._has_token_inputs:
+            return [text.count(",") + 1 for text in texts]
         if not self._is_openai:
             return None
         prefix = self._prefixes.get(task, "")
@@ -251,7 +268,7 @@ class OpenAIProvider:
             openai.OpenAIError: the client failed, for example because the key is missing.
             ProviderError: the endpoint's answer is invalid.
         """
-        request = self._build_request(texts, task)
+        request, sent = self._build_request(texts, task)
         with self._clients.borrow() as client, expect_vectors(len(texts)):
             import openai
 
@@ -260,11 +277,11 @@ class OpenAIProvider:
                 answer = client.post("/embeddings", **_wrap_request(request))
             except openai.APIStatusError as error:
                 failure = error
-        return self._read(answer, failure, request["input"])
+        return self._read(answer, failure, sent)
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
-        request = self._build_request(texts, task)
+        request, sent = self._build_request(texts, task)
         client = await self._clients.aget()
         with expect_vectors(len(texts)):
             import openai
@@ -274,7 +291,7 @@ class OpenAIProvider:
                 answer = await client.post("/embeddings", **_wrap_request(request))
             except openai.APIStatusError as error:
                 failure = error
-        return self._read(answer, failure, request["input"])
+        return self._read(answer, failure, sent)
 
     def check(self) -> None:
         """Check that there is an API key if the endpoint needs one.
@@ -299,18 +316,20 @@ class OpenAIProvider:
     def _task_parts(self, task: Task) -> tuple[str, dict[str, Any]]:
         return self._prefixes.get(task, ""), self._bodies.get(task, {})
 
-    def _build_request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
+    def _build_request(self, texts: Sequence[str], task: Task) -> tuple[dict[str, Any], list[str]]:
+        """Return the body of a request, and the texts that it sends."""
         prefix = self._prefixes.get(task, "")
         sent = [prefix + text for text in texts]
         empty = [position for position, text in enumerate(sent) if not text]
         if empty:  # the API would refuse the whole call without saying which text is empty
             raise TextRefused("an empty text has no embedding", empty)
-        request: dict[str, Any] = {"model": self._sent_model, "input": sent}
+        inputs = _read_token_inputs(sent) if self._has_token_inputs else sent
+        request: dict[str, Any] = {"model": self._sent_model, "input": inputs}
         if self._format != "none":
             request["encoding_format"] = self._format
         if self._dimensions is not None:
             request["dimensions"] = self._dimensions
-        return {**request, **self._merge_body(task)}
+        return {**request, **self._merge_body(task)}, sent
 
     def _list_secrets(self) -> list[str | None]:
         """Return the secrets that an endpoint may repeat in a message."""
@@ -417,6 +436,28 @@ def embedonce_providers() -> Mapping[str, type[OpenAIProvider]]:
 
 def _wrap_request(request: Mapping[str, Any]) -> dict[str, Any]:
     return {"body": request, "cast_to": object, "options": {"headers": RAW_RESPONSE}}
+
+
+def _read_token_inputs(texts: Sequence[str]) -> list[list[int]]:
+    """Return the token numbers of each text.
+
+    Raises:
+        TextRefused: a text is not a list of token numbers as JSON.
+    """
+    inputs: list[list[int]] = []
+    invalid = []
+    for position, text in enumerate(texts):
+        try:
+            tokens = json.loads(text)
+        except (ValueError, RecursionError):
+            tokens = None
+        if not isinstance(tokens, list) or not tokens or set(map(type, tokens)) != {int} or min(tokens) < 0:
+            invalid.append(position)
+        else:
+            inputs.append(tokens)
+    if invalid:
+        raise TextRefused("with token_inputs, each text must be a list of token numbers as JSON", invalid)
+    return inputs
 
 
 def _stop_retries(response: Any) -> None:

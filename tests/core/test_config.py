@@ -450,7 +450,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'a-z, 0-9, - and _; for example: "bad-name"',
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
         "embedonce.toml:22:1: unknown table [other]; valid tables are [cache], [key], [plugins], "
-        "[provider], [drift], [[tiers]] and [embed]",
+        "[provider], [drift], [[tiers]], [embed] and [serve]",
     ]
 
 
@@ -899,6 +899,25 @@ anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
 )
 plugged = st.dictionaries(words, anything, max_size=4)
+served = st.fixed_dictionaries(
+    {}, optional={"name": scalars, "provider": st.just({"type": "ngram"}) | plugged | anything, "forward": anything}
+)
+tenants = st.fixed_dictionaries(
+    {"name": st.just("a") | scalars, "keys": st.just(["0123456789abcdef"]) | anything},
+    optional={"namespace": scalars, "models": st.just(["a"]) | anything, "tokens_per_day": scalars, "x": anything},
+)
+serving = st.fixed_dictionaries(
+    {},
+    optional={
+        "host": scalars,
+        "port": scalars,
+        "allowed_hosts": anything,
+        "admin_key": st.just("0123456789abcdef") | anything,
+        "state_dir": scalars,
+        "models": st.lists(served | anything, max_size=2) | anything,
+        "tenants": st.lists(tenants | anything, max_size=2) | anything,
+    },
+)
 documents = st.fixed_dictionaries(
     {},
     optional={
@@ -907,6 +926,7 @@ documents = st.fixed_dictionaries(
         "provider": st.builds(lambda more: {"type": "ngram", **more}, plugged) | anything,
         "tiers": st.lists(st.builds(lambda more: {"type": "memory", **more}, plugged) | anything, max_size=3)
         | anything,
+        "serve": serving | anything,
         "other": anything,
     },
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -249,6 +249,8 @@ HINTS: Sequence[Any] = [
     list[int],
     list[str] | None,
     Annotated[list[float], Doc("x")],
+    Annotated[str, MinLen(2), Doc("x")],
+    Annotated[Sequence[str], MinLen(1)] | None,
     Mapping[str, int],
     tuple[str, ...],
     Any,
@@ -290,6 +292,7 @@ def test_pydantic_agrees_with_the_plain_check(hint: Any, value: Any) -> None:
         (Annotated[Size | None, Doc("x")], "1 kB"),
         (str | Path, "x"),
         (Sequence[str], ["x"]),
+        (Annotated[Sequence[str], MinLen(1)] | None, ["x"]),
         (Literal["a"], "a"),
     ],
 )

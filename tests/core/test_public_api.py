@@ -29,9 +29,9 @@ from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, Provi
 from embedonce_backends.memory import MemoryBackend
 
 TYPED = Path(__file__).parents[1] / "typing" / "public_api.py"
-WITHOUT_IO = {"count_passed_by", "for_provider", "normalize", "stats", "subscribe"}
+WITHOUT_IO = {"count_passed_by", "for_namespace", "for_provider", "normalize", "stats", "subscribe"}
 
-METHODS = [name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")]
+METHODS = [name for name, _ in inspect.getmembers(Cache, inspect.isfunction) if not name.startswith("_")]
 TWINS = [name for name in METHODS if f"a{name}" in METHODS]
 
 
@@ -56,7 +56,7 @@ def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
 
 
 def test_options_of_fetch_and_put_are_keyword_only() -> None:
-    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata", "costs"}}.items():
+    for name, options in {"fetch": {"store", "metadata", "fresh"}, "put": {"metadata", "costs"}}.items():
         parameters = inspect.signature(getattr(Cache, name)).parameters.values()
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == options
 
@@ -65,7 +65,7 @@ def test_type_tests_cover_the_package_and_the_cache() -> None:
     tree = ast.parse(TYPED.read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    public = {name for name in vars(Cache) if not name.startswith("_")}
+    public = {name for name in dir(Cache) if not name.startswith("_")}
     assert (public | set(embedonce.__all__)) - used == set()
 
 

@@ -69,6 +69,7 @@ def opening(backend: FrameBackend, entries: EntryBackend, provider: AnyProvider)
     policy = KeyPolicy(normalize=["nfc"], version="v2", namespace="mine", hash="blake2b", secret=b"hush")
     cache = Cache(provider, tiers, key=policy, dtype="float16", mode="replay", fallback=provider, drift=guard)
     assert_type(cache.for_provider(provider, price="0.02 USD / 1M tokens"), Cache)
+    assert_type(cache.for_namespace("team"), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], space={"model": "m"}), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], [entries, backend], space={"model": "m"}), Cache)
     with cache as opened:

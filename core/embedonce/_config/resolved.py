@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from embedonce.keys import KeyPolicy
 
+from .tables import ServeTable
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -41,14 +43,14 @@ class Plugged:
     """Options that the configuration sets. For all other options, the class uses its defaults."""
     label: str
     """Name of the plugin's table in messages: ``[[tiers]] "redis"``."""
-    path: tuple[str | int, ...] = field(repr=False)
+    path: tuple[str | int, ...] = field(repr=False, compare=False)
     secrets: frozenset[str] = field(default=frozenset(), repr=False)
     """Secret texts in the options, which must not appear in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderConfig(Plugged):
-    """The provider of ``[provider]``, or the fallback of ``[provider.fallback]``."""
+    """The provider of ``[provider]``, of ``[provider.fallback]`` or of a ``[[serve.models]]``."""
 
     price: str | None = None
     """Price of the provider's tokens, such as ``0.02 USD / 1M tokens``."""
@@ -70,6 +72,46 @@ class TierConfig(Plugged):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model of ``[[serve.models]]``."""
+
+    name: str
+    """The name that requests use for the model."""
+    provider: ProviderConfig
+    forward: tuple[str, ...] = ()
+    """Fields of a request that are sent to the provider."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """One tenant of ``[[serve.tenants]]``."""
+
+    name: str
+    keys: tuple[str, ...] = field(repr=False)
+    """The SHA-256 digests of the keys, each as ``sha256:`` and 64 hex digits in lowercase."""
+    namespace: str
+    """Namespace of the tenant's vectors, which is appended to that of ``[key]``."""
+    models: tuple[str, ...] | None = None
+    """Names of the models that the tenant may use; None for all."""
+    requests_per_minute: float | None = None
+    tokens_per_day: int | None = None
+    """Maximum number of tokens that are embedded per day (UTC); 0 for hits only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(ServeTable):
+    """``[serve]``: how ``embedonce serve`` listens, its models and its tenants.
+
+    ``admin_key`` is the SHA-256 digest of the key, as ``sha256:`` and 64 hex digits in lowercase.
+    """
+
+    models: tuple[ServedModel, ...] = ()
+    """The models that are served. If it is empty, the provider of ``[provider]`` is served."""
+    tenants: tuple[Tenant, ...] = ()
+    """The tenants. If it is empty, the server has no keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A checked configuration.
 
@@ -84,13 +126,18 @@ class Config:
     allow: Sequence[str] | None
     """Names of the third-party plugins that may be loaded, or of their distributions; None allows every plugin."""
     provider: ProviderConfig | None
-    """The provider; None if the configuration was loaded for a caller's own provider."""
+    """The provider; None without ``[provider]``.
+
+    ``[provider]`` may be missing if there is a ``[[serve.models]]``. It is not read for a caller's own provider.
+    """
     fallback: ProviderConfig | None
     fallback_fetch_only: bool
     drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
     embed: EmbedTable = field(compare=False)
     """How the command ``embedonce embed`` reads files."""
+    serve: ServeConfig = field(compare=False)
+    """What ``embedonce serve`` serves. It is not read for a caller's own provider, and has its defaults then."""
     document: Document = field(repr=False, compare=False)
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
 

@@ -28,12 +28,20 @@ from .tables import (
     KeyTable,
     PluginsTable,
     ProviderTable,
+    ServedModelTable,
+    ServeTable,
+    TenantTable,
     TierTable,
     is_in_process,
 )
 
 TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
 """Schema of a tier's name."""
+HAS_SERVED_MODELS = {
+    "required": ["serve"],
+    "properties": {"serve": {"required": ["models"], "properties": {"models": {"minItems": 1}}}},
+}
+"""Schema of a document that may leave out ``[provider]``."""
 VARIABLE = {"type": "string", "pattern": r"\$\{"}
 """Schema of text that contains a ``${VAR}``, which is valid in place of any value."""
 
@@ -64,8 +72,10 @@ class _Schema:
                 ),
                 "tiers": self._describe_tiers(),
                 "embed": self._describe_own(EmbedTable, "How the command embedonce embed reads files."),
+                "serve": self._describe_serve(),
             },
-            "required": ["provider", "tiers"],
+            "required": ["tiers"],
+            "anyOf": [{"required": ["provider"]}, HAS_SERVED_MODELS],
             "additionalProperties": False,
             "definitions": self._definitions,
         }
@@ -100,6 +110,28 @@ class _Schema:
             "type": "array",
             "items": {"oneOf": tier},
         }
+
+    def _describe_serve(self) -> dict[str, Any]:
+        self._definitions["served_provider"] = {
+            "description": "Plugin that computes the vectors of this model.",
+            "oneOf": self._describe_plugins("provider", "served", loading.provider, options_of(ProviderTable), {}),
+        }
+        table = self._describe_own(ServeTable, "What the command embedonce serve serves, and to whom.")
+        model = self._describe_own(ServedModelTable, "A model that is served.")
+        model["properties"]["provider"] = {"$ref": "#/definitions/served_provider"}
+        model["required"].append("provider")
+        tenant = self._describe_own(TenantTable, "A caller of the server, known by its keys.")
+        table["properties"]["models"] = {
+            "description": "The models that are served. Without any, the model of [provider] is served.",
+            "type": "array",
+            "items": model,
+        }
+        table["properties"]["tenants"] = {
+            "description": "The callers of the server. Without any, the server has no keys.",
+            "type": "array",
+            "items": tenant,
+        }
+        return table
 
     def _list_names(self, kind: loading.Kind) -> list[str]:
         return [plugin.type for plugin in self._installed if kind in plugin.kinds]

@@ -6,19 +6,22 @@ These classes are read like the class of a plugin: their keyword-only parameters
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce._arguments import MAX_COALESCE
 from embedonce._globs import compile_globs
 from embedonce.contracts import Capabilities
 from embedonce.drift import DriftGuard
 from embedonce.keys import Hash
-from embedonce.options import BadValue, Doc, Duration, Parsed
+from embedonce.options import BadValue, Doc, Duration, Parsed, Size
 from embedonce.prices import PATTERN, parse_price_option
 from embedonce.vectors import Dtype
+
+from .serve_values import ForwardedField, HostName, ModelName, Namespace, ServeKey, TenantName
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
 """Pattern of a tier's name. ``provider`` is reserved, because ``Fetched.sources`` uses it for the provider."""
@@ -195,6 +198,73 @@ class TierTable:
     ] = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeTable:
+    """``[serve]``: how ``embedonce serve`` listens, and what it accepts."""
+
+    host: Annotated[
+        HostName, Doc("Address or host name that the server listens on. The option --host overrides it.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Ge(0), Le(65535), Doc("Port that the server listens on; 0: a free port. The option --port overrides it.")
+    ] = 8080
+    allowed_hosts: Annotated[
+        Sequence[HostName],
+        Doc("Host names, without a port, that a request may name in its Host header, besides those of loopback."),
+    ] = ()
+    admin_key: Annotated[
+        ServeKey | None,
+        Doc(
+            "Key for the paths below /admin. It has at least 16 characters, or is sha256: and the key's SHA-256 "
+            "digest. Without it, these paths do not exist."
+        ),
+    ] = field(default=None, repr=False)
+    max_body: Annotated[Size, Gt(0), Doc("Refuse requests whose body is larger than this.")] = 16 * 2**20
+    drain_timeout: Annotated[
+        Duration, Ge(0), Doc("When the server stops, wait at most this long for requests and queued writes.")
+    ] = 20.0
+    state_dir: Annotated[
+        Path | None, Doc("Folder of the file with the budgets and rates of tenants. Default: the server chooses it.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModelTable:
+    """``[[serve.models]]``: a model that the server offers. Its provider is an inner table."""
+
+    name: Annotated[ModelName, Doc("Name of the model in requests.")]
+    forward: Annotated[
+        Sequence[ForwardedField],
+        Doc("Fields of a request that are sent to the provider. They are part of the vector space."),
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantTable:
+    """``[[serve.tenants]]``: a caller of the server."""
+
+    name: Annotated[TenantName, Doc("Name of the tenant in statistics and messages.")]
+    keys: Annotated[
+        Sequence[ServeKey],
+        MinLen(1),
+        Doc("Keys of the tenant. Each has at least 16 characters, or is sha256: and the key's SHA-256 digest."),
+    ]
+    namespace: Annotated[
+        Namespace | None,
+        Doc("Namespace of the tenant's vectors. It is appended to that of [key]. Default: the tenant's name."),
+    ] = None
+    models: Annotated[
+        Annotated[Sequence[ModelName], MinLen(1)] | None,
+        Doc("Names of the models that the tenant may use. Default: all."),
+    ] = None
+    requests_per_minute: Annotated[float | None, Gt(0), Doc("Maximum number of requests per minute.")] = None
+    tokens_per_day: Annotated[
+        int | None,
+        Ge(0),
+        Doc("Maximum number of tokens that are embedded per day (UTC). Hits cost nothing. 0: only hits are answered."),
+    ] = None
+
+
 def is_in_process(cls: type[Any]) -> bool:
     """Return whether a backend class declares that its entries are private to this process."""
     capabilities = getattr(cls, "capabilities", None)
@@ -209,4 +279,8 @@ OWN_TABLES: Mapping[str, type[Any]] = {
     "drift": DriftGuard,
     "embed": EmbedTable,
 }
-"""The tables that have options of embedonce, by name: the class whose arguments are these options."""
+"""The tables that have options of embedonce, by name: the class whose arguments are these options.
+
+A message about an unknown key names the table of this list to which the key belongs. ``[serve]`` is not in the list,
+because plugins have options of the same names, such as ``host`` and ``port``.
+"""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
 from embedonce.errors import TextRefused, TierError
-from embedonce.vectors import Entries, Matrix, Metadata
+from embedonce.vectors import NO_WORK, Columns, CostColumns, Entries, Entry, Matrix, Metadata, Work, sum_costs
 
 from .ahead import Gathered
 from .flights import Ticket
@@ -41,6 +41,12 @@ class Answer:
     first: int = 0
     """The position of the first text in the caller's stream of texts."""
     entries: Entries = field(default_factory=Entries)
+    is_fresh: bool = False
+    """Whether the vectors are computed even if a tier has them."""
+    shared: set[str] = field(default_factory=set)
+    """Keys of entries that other calls have computed at the same time."""
+    changed: set[str] = field(default_factory=set)
+    """Keys whose stored vector is not the vector that this call has computed."""
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
     read_at: float = 0.0
@@ -142,6 +148,8 @@ class Answer:
             sources.update(dict.fromkeys(keys, name))
         held = self.entries.as_dict()
         entries = [held.get(key) for key in self.keys]
+        computed = [held[key] for key, name in sources.items() if name is PROVIDER and key not in self.shared]
+        saved = [held[key] for key, name in sources.items() if name is not PROVIDER]
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
@@ -154,6 +162,9 @@ class Answer:
             seconds=dict(self.seconds),
             errors=self.errors,
             dimensions=self.dimensions,
+            computed=sum_work(computed),
+            saved=sum_work(saved),
+            changed=frozenset(i for i, key in enumerate(self.keys) if key in self.changed),
         )
 
 
@@ -163,6 +174,12 @@ class Call(NamedTuple):
     port: Port
     ticket: Ticket
     answer: Answer
+
+
+def sum_work(entries: Collection[Entry]) -> Work:
+    """Return the work that it took to compute the vectors of some entries."""
+    columns = Columns.of(entries)
+    return sum_costs([CostColumns(len(entries), columns.tokens, columns.seconds)]) if entries else NO_WORK
 
 
 def copy_metadata(metadata: Sequence[Metadata | None]) -> list[Metadata | None]:

@@ -68,6 +68,7 @@ class DriftCheckingEngine(Engine):
 
     def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.tolerance = guard.tolerance
         self._guard = guard
         self.can_change_space = guard.action == "new-space"
         self._states: dict[bytes, _SpaceState] = {}
@@ -107,7 +108,7 @@ class DriftCheckingEngine(Engine):
         while True:
             stored = self._new_canary_answer(route)
             with self.in_flight.new_ticket() as ticket:
-                await self._read_tiers(Call(port, ticket, stored), stored.keys)
+                await self.read_tiers(Call(port, ticket, stored), stored.keys)
             if not _is_marked(stored):
                 state.generation = max(state.generation, route.generation)
                 return not stored.errors
@@ -123,7 +124,7 @@ class DriftCheckingEngine(Engine):
         every, due = self._guard.every, state.next_check
         with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, stored)
-            missing = await self._read_tiers(call, stored.keys)
+            missing = await self.read_tiers(call, stored.keys)
             if self.can_change_space and _is_marked(stored):  # another process has found drift
                 state.next_check, state.generation = -np.inf, route.generation + 1
                 return
@@ -137,7 +138,7 @@ class DriftCheckingEngine(Engine):
                 state.next_check = now + RETRY_SECONDS
                 return
             # Calls that check at the same time share one computation.
-            await self._compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+            await self.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
             if state.next_check != due or state.generation != route.generation:
                 # Another call shared this check and has handled its result, or the answer named a different model.
                 return
@@ -146,7 +147,7 @@ class DriftCheckingEngine(Engine):
                 state.next_check = now + RETRY_SECONDS
                 return
             new = {key.removesuffix(FRESH_SUFFIX): entry for key, entry in fresh.entries.items()}
-            cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
+            cosines = [compute_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
             worst = min(cosines, default=1.0)
             if 1.0 - worst <= self._guard.tolerance:
                 state.next_check, state.error = now + every, None
@@ -184,7 +185,7 @@ class DriftCheckingEngine(Engine):
             canaries = self._new_canary_answer(route)
             with self.in_flight.new_ticket() as ticket:
                 reading = Call(call.port, ticket, canaries)
-                await self._read_tiers(reading, canaries.keys)
+                await self.read_tiers(reading, canaries.keys)
                 await self._mark_as_drifted(reading)
         raise SpaceLeft("the provider answers with another model; texts are now embedded in a new vector space")
 
@@ -217,7 +218,8 @@ def _is_marked(canaries: Answer) -> bool:
     return any((entry.metadata or {}).get(DRIFTED_MARK) for entry in canaries.entries.values())
 
 
-def _cosine(one: Entry, other: Entry) -> float:
+def compute_cosine(one: Entry, other: Entry) -> float:
+    """Return the cosine of two entries' vectors, or 0 if their dimensions differ."""
     first, second = (np.asarray(entry.vector, np.float64) for entry in (one, other))
     if first.shape != second.shape:
         return 0.0  # the dimensions differ, so treat the vectors as unrelated

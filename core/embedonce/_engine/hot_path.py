@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
 from embedonce.contracts import Task
-from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Vector, matrix
+from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Work, matrix, sum_costs
 
 from .call import copy_metadata
 from .checks import are_as_stored
@@ -30,6 +30,8 @@ class HotBatch(NamedTuple):
     route: Route
     rows: Columns
     """The fields of the texts' entries, one item per text."""
+    costs: Sequence[CostColumns]
+    """What it took to compute the entries. Equal texts count once."""
     seconds: float
     """Seconds spent in the tier."""
 
@@ -50,8 +52,8 @@ class HotPath:
     _closed: bool
     _report_mask = SOME_HITS
 
-    def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
-        """Return the text's vector if the first tier is in this process and has the vector, else None.
+    def _read_hot_entry(self, text: str, task: Task) -> Entry | None:
+        """Return the text's entry if the first tier is in this process and has a valid entry, else None.
 
         A hit must take less than a microsecond, so this method runs no coroutine, takes no lock and emits no event.
         """
@@ -84,22 +86,24 @@ class HotPath:
             hits.seconds += seconds
         if not hits.texts & self._report_mask:
             self._chain.engine.requests.call_watchers()
-        return vector
+        return entry
 
     def _read_hot_matrix(self, texts: Any, task: Task) -> Matrix | None:
         """Return the texts' vectors as a new matrix if the first tier has all of them, else None."""
         if type(texts) is list and len(texts) == 1:
-            vector = self._read_hot_vector(texts[0], task)
-            return None if vector is None else vector.reshape(1, -1).copy()
+            entry = self._read_hot_entry(texts[0], task)
+            return None if entry is None else entry.vector.reshape(1, -1).copy()
         batch = self._read_hot_batch(texts, task)
         return None if batch is None else matrix(batch.rows.vectors)
 
     def _read_hot_fetched(self, texts: Any, task: Task) -> Fetched | None:
         """Return the result of a fetch if the first tier has all texts, else None."""
+        if type(texts) is list and len(texts) == 1:
+            return self._read_hot_fetched_text(texts[0], task)
         batch = self._read_hot_batch(texts, task)
         if batch is None:
             return None
-        route, rows, seconds = batch
+        route, rows, costs, seconds = batch
         tier = self._chain.tiers[0].name
         return Fetched(
             rows=list(rows.vectors),
@@ -110,6 +114,32 @@ class HotPath:
             seconds={tier: seconds},
             errors={},
             dimensions=route.dimensions,
+            saved=sum_costs(costs),
+        )
+
+    def _read_hot_fetched_text(self, text: Any, task: Task) -> Fetched | None:
+        """Return the result of a fetch of one text if the first tier has it, else None."""
+        routes = self._hot[1]
+        if type(text) is not str or type(task) is not str or task not in routes:
+            return None
+        route = routes[task][0]
+        if text not in route.recent_keys:  # it may be invalid
+            return None
+        start = time.perf_counter()
+        entry = self._read_hot_entry(text, task)
+        if entry is None:
+            return None
+        tier, tokens, seconds = self._chain.tiers[0].name, entry.tokens, entry.seconds
+        return Fetched(
+            rows=[entry.vector],
+            sources=[tier],
+            failed={},
+            metadata=copy_metadata([entry.metadata]),
+            space=route.space,
+            seconds={tier: time.perf_counter() - start},
+            errors={},
+            dimensions=entry.vector.size,
+            saved=Work(1, tokens or 0, seconds or 0.0, int(tokens is None), int(seconds is None)),
         )
 
     def _read_hot_batch(self, texts: Any, task: Task) -> HotBatch | None:
@@ -141,16 +171,16 @@ class HotPath:
         except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
         seconds = time.perf_counter() - start
-        self._count_hot_batch(route, columns, seconds)
+        costs = [CostColumns(len(distinct), columns.tokens, columns.seconds)]
+        self._count_hot_batch(route, costs, seconds)
         rows = columns if len(distinct) == len(keys) else Columns.of(list(map(found.__getitem__, keys)))
-        return HotBatch(route, rows, seconds)
+        return HotBatch(route, rows, costs, seconds)
 
-    def _count_hot_batch(self, route: Route, columns: Columns, seconds: float) -> None:
+    def _count_hot_batch(self, route: Route, costs: Sequence[CostColumns], seconds: float) -> None:
         """Count the hits of a batch, as the slow path does. Equal texts count once."""
-        chain, count = self._chain, len(columns.vectors)
+        chain, count = self._chain, costs[0].texts
         tier = chain.tiers[0]
         tier.counters.count_read(0, seconds)
-        costs = [CostColumns(count, columns.tokens, columns.seconds)]
         chain.ledger.count_saved(route.keyer.scope, route.source.price, tier.name, costs)
         chain.engine.requests.count(count, count)
 

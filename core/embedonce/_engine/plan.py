@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+from embedonce.drift import TOLERANCE
 from embedonce.errors import ReplayMiss, TextRefused, TierError
 from embedonce.events import Event
 from embedonce.vectors import Dtype, Entries, Entry
@@ -58,7 +59,7 @@ class Engine(ProviderRequests):
         self.tiers = tiers
         self.in_flight = in_flight
         self.requests = RequestCounters()
-        self._replay = replay
+        self.replays = replay
         self.leases = leases
         self._max_wait = max_wait
 
@@ -79,22 +80,22 @@ class Engine(ProviderRequests):
                 with self.in_flight.new_ticket() if begun is None else begun.ticket as ticket:
                     call = Call(port, ticket, answer)
                     looked_up = len(missing)
-                    missing = await self._read_tiers(call, missing, begun)
+                    missing = await self.read_tiers(call, missing, begun)
                     begun = None
                     answer.hits += looked_up - len(missing)
-                    if missing and compute and not self._replay:
+                    if missing and compute and not self.replays:
                         refusal = await self.find_refusal(port, answer.route)
                         if refusal is not None:
                             answer.failed.update(dict.fromkeys(missing, refusal))
                             break
                         leases = self._choose_leases(answer)
-                        await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
+                        await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
                     elif missing:
                         await self._take_flights(call, self.in_flight.find_landed(missing))
                 missing = answer.find_missing() if missing else missing
                 if not compute or not missing:
                     break
-                if self._replay:
+                if self.replays:
                     miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
                     answer.failed.update(dict.fromkeys(missing, miss))
                     break
@@ -105,6 +106,8 @@ class Engine(ProviderRequests):
             counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
             self.requests.count(*counts)
 
+    tolerance = TOLERANCE
+    """A vector has changed if the cosine of the new and the stored vector is less than 1 minus this value."""
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
 
@@ -116,9 +119,7 @@ class Engine(ProviderRequests):
         """Return the route to the vector space in which texts are embedded now."""
         return route
 
-    async def _compute_or_follow(
-        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
-    ) -> None:
+    async def compute_or_follow(self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool) -> None:
         """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute."""
         claims, loop = Claims(), call.port.loop
         try:
@@ -151,7 +152,7 @@ class Engine(ProviderRequests):
         claims = Claims()
         with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, answer)
-            missing = await self._read_tiers(call, answer.find_missing())
+            missing = await self.read_tiers(call, answer.find_missing())
             fresh = {key: entries[key] for key in missing}
             try:
                 self.in_flight.claim(ticket, missing, port.loop, claims)
@@ -169,7 +170,7 @@ class Engine(ProviderRequests):
 
     # --- tiers --------------------------------------------------------------------------------
 
-    async def _read_tiers(self, call: Call, keys: list[str], begun: BegunCall | None = None) -> list[str]:
+    async def read_tiers(self, call: Call, keys: list[str], begun: BegunCall | None = None) -> list[str]:
         """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has."""
         answer = call.answer
         answer.read_at = time.monotonic() if begun is None else begun.read_at
@@ -208,8 +209,8 @@ class Engine(ProviderRequests):
             raise call.answer.store_error
 
     async def _read_tier(self, call: Call, tier: LiveTier, keys: list[str]) -> ReadResult:
-        answer = call.answer
-        return await tier.read(call.port, keys, route=answer.route, dtype=self.dtype, dimensions=answer.dimensions)
+        route, dimensions, has_use = call.answer.route, call.answer.dimensions, not call.answer.is_fresh
+        return await tier.read(call.port, keys, route=route, dtype=self.dtype, dimensions=dimensions, has_use=has_use)
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
         await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
@@ -244,15 +245,16 @@ class Engine(ProviderRequests):
         answer = call.answer
         expected = answer.dimensions
         unstored: dict[str, Entry] = {}
-        shared = 0
+        shared: list[str] = []
         for key, flight in flights.items():
             entry = flight.entry
             if entry is not None and (expected is None or entry.vector.size == expected):
                 answer.entries[key] = entry
-                shared += 1
+                shared.append(key)
                 if answer.store and not flight.stored:
                     unstored[key] = entry
-        self.requests.count_shared(shared)
+        answer.shared.update(shared)
+        self.requests.count_shared(len(shared))
         if unstored:
             await self.store(call, unstored)
 

@@ -90,11 +90,12 @@ class TierReader:
         dtype: Dtype,
         dimensions: int | None,
         is_repeat: bool = False,
+        has_use: bool = True,
     ) -> ReadResult:
         """Read the keys of a route, chunk by chunk, and check the values.
 
         With ``is_repeat``, no misses and no corrupt entries are counted, because the first read of these keys has
-        already counted them.
+        already counted them. Without ``has_use``, hits are not counted either, because they save no work.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -127,11 +128,11 @@ class TierReader:
                 if values:
                     self._accept(values, read, dtype, dimensions)
         except TierError:
-            self._count(read, route, start, is_repeat=is_repeat)
+            self._count(read, route, start, is_repeat=is_repeat, has_use=has_use)
             raise
         if dimensions is None:
             _drop_odd_dimensions(read)
-        self._count(read, route, start, is_repeat=is_repeat)
+        self._count(read, route, start, is_repeat=is_repeat, has_use=has_use)
         return read
 
     def read_one(self, key: str, *, route: Route, dtype: Dtype, dimensions: int) -> Entry | ReadResult | None:
@@ -154,7 +155,7 @@ class TierReader:
             try:
                 self._note_failure([key], read, error)
             finally:
-                self._count(read, route, start, is_repeat=False)
+                self._count(read, route, start)
             return read
         self.breaker.record_success()
         if value is None:
@@ -165,7 +166,7 @@ class TierReader:
             read = ReadResult()
             read.answered = 1
             self._accept({key: value}, read, dtype, dimensions)
-            self._count(read, route, start, is_repeat=False)
+            self._count(read, route, start)
             return read
         self._counters.count_read(0, time.perf_counter() - start)
         costs = [CostColumns(1, (entry.tokens,), (entry.seconds,))]
@@ -220,7 +221,9 @@ class TierReader:
                 count=len(decoded.corrupt),
             )
 
-    def _count(self, read: ReadResult, route: Route, start: float, *, is_repeat: bool) -> None:
+    def _count(
+        self, read: ReadResult, route: Route, start: float, *, is_repeat: bool = False, has_use: bool = True
+    ) -> None:
         read.seconds = time.perf_counter() - start
         name, scope, hits = self._calls.name, route.keyer.scope, len(read.entries)
         misses = 0 if is_repeat else read.answered - hits - read.corrupt
@@ -236,7 +239,7 @@ class TierReader:
             )
         else:
             self._counters.count_read(misses, read.seconds)
-        costs = read.entries.list_costs() if hits else []
+        costs = read.entries.list_costs() if hits and has_use else []
         if costs:
             self._ledger.count_saved(scope, route.source.price, name, costs)
         if self._has_listeners():

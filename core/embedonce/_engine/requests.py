@@ -18,13 +18,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from embedonce._messages import format_count
 from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import Value
+from embedonce.keys import KeyPolicy, Value
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import (
     MAX_SECONDS,
@@ -45,6 +46,7 @@ from .call import Answer, BegunCall
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
+from .fresh import compute_anew
 from .hot_path import HotPath
 from .ports import Port, run_blocking
 from .provider_checks import check_provider
@@ -65,9 +67,16 @@ class Requests(HotPath):
     """Serves requests for one provider's vectors from a chain that several caches may share."""
 
     def __init__(
-        self, chain: RunningChain, source: LiveProvider, fallback: LiveProvider | None, *, fetch_only: bool
+        self,
+        chain: RunningChain,
+        source: LiveProvider,
+        fallback: LiveProvider | None,
+        *,
+        fetch_only: bool,
+        policy: KeyPolicy | None = None,
     ) -> None:
         self._chain = chain
+        self._policy = policy or chain.policy
         self._source = source
         self._fallback = fallback
         self._fetch_only = fetch_only
@@ -81,6 +90,8 @@ class Requests(HotPath):
         self._knows_all_tasks = True
         self._lock = threading.RLock()
         self._closed = False
+        self._dependent: WeakSet[Requests] = WeakSet()
+        """Caches that use this cache's providers. They are closed together with this cache."""
         self._uses_fallback = False
         for task in TASKS:
             self._get_route(source, task)
@@ -103,7 +114,7 @@ class Requests(HotPath):
             with self._lock:
                 route = self._routes.get((source, task))
                 if route is None:
-                    route = self._routes[source, task] = Route(source, task, chain.policy, chain.steps)
+                    route = self._routes[source, task] = Route(source, task, self._policy, chain.steps)
                     self._limit_routes(source, task, route)
             if not isinstance(source.provider, NoProvider):
                 chain.add_space(route)
@@ -216,8 +227,9 @@ class Requests(HotPath):
         *,
         store: bool,
         metadata: Sequence[Metadata | None] | None,
+        fresh: bool,
     ) -> Fetched:
-        answer = await self._answer_texts(port, texts, task, store=store, metadata=metadata)
+        answer = await self._answer_texts(port, texts, task, store=store, metadata=metadata, fresh=fresh)
         return answer.to_fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
@@ -250,6 +262,7 @@ class Requests(HotPath):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
+        fresh: bool = False,
         first: int = 0,
         begun: BegunCall | None = None,
     ) -> Answer:
@@ -261,7 +274,7 @@ class Requests(HotPath):
             _require_texts(texts)
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
-        how = (texts, task, store, metadata, first)
+        how = (texts, task, store, metadata, fresh, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
@@ -283,6 +296,7 @@ class Requests(HotPath):
         task: Task,
         store: bool,
         metadata: Sequence[Metadata | None] | None,
+        fresh: bool,
         first: int,
         begun: BegunCall | None = None,
     ) -> Answer:
@@ -293,7 +307,10 @@ class Requests(HotPath):
             if engine.can_change_space:
                 await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
-            await engine.fetch(port, answer, begun=begun)
+            if fresh:
+                await compute_anew(engine, port, answer)
+            else:
+                await engine.fetch(port, answer, begun=begun)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
             if not moved or moves == MOVES:
                 return answer
@@ -408,6 +425,7 @@ class Requests(HotPath):
             if not self._list_sources():
                 raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
             keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
+            keep |= self._chain.list_scopes_of_caches()
         return await upkeep.purge(port, scope=scope, wanted=wanted, keep=keep, dry_run=dry_run)
 
     # --- checking, listing and explaining -----------------------------------------------------
@@ -436,7 +454,7 @@ class Requests(HotPath):
             for task in {*TASKS, *stored, *known}:
                 try:
                     # The route is not kept, because a store may contain any number of tasks.
-                    route = self._routes.get((source, task)) or Route(source, task, chain.policy, chain.steps)
+                    route = self._routes.get((source, task)) or Route(source, task, self._policy, chain.steps)
                 except Exception:  # noqa: BLE001  (the provider does not know the task)
                     continue
                 current = await chain.engine.find_current_route(port, route)
@@ -458,7 +476,7 @@ class Requests(HotPath):
         if not isinstance(text, str):
             raise TypeError(f"expected one text as a str, got {type(text).__name__}")
         route = await self._find_current_route(port, self._source, task)
-        return await self._chain.upkeep.explain(port, route, text, self._chain.policy, self._dtype)
+        return await self._chain.upkeep.explain(port, route, text, self._policy, self._dtype)
 
     def _check_iter(self, texts: object, batch: int) -> None:
         self._check_open()
@@ -468,12 +486,20 @@ class Requests(HotPath):
 
     # --- ending -------------------------------------------------------------------------------
 
+    def _add_dependent(self, cache: Requests) -> None:
+        """Close ``cache`` when this cache is closed."""
+        with self._lock:
+            self._dependent.add(cache)
+
     def _mark_closed(self) -> bool:
         with self._lock:
             if self._closed:
                 return False
             self._closed = True
+            dependent = list(self._dependent)
         self._refresh_hot_path()
+        for cache in dependent:
+            cache._mark_closed()
         return True
 
     def _close_providers(self) -> None:

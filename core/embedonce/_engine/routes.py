@@ -140,7 +140,7 @@ class Route:
             described = replace(described, extra={**(described.extra or {}), "drift": generation})
         self.space = described
         self.keyer = Keyer(policy, self.space, steps)
-        self._policy = policy
+        self.policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
         """Number of dimensions. None until the first vector arrives, if the provider does not state the number."""
@@ -151,7 +151,7 @@ class Route:
 
     def with_generation(self, generation: int) -> Route:
         """Return a route for the same provider and task, after the provider has drifted ``generation`` times."""
-        return Route(self.source, self.task, self._policy, self._steps, generation=generation)
+        return Route(self.source, self.task, self.policy, self._steps, generation=generation)
 
     def settle_dimensions(self, dimensions: int) -> int:
         """Set the dimensions of this space if they are not known yet, and return the space's dimensions."""

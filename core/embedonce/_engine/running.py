@@ -18,9 +18,9 @@ from weakref import WeakSet
 from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
-from embedonce.events import Computed, Event, Stored
+from embedonce.events import Computed, Event, Stats, Stored
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
-from embedonce.vectors import Dtype
+from embedonce.vectors import NO_WORK, Dtype
 
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
@@ -31,7 +31,7 @@ from .plan import Engine
 from .ports import Port, Ports
 from .recording import SavingsRecorder
 from .repeated_warnings import RepeatedWarnings
-from .routes import Route
+from .routes import LiveProvider, Route
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -188,7 +188,7 @@ class RunningChain:
 
     def add_space(self, route: Route) -> None:
         """Store the card and the price of a route's vector space."""
-        scope, described = route.keyer.scope, card(self.policy, route.space)
+        scope, described = route.keyer.scope, card(route.policy, route.space)
         self.ledger.add_space(scope, described, route.source.price)
         self._add_card(scope, described)
 
@@ -209,9 +209,13 @@ class RunningChain:
         for tier in self.tiers:
             tier.writer.forget_cards(unused)
 
+    def list_scopes_of_caches(self) -> set[str]:
+        """Return the scopes whose keys the caches of this chain can make at this moment."""
+        return {scope for cache in self._list_caches() for scope in cache._list_scopes()}
+
     def _list_used_scopes(self) -> set[str]:
         """Return the scopes whose cards are needed. If an in-process tier cannot be listed, return all scopes."""
-        used = {scope for cache in self._list_caches() for scope in cache._list_scopes()}
+        used = self.list_scopes_of_caches()
         keys = self.in_flight.list_unwritten()
         for tier in self.tiers:
             # Other tiers store cards beside their entries. An in-process tier has only the cards of this chain.
@@ -256,6 +260,25 @@ class RunningChain:
         self.listeners.append(listener)
         for cache in self._list_caches():
             cache._refresh_hot_path()
+
+    def read_stats(self, sources: Sequence[LiveProvider]) -> Stats:
+        """Return the counters of the tiers, of the requests, and of some providers."""
+        requested, found, shared, passed_by = self.engine.requests.read()
+        spaces = self.ledger.read()
+        fast_hits = self.ledger.count_hot_hits()
+        saved = {
+            tier.name: sum((space.saved.get(tier.name, NO_WORK) for space in spaces.values()), NO_WORK)
+            for tier in self.tiers
+        }
+        return Stats(
+            tiers={tier.name: tier.counters.stats(saved[tier.name]) for tier in self.tiers},
+            providers={source.name: source.stats() for source in sources},
+            shared=shared,
+            requested=requested + fast_hits,
+            found=found + fast_hits,
+            passed_by=passed_by,
+            spaces=spaces,
+        )
 
     # --- ending -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from embedonce.options import BadValue, Doc, Parsed
 
@@ -70,6 +70,8 @@ def _is_within(part: Any, value: Any) -> bool:
             return bool(value >= bound)
         case Lt(lt=bound):
             return bool(value < bound)
+        case MinLen(min_length=bound):
+            return len(value) >= bound
         case Le(le=bound):
             return bool(value <= bound)
     return False

@@ -201,9 +201,12 @@ def _describe_broken_plugin(plugin: InstalledPlugin) -> str:
 
 def config(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Show every effective setting and its source: a line of the file, an environment variable, or a default."""
-    from .opened import load_config
+    from embedonce.config import load
 
-    loaded = load_config(config)
+    from .opened import describe_source
+
+    loaded = load(config)
+    describe_source(loaded)
     settings = loaded.settings()
     if json:
         emit({"source": loaded.source, "settings": [asdict(setting) for setting in settings]})

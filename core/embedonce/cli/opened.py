@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedonce._plugins.options import options_of
-from embedonce.errors import ConfigError, TierError
+from embedonce.errors import ConfigError, Problem, TierError
 
 from .output import Failed, say
 
@@ -27,11 +27,16 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
 
     Raises:
-        ConfigError: the configuration has problems; the error lists all of them.
+        ConfigError: the configuration has problems; the error lists all of them. Or there is no ``[provider]``,
+            because all providers belong to models of ``[[serve.models]]``.
     """
     from embedonce import config
 
     loaded = config.load(source, own_provider=not needs_provider)
+    if needs_provider and loaded.provider is None:
+        provider, models = loaded.document.table("provider"), loaded.document.table("serve", "models", array=True)
+        message = f"{provider} is missing; only embedonce serve can use the providers of {models}, so add {provider}"
+        raise ConfigError([Problem(message, loaded.document.relative_name)])
     describe_source(loaded)
     return loaded
 

@@ -73,7 +73,7 @@ def purge(
     json: JsonOption = False,
 ) -> None:
     """Remove all vectors of a model, a version, a namespace or a scope from every tier."""
-    from .opened import open_cache
+    from .opened import load_config, open_cache
 
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
     if all(value is None for value in selected.values()) and not unused:
@@ -83,7 +83,13 @@ def purge(
     must_ask = not (dry_run or yes)
     if must_ask and not (sys.stdin and sys.stdin.isatty()):
         raise Refused("cannot ask for confirmation without a terminal: add --yes, or try --dry-run first")
-    with open_cache(config, needs_provider=unused) as cache:
+    loaded = load_config(config, needs_provider=unused)
+    if unused and (loaded.serve.models or loaded.serve.tenants):
+        raise Refused(
+            "--unused would also remove vectors that embedonce serve uses, because its models and tenants have scopes "
+            "of their own; say what to purge with --scope, --model, --version or --namespace"
+        )
+    with open_cache(loaded) as cache:
         if must_ask:
             preview = cache.purge(**selected, unused=unused, dry_run=True)
             if preview.scopes and not _confirm_purge(preview):

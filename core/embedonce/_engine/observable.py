@@ -1,0 +1,64 @@
+"""The part of a cache that only looks: counters, events, and the names of its tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from embedonce.answers import ChainWarning
+from embedonce.contracts import AnyProvider
+from embedonce.events import Event, Stats
+
+from .routes import LiveProvider
+from .running import RunningChain
+
+
+class Observable:
+    """The methods and attributes of a cache that read its counters and announce its events."""
+
+    _chain: RunningChain
+    _source: LiveProvider
+    _fallback: LiveProvider | None
+    _closed: bool
+
+    def stats(self) -> Stats:
+        """Return the counters of tiers and providers since the cache was created.
+
+        The counts of a tier are numbers of texts.
+        """
+        return self._chain.read_stats([self._source, *([self._fallback] if self._fallback else [])])
+
+    def count_passed_by(self) -> None:
+        """Count a call that did not use the cache, because its answer cannot be cached. Wrappers of clients call this.
+
+        The count is in ``stats().passed_by``.
+        """
+        self._chain.engine.requests.count_passed_by()
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        """Call ``listener`` with every event from now on.
+
+        If the listener raises, the error is logged, and the listener stays subscribed.
+        """
+        self._chain.subscribe(listener)
+
+    def _watch_counters(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
+        self._chain.watch_counters(watcher)
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        """The tiers' names, fastest first."""
+        return tuple(tier.name for tier in self._chain.tiers)
+
+    @property
+    def warnings(self) -> Sequence[ChainWarning]:
+        """Warnings about probable mistakes in this chain, such as a network tier before a local tier."""
+        return self._chain.warnings
+
+    @property
+    def provider(self) -> AnyProvider:
+        return self._source.provider
+
+    @property
+    def closed(self) -> bool:
+        return self._closed

@@ -1,0 +1,41 @@
+"""One line per request in the log, without texts and keys, if ``embedonce serve`` has ``--access-log``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from embedonce.config import Tenant
+
+from .embedding import Embeddings
+
+log = logging.getLogger("embedonce.access")
+
+is_on = False
+
+
+def write(
+    scope: MutableMapping[str, Any],
+    status: int,
+    seconds: float,
+    *,
+    tenant: Tenant | None,
+    found: Embeddings | None,
+    request_id: bytes,
+) -> None:
+    """Log a request for vectors."""
+    client = scope.get("client")
+    log.info(
+        "%s %s %s %d %.1f ms tenant=%s model=%s inputs=%d hits=%d id=%s",
+        client[0] if client else "-",
+        scope["method"],
+        scope["path"],
+        status,
+        seconds * 1e3,
+        "-" if tenant is None else tenant.name,
+        "-" if found is None else found.model.name,
+        0 if found is None else found.inputs,
+        0 if found is None else found.hits,
+        request_id.decode(),
+    )

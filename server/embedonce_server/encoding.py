@@ -1,0 +1,70 @@
+"""Vectors as JSON: a list of numbers, or base64 of float32 in little-endian order.
+
+Encoding is what an answer with many hits costs most. So the encoded form of the vectors that were sent last is kept.
+It belongs to one array object: a memory tier returns the same read-only array for the same entry, and a vector that was
+erased or replaced is another object, whose encoded form is made anew.
+"""
+
+from __future__ import annotations
+
+import binascii
+from typing import Final, Literal
+from weakref import ref
+
+import numpy as np
+import orjson
+
+from embedonce.vectors import Vector
+
+Encoding = Literal["float", "base64"]
+
+MEMO_BYTES: Final = 32 * 1024 * 1024
+"""Maximum size of each of the two generations of kept forms, in bytes."""
+
+_OVERHEAD: Final = 200
+"""Bytes that an item of the memo takes beside its encoded form."""
+
+
+def encode_vector(vector: Vector, encoding: Encoding) -> bytes:
+    """Return a vector as a JSON value: ``[0.1,0.2]`` or ``"zczMPc3MTD4="``.
+
+    A number has as few digits as identify the float32.
+    """
+    if encoding == "base64":
+        return b'"%b"' % binascii.b2a_base64(np.ascontiguousarray(vector, "<f4").data, newline=False)
+    return orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+class EncodedVectors:
+    """Keeps the encoded form of recent vectors, within a number of bytes.
+
+    An array is known by its identity. A weak reference to it shows whether the array with this identity is still the
+    same one. A strong reference would keep the whole batch in memory of which the array may be one row.
+    """
+
+    def __init__(self, encoding: Encoding, max_bytes: int = MEMO_BYTES) -> None:
+        self._encoding = encoding
+        self._max_bytes = max_bytes
+        self._recent: dict[int, tuple[ref[Vector], bytes]] = {}
+        self._older: dict[int, tuple[ref[Vector], bytes]] = {}
+        self._bytes = 0
+
+    def encode(self, vector: Vector) -> bytes:
+        """Return the vector as a JSON value."""
+        kept = self._recent.get(id(vector))
+        if kept is not None and kept[0]() is vector:
+            return kept[1]
+        kept = self._older.get(id(vector))
+        encoded = kept[1] if kept is not None and kept[0]() is vector else encode_vector(vector, self._encoding)
+        if not vector.flags.writeable:  # an array that can change is encoded each time
+            self._keep(vector, encoded)
+        return encoded
+
+    def _keep(self, vector: Vector, encoded: bytes) -> None:
+        size = len(encoded) + _OVERHEAD
+        if size > self._max_bytes:
+            return
+        if self._bytes + size > self._max_bytes:
+            self._older, self._recent, self._bytes = self._recent, {}, 0
+        self._recent[id(vector)] = (ref(vector), encoded)
+        self._bytes += size

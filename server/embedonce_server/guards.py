@@ -1,0 +1,109 @@
+"""Which requests are let in: by their Host, their Origin, and the type of their body.
+
+A web page that a user of this machine has open may send requests to a server on loopback. It cannot choose the Host and
+the Origin that its browser sends, and without CORS it cannot send JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+
+from .api_errors import ApiError
+
+MAX_MEMO = 256
+
+SINGLE_HEADERS = (b"host", b"origin", b"authorization", b"api-key", b"content-type", b"content-length")
+"""Headers that a request must not have twice, because two programs on its way might read different ones."""
+
+
+def is_loopback(name: str) -> bool:
+    """Return whether a host's name or address always means this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def split_port(host: str) -> str:
+    """Return the name or address of a Host header in lowercase, without its port and without brackets."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+class HostGuard:
+    """Lets requests in whose Host is a loopback name or is allowed."""
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        self._allowed = frozenset(allowed)
+        self._admitted: dict[bytes, None] = {}
+        """Host headers that were checked before."""
+
+    def check(self, host: bytes | None) -> None:
+        """Check a Host header.
+
+        Raises:
+            ApiError: the host is missing, or is not allowed.
+        """
+        if host in self._admitted:
+            return
+        name = "" if host is None else split_port(host.decode("latin-1"))
+        if not name or not (is_loopback(name) or name in self._allowed):
+            message = (
+                "the request names a host that this server does not serve; add it to allowed_hosts in [serve] "
+                "if it is right"
+            )
+            raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
+        if host is not None and len(self._admitted) < MAX_MEMO:
+            self._admitted[host] = None
+
+
+def check_origin(origin: bytes | None, host: bytes | None) -> None:
+    """Refuse requests that a page of another site has sent.
+
+    Raises:
+        ApiError: the Origin is not the server itself.
+    """
+    if origin is None:
+        return
+    scheme, separator, place = origin.decode("latin-1").partition("://")
+    own = "" if host is None else host.decode("latin-1").strip().lower()
+    if not separator or scheme not in ("http", "https") or place.strip().lower() != own:
+        message = "requests from pages of other sites are refused"
+        raise ApiError(403, message, kind="permission_error", code="origin_not_allowed")
+
+
+def check_json(headers: Mapping[bytes, bytes]) -> None:
+    """Check that the body is JSON in UTF-8 and is not compressed.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    kind = headers.get(b"content-type")
+    if kind != b"application/json":
+        parts = [part.strip() for part in (kind or b"").decode("latin-1").lower().split(";")]
+        charset = parts[1].replace(" ", "").replace('"', "") if len(parts) > 1 else "charset=utf-8"
+        if parts[0] != "application/json" or len(parts) > 2 or charset not in ("charset=utf-8", ""):
+            raise ApiError(415, "the body must be application/json in UTF-8", code="unsupported_media_type")
+    encoding = headers.get(b"content-encoding")
+    if encoding is not None and encoding.strip().lower() not in (b"identity", b""):
+        raise ApiError(415, "the body must not be compressed", code="unsupported_media_type")
+
+
+def read_headers(pairs: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return headers by name, in lowercase.
+
+    Raises:
+        ApiError: a header that must be single is there twice.
+    """
+    headers = dict(pairs)
+    if len(headers) != len(pairs):
+        names = [name for name, _ in pairs]
+        for name in SINGLE_HEADERS:
+            if names.count(name) > 1:
+                raise ApiError(400, f"the header {name.decode()} is there twice", code="duplicate_header")
+    return headers

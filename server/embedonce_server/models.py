@@ -1,0 +1,206 @@
+"""The models that the server offers, each with one cache per namespace and per vector space.
+
+All caches have the same tiers. A request with other ``dimensions`` or with forwarded fields belongs to another vector
+space, so it gets a provider and a cache of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from embedonce import Cache, EmbedonceError, SpaceError
+from embedonce.batch_settings import refuse_batch_settings
+from embedonce.config import Config, ProviderConfig, ServedModel, list_options, make_provider
+
+from .api_errors import ApiError
+
+MAX_SPACES: Final = 64
+"""Number of combinations of ``dimensions``, forwarded fields and kind of input for each model."""
+
+MAX_FORWARDED: Final = 4096
+"""Maximum size of all forwarded fields of a request as JSON, in bytes."""
+
+
+class Variation(NamedTuple):
+    """What makes the vector space of a request different from that of its model."""
+
+    dimensions: int | None = None
+    forwarded: bytes = b""
+    """The forwarded fields as canonical JSON."""
+    are_tokens: bool = False
+
+
+PLAIN = Variation()
+
+
+class Model:
+    """One model: its provider, and its caches by variation and namespace."""
+
+    def __init__(
+        self, base: Cache, config: Config, name: str, provider: ProviderConfig, forward: Iterable[str]
+    ) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.forward = frozenset(forward)
+        self.provider_config = provider
+        self._base = base
+        self._config = config
+        self._options = list_options(provider)
+        self._plain = base if provider is config.provider else self._open(PLAIN)
+        space = self._plain.provider.space("document")
+        self.dimensions: int | None = space.dimensions
+        self._roots: dict[Variation, Cache] = {PLAIN: self._plain}
+        """The cache of each variation, which owns the variation's provider."""
+        self._caches: dict[tuple[Variation, str], Cache] = {}
+        self._active: Counter[Variation] = Counter()
+        """Number of requests that use each variation now."""
+        self._useful: set[Variation] = {PLAIN}
+        """Variations that have given vectors."""
+
+    def get_cache(self, namespace: str, variation: Variation = PLAIN) -> Cache:
+        """Return the cache of a namespace. ``""`` is the namespace of the configuration.
+
+        Raises:
+            ApiError: the model does not have the variation, or has too many of them.
+        """
+        cache = self._caches.get((variation, namespace))
+        if cache is None:
+            root = self._roots.get(variation)
+            if root is None:
+                if len(self._roots) >= MAX_SPACES:
+                    message = (
+                        f"too many combinations of dimensions and other fields were used with this model; the most are "
+                        f"{MAX_SPACES}. Use one of the combinations that are in use"
+                    )
+                    raise ApiError(400, message, code="too_many_spaces")
+                root = self._roots[variation] = self._open(variation)
+            cache = root.for_namespace(namespace) if namespace else root
+            self._caches[variation, namespace] = cache
+        return cache
+
+    def find_variation(
+        self, dimensions: int | None, forwarded: Mapping[str, Any], *, are_tokens: bool = False
+    ) -> Variation:
+        """Return the variation that a request asks for.
+
+        Raises:
+            ApiError: the forwarded fields are too large, or make a vector depend on the other inputs.
+        """
+        if dimensions == self.dimensions:
+            dimensions = None
+        if dimensions is None and not forwarded and not are_tokens:
+            return PLAIN
+        canonical = orjson.dumps(forwarded, option=orjson.OPT_SORT_KEYS) if forwarded else b""
+        if len(canonical) > MAX_FORWARDED:
+            raise ApiError(400, f"the forwarded fields are larger than {MAX_FORWARDED:,} bytes", param="forward")
+        return Variation(dimensions, canonical, are_tokens)
+
+    @contextmanager
+    def use(self, variation: Variation) -> Iterator[None]:
+        """Use a variation in the ``with`` block, which raises an error if the variation has given no vectors.
+
+        A variation that has never given a vector does not count after the block. Otherwise requests with invalid
+        dimensions would use up the number of variations.
+        """
+        self._active[variation] += 1
+        try:
+            yield
+            self._useful.add(variation)
+        finally:
+            self._active[variation] -= 1
+            if not self._active[variation]:
+                del self._active[variation]
+                if variation not in self._useful:
+                    self._drop(variation)
+
+    def _drop(self, variation: Variation) -> None:
+        root = self._roots.pop(variation, None)
+        for key in [key for key in self._caches if key[0] == variation]:
+            del self._caches[key]
+        if root is not None:
+            root.close()
+
+    def _open(self, variation: Variation) -> Cache:
+        config = self.provider_config
+        changes: dict[str, Any] = {}
+        if variation.dimensions is not None:
+            if "dimensions" not in self._options:
+                known = f"; its vectors have {self.dimensions}" if self.dimensions else ""
+                message = f"this model cannot make vectors of other dimensions{known}; leave dimensions out"
+                raise ApiError(400, message, param="dimensions")
+            changes["dimensions"] = variation.dimensions
+        if variation.forwarded:
+            forwarded = orjson.loads(variation.forwarded)
+            changes["extra_body"] = {**(config.options.get("extra_body") or {}), **forwarded}
+            try:
+                refuse_batch_settings(forwarded, "the request")
+            except (ValueError, SpaceError) as error:
+                raise ApiError(400, str(error)) from None
+        if variation.are_tokens:
+            if "token_inputs" not in self._options:
+                message = (
+                    "this model accepts texts only, not token numbers; send texts (in LangChain: "
+                    "check_embedding_ctx_length=False)"
+                )
+                raise ApiError(400, message, param="input")
+            changes["token_inputs"] = True
+        try:
+            provider: Any = make_provider(self._config, config, **changes)
+        except EmbedonceError as error:
+            if variation == PLAIN:
+                raise
+            raise ApiError(400, "the model does not accept these fields") from error
+        return self._base.for_provider(provider, price=config.price, coalesce=config.coalesce)
+
+    def close(self) -> None:
+        """Close the caches and providers of the model, but no tiers."""
+        for cache in self._roots.values():
+            if cache is not self._base:
+                cache.close()
+
+
+class Models:
+    """The models of one generation of settings, by name."""
+
+    def __init__(self, base: Cache, config: Config, earlier: Models | None = None) -> None:
+        self._models: dict[str, Model] = {}
+        self._served: dict[str, ServedModel] = {}
+        kept = {} if earlier is None else earlier._models
+        try:
+            for served in config.serve.models:
+                before = None if earlier is None else earlier._served.get(served.name)
+                self._served[served.name] = served
+                self._models[served.name] = (
+                    kept[served.name]
+                    if before == served
+                    else Model(base, config, served.name, served.provider, served.forward)
+                )
+            if not config.serve.models and config.provider is not None:
+                name = base.provider.space("document").model or config.provider.type
+                self._models[name] = kept.get(name) or Model(base, config, name, config.provider, ())
+        except BaseException:
+            self.close(keep=earlier)
+            raise
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def __iter__(self) -> Any:
+        return iter(self._models.values())
+
+    def find(self, name: str) -> Model | None:
+        return self._models.get(name)
+
+    def close(self, keep: Models | None = None) -> None:
+        """Close the models, except those that other settings use too."""
+        used = set() if keep is None else set(map(id, keep._models.values()))
+        for model in self._models.values():
+            if id(model) not in used:
+                model.close()

@@ -1,0 +1,142 @@
+"""The body of ``POST /v1/embeddings``, checked before anything is looked up or sent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from .api_errors import ApiError
+from .encoding import Encoding
+from .task_names import TASK_FIELDS, read_task
+
+MAX_INPUTS = 2048
+"""Number of inputs of one request, as for OpenAI's endpoint."""
+MAX_TOKEN_ID = 2**31 - 1
+MAX_DIMENSIONS = 65_536
+
+OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user", *TASK_FIELDS})
+"""Fields that the server knows. All others are refused, or forwarded to the model."""
+
+
+_ENCODINGS: Final[Mapping[str | None, Encoding]] = {None: "float", "float": "float", "base64": "base64"}
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A valid request for vectors."""
+
+    model: str
+    texts: list[str]
+    """The texts. For inputs of token numbers: each input as JSON, such as ``[1,2,3]``."""
+    are_tokens: bool
+    """Whether the inputs are token numbers."""
+    task: str
+    encoding: Encoding
+    dimensions: int | None
+    forwarded: Mapping[str, Any]
+    """Other fields, which are sent to the model and are part of the vector space."""
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body.
+
+    Raises:
+        ApiError: the body is not a JSON object.
+    """
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # The parser's message may show a part of the body.
+        where = f" (line {error.lineno}, column {error.colno})"
+        raise ApiError(400, f"the body is not valid JSON in UTF-8{where}", code="invalid_json") from None
+    if type(data) is not dict:
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return data
+
+
+def read_request(data: Mapping[str, Any], forward: Collection[str]) -> EmbeddingRequest:
+    """Check the fields of a request. ``forward`` has the names of the fields that are sent to the model.
+
+    Raises:
+        ApiError: a field is invalid, missing or unknown.
+    """
+    if "input" not in data:
+        raise ApiError(400, 'the field "input" is missing', param="input")
+    encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
+    if encoding is None:
+        raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
+    dimensions = data.get("dimensions")
+    if dimensions is not None and (type(dimensions) is not int or not 0 < dimensions <= MAX_DIMENSIONS):
+        message = f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}"
+        raise ApiError(400, message, param="dimensions")
+    user = data.get("user")
+    if user is not None and type(user) is not str:
+        raise ApiError(400, "user must be a string", param="user")
+    forwarded = {}
+    if len(data) > 2:
+        for name, value in data.items():
+            if name not in OWN_FIELDS and value is not None:
+                if name not in forward:
+                    raise _refuse_field(name, forward)
+                forwarded[name] = value
+    texts, are_tokens = read_inputs(data["input"])
+    return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
+
+
+def _refuse_field(name: str, forward: Collection[str]) -> ApiError:
+    shown = f'"{name[:64]}"' if name.isprintable() else "a field"
+    known = f" The model accepts {', '.join(sorted(forward))}." if forward else ""
+    message = (
+        f"the field {shown} is not supported, because it may change the vectors; remove it, or list it in the "
+        f"model's forward.{known}"
+    )
+    return ApiError(400, message, param=name[:64], code="unsupported_field")
+
+
+def read_inputs(value: Any) -> tuple[list[str], bool]:
+    """Return the texts of ``input``, and whether they are token numbers.
+
+    ``input`` is a text, a list of texts, a list of token numbers, or a list of lists of token numbers.
+
+    Raises:
+        ApiError: it is something else, it is empty, or it is too large.
+    """
+    if type(value) is str:
+        if not value:
+            raise ApiError(400, "the input is empty; an empty text has no embedding", param="input")
+        return [value], False
+    if type(value) is not list:
+        message = "input must be a text, a list of texts, a list of token numbers, or a list of such lists"
+        raise ApiError(400, message, param="input")
+    if not value:
+        raise ApiError(400, "the input is an empty list; send at least one text", param="input")
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return [format_tokens(value, "the input")], True
+    if len(value) > MAX_INPUTS:
+        raise ApiError(400, f"the request has {len(value):,} inputs; the most are {MAX_INPUTS:,}", param="input")
+    if kinds == {str}:
+        if not all(value):
+            empty = value.index("")
+            raise ApiError(400, f"input {empty} is empty; an empty text has no embedding", param="input")
+        return value, False
+    if kinds == {list}:
+        return [format_tokens(tokens, f"input {i}") for i, tokens in enumerate(value)], True
+    message = "input must be a text, a list of texts, a list of token numbers, or a list of such lists"
+    raise ApiError(400, message, param="input")
+
+
+def format_tokens(tokens: list[Any], where: str) -> str:
+    """Return token numbers as canonical JSON, which stands for the text.
+
+    Raises:
+        ApiError: the list is empty, or an item is not a token number.
+    """
+    if not tokens:
+        raise ApiError(400, f"{where} is an empty list of token numbers", param="input")
+    if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
+        raise ApiError(400, f"{where} must have only token numbers from 0 to {MAX_TOKEN_ID:,}", param="input")
+    return orjson.dumps(tokens).decode()

@@ -1,0 +1,112 @@
+"""What one worker process serves: a chain of tiers, and one generation of settings at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Literal, TypeAlias
+
+from embedonce import Cache, ConfigError
+from embedonce.config import Config, compose
+
+from .budgets import Budgets
+from .encoding import EncodedVectors
+from .guards import HostGuard
+from .metrics import Metrics
+from .models import Models
+from .rates import Rates
+from .run_folder import RunFolder
+from .tenants import Keyring
+
+log = logging.getLogger("embedonce.serve")
+
+State: TypeAlias = Literal["starting", "ready", "draining"]
+
+CLOSE_POLL_SECONDS = 0.05
+
+
+class Generation:
+    """The settings of ``[serve]`` at one time. A reload replaces them as a whole.
+
+    A request keeps the generation with which it began, so a reload does not disturb it.
+    """
+
+    def __init__(self, config: Config, base: Cache, earlier: Generation | None = None) -> None:
+        self.config = config
+        self.settings = config.serve
+        self.keyring = Keyring(config.serve.tenants, config.serve.admin_key)
+        self.hosts = HostGuard(config.serve.allowed_hosts)
+        self.models = Models(base, config, None if earlier is None else earlier.models)
+        self.active = 0
+        """Number of requests that use this generation."""
+        _check_tenants_models(config, self.models)
+
+
+def _check_tenants_models(config: Config, models: Models) -> None:
+    """Check that the models of each tenant are served.
+
+    Raises:
+        ConfigError: a model is not served.
+    """
+    for tenant in config.serve.tenants:
+        for name in tenant.models or ():
+            if models.find(name) is None:
+                served = ", ".join(f'"{known}"' for known in models.names)
+                raise ConfigError(f'tenant "{tenant.name}": models names "{name}", but the models are {served}')
+
+
+class Service:
+    """The caches, models, tenants and counters of one worker.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+
+    def __init__(self, config: Config, *, run: RunFolder, worker: int = 1) -> None:
+        self.run = run
+        self.worker = worker
+        self.state: State = "starting"
+        self.started = time.time()
+        self.base = compose(config)
+        try:
+            self.generation = Generation(config, self.base)
+            self.rates = Rates(run.rates)
+            self.budgets = Budgets(run.budgets, worker)
+            self.metrics = Metrics(self)
+        except BaseException:
+            self.base.close()
+            raise
+        self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
+        self.body_bytes = 0
+        """Bytes of the bodies that are in memory."""
+        self._retired: set[asyncio.Task[None]] = set()
+
+    def reload(self, config: Config) -> None:
+        """Use the ``[serve]`` of another configuration from now on. Everything else needs a restart.
+
+        Raises:
+            ConfigError: the settings cannot be used. Nothing has changed.
+        """
+        earlier = self.generation
+        self.generation = Generation(config, self.base, earlier)
+        task = asyncio.get_running_loop().create_task(self._retire(earlier))
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
+    async def _retire(self, earlier: Generation) -> None:
+        """Close the models that are not served any more, once no request uses them."""
+        while earlier.active:
+            await asyncio.sleep(CLOSE_POLL_SECONDS)
+        # A later reload may have taken models over from this generation, or may serve them again.
+        await asyncio.to_thread(earlier.models.close, self.generation.models)
+
+    async def close(self, timeout: float) -> None:
+        """Write what is queued, for up to ``timeout`` seconds, and close the caches."""
+        for task in list(self._retired):
+            task.cancel()
+        if not await self.base.aflush(max(timeout, 0.0)):
+            log.warning("some vectors were not written before the end, so they will be computed again")
+        await self.base.aclose()
+        self.budgets.close()
+        self.rates.close()
