@@ -253,6 +253,20 @@ def test_calls_of_different_tasks_and_providers_are_not_joined(asynchronous: boo
     assert sorted((task, *sorted(sent)) for task, sent in second.calls) == [("document", "e", "f"), ("query", "g", "h")]
 
 
+@faces
+def test_calls_of_different_namespaces_are_not_joined(asynchronous: bool) -> None:
+    provider = CountingProvider(max_batch=2)
+    with open_cache(provider) as cache:
+        caches = [cache, cache.for_namespace("one"), cache.for_namespace("two")]
+        calls: Any = [
+            lambda of=of, text=text: of.aembed(text) if asynchronous else of.embed(text)
+            for text in "ab"
+            for of in caches
+        ]
+        run_calls(calls, asynchronous=asynchronous)
+    assert [sorted(texts) for _, texts in provider.calls] == [["a", "b"]] * 3
+
+
 def test_calls_of_two_event_loops_and_of_threads_are_not_joined() -> None:
     provider = CountingProvider(max_batch=2)
     with open_cache(provider) as cache, ThreadPoolExecutor(3) as pool:
@@ -617,6 +631,18 @@ def test_joined_calls_take_leases_and_store_their_own_entries(asynchronous: bool
 
 
 @faces
+def test_calls_that_compute_known_texts_again_are_joined(asynchronous: bool) -> None:
+    provider = CountingProvider(max_batch=2)
+    with open_cache(provider) as cache:
+        cache.embed_batch(["a", "b"])
+        fetch: Any = cache.afetch if asynchronous else cache.fetch
+        calls: Any = [lambda text=text: fetch([text], fresh=True) for text in "ab"]
+        for found in run_calls(calls, asynchronous=asynchronous):
+            assert (found.sources, found.changed, found.computed.texts) == (["provider"], frozenset(), 1)
+    assert [len(texts) for _, texts in provider.calls] == [2, 2]
+
+
+@faces
 def test_a_call_that_stores_nothing_can_join_one_that_does(asynchronous: bool) -> None:
     provider = CountingProvider(max_batch=2)
     with open_cache(provider) as cache:
@@ -644,6 +670,7 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
     batches: list[list[str]], max_batch: int
 ) -> None:
     endpoint, store, events = Endpoint(), DictBackend(holds="entries", scope="process"), list[Event]()
+    paid = 0
     with endpoint.open_cache(asynchronous=True, tiers=[store], max_batch=max_batch, wait=0.001) as cache:
         cache.subscribe(events.append)
         calls: Any = [lambda texts=texts: cache.afetch(texts) for texts in batches]
@@ -653,6 +680,7 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
                     assert isinstance(found.failed[i], StatusError)
                 else:
                     assert (found.rows[i] == endpoint.vector_of(text)).all()
+            paid += found.computed.tokens
         counted = cache.stats().providers["endpoint"]
         computed = [event for event in events if isinstance(event, Computed)]
     assert all(len(request) <= max_batch for request in endpoint.requests)
@@ -660,7 +688,7 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
     assert sum(event.tokens or 0 for event in computed) == counted.tokens == endpoint.charged
     assert sum(event.texts for event in computed) == counted.texts == len(store)
     assert sum(event.seconds for event in computed) == pytest.approx(counted.seconds)
-    assert sum(list_tokens(store)) == endpoint.charged
+    assert sum(list_tokens(store)) == paid == endpoint.charged
 
 
 # --- options ----------------------------------------------------------------------------------
