@@ -50,6 +50,7 @@ class Model:
         self, base: Cache, config: Config, name: str, provider: ProviderConfig, forward: Iterable[str]
     ) -> None:
         self.name = name
+        self.json_name = orjson.dumps(name)
         self.created = int(time.time())
         self.forward = frozenset(forward)
         self.provider_config = provider
