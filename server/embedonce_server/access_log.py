@@ -1,4 +1,4 @@
-"""One line per request in the log, without texts and keys. It is off unless ``embedonce serve`` has ``--access-log``."""
+"""One line per request in the log, without texts and keys, if ``embedonce serve`` has ``--access-log``."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Generation:
         self.settings = config.serve
         self.keyring = Keyring(config.serve.tenants, config.serve.admin_key)
         self.hosts = HostGuard(config.serve.allowed_hosts)
-        self.models = Models(base, config, None if earlier is None else earlier.models)
+        self.models: Models = Models(base, config, None if earlier is None else earlier.models)
         self.active = 0
         """Number of requests that use this generation."""
         _check_tenants_models(config, self.models)
