@@ -19,7 +19,6 @@ from embedonce import (
     TextRefused,
     TierError,
 )
-from embedonce.errors import ProviderTimeout
 from embedonce.provider_errors import read_status, read_wait
 
 INVALID = "invalid_request_error"
@@ -105,7 +104,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
             code=_read_code(error),
             retry_after=read_wait(error) if status in (429, 503) else None,
         )
-    if isinstance(error, ProviderTimeout):
+    if isinstance(error, TimeoutError) or any("Timeout" in kind.__name__ for kind in type(error).__mro__):
         return ApiError(504, f"the model did not answer in time for {where}.{kept}", kind=UPSTREAM, code="timeout")
     if isinstance(error, DriftError):
         return ApiError(502, f"{error}", kind=UPSTREAM, code="drift")

@@ -27,6 +27,10 @@ MAX_FORWARDED: Final = 4096
 """Maximum size of all forwarded fields of a request as JSON, in bytes."""
 
 
+MAX_DEPTH: Final = 16
+"""Maximum depth of objects and lists in a forwarded field."""
+
+
 class Variation(NamedTuple):
     """What makes the vector space of a request different from that of its model."""
 
@@ -96,9 +100,15 @@ class Model:
             dimensions = None
         if dimensions is None and not forwarded and not are_tokens:
             return PLAIN
-        canonical = orjson.dumps(forwarded, option=orjson.OPT_SORT_KEYS) if forwarded else b""
-        if len(canonical) > MAX_FORWARDED:
-            raise ApiError(400, f"the forwarded fields are larger than {MAX_FORWARDED:,} bytes", param="forward")
+        try:
+            canonical = orjson.dumps(forwarded, option=orjson.OPT_SORT_KEYS) if forwarded else b""
+        except TypeError:  # orjson raises it for values that are nested too deep
+            canonical = None
+        if canonical is None or len(canonical) > MAX_FORWARDED or _is_deep(forwarded):
+            message = (
+                f"the forwarded fields are larger than {MAX_FORWARDED:,} bytes, or nested more than {MAX_DEPTH} deep"
+            )
+            raise ApiError(400, message)
         return Variation(dimensions, canonical, are_tokens)
 
     @contextmanager
@@ -163,6 +173,15 @@ class Model:
         for cache in self._roots.values():
             if cache is not self._base:
                 cache.close()
+
+
+def _is_deep(value: Any, depth: int = 0) -> bool:
+    """Return whether objects and lists are nested too deep."""
+    if not isinstance(value, dict | list):
+        return False
+    if depth > MAX_DEPTH:
+        return True
+    return any(_is_deep(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 class Models:
