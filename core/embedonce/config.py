@@ -34,6 +34,7 @@ __all__ = [
     "compose",
     "list_options",
     "load",
+    "load_text",
     "make_provider",
     "open",
     "read_allow_list",
@@ -82,6 +83,24 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
     from ._config.loader import load_document
 
     return load_document(find_document(source), own_provider=own_provider)
+
+
+def load_text(text: str, file: str | os.PathLike[str], *, is_found: bool = False) -> Config:
+    """Read and check the text of a TOML file that was read before, for example by another process.
+
+    Messages name ``file``, and relative paths start from its folder. The file itself is not read. ``is_found`` says
+    that :func:`load` has found the file, and that nobody named it (``Config.document.is_found``).
+
+    Raises:
+        ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
+    """
+    from pathlib import Path
+
+    from ._config.documents import parse_document
+    from ._config.loader import load_document
+
+    path = Path(os.fsdecode(file))
+    return load_document(parse_document(path, text.encode(), is_found=is_found), own_provider=False)
 
 
 def read_allow_list(source: Source = None) -> Sequence[str] | None:
@@ -203,6 +222,8 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
             fallback_fetch_only=config.fallback_fetch_only,
             price=config.provider.price if config.provider is not None and own is None else None,
             fallback_price=None if config.fallback is None else config.fallback.price,
+            coalesce=config.provider.coalesce if config.provider is not None and own is None else None,
+            fallback_coalesce=None if config.fallback is None else config.fallback.coalesce,
             drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,

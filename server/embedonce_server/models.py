@@ -197,7 +197,7 @@ class Model:
             if variation == PLAIN:
                 raise
             raise ApiError(400, "the model does not accept these fields") from error
-        return self._base.for_provider(provider, price=config.price)
+        return self._base.for_provider(provider, price=config.price, coalesce=config.coalesce)
 
     def close(self) -> None:
         """Close the caches and providers of the model, but no tiers."""

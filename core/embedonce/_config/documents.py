@@ -109,7 +109,7 @@ def _find_default() -> Document:
         return found
     nearest = find_file()
     if nearest is not None:
-        return _parse_document(nearest.path, nearest.content, is_found=True)
+        return parse_document(nearest.path, nearest.content, is_found=True)
     return _make_default()
 
 
@@ -153,10 +153,15 @@ def read_document(file: Path, origin: str = "") -> Document:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(f"cannot be read{origin}: {reason}", name)]) from error
-    return _parse_document(file, content)
+    return parse_document(file, content)
 
 
-def _parse_document(file: Path, content: bytes, *, is_found: bool = False) -> Document:
+def parse_document(file: Path, content: bytes, *, is_found: bool = False) -> Document:
+    """Return the configuration that ``content``, the content of a TOML file, describes.
+
+    Raises:
+        ConfigError: the content is not valid TOML, or the file is a pyproject.toml without ``[tool.embedonce]``.
+    """
     name = relative_name(file)
     try:
         text = content.decode("utf-8-sig")

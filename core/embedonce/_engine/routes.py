@@ -43,10 +43,14 @@ MEMO_MAX_TEXT = 16_000
 class LiveProvider:
     """A provider of a running cache, with its name, its threads, its counters, and the rate and size of its calls."""
 
-    def __init__(self, provider: AnyProvider, *, fallback: bool, price: Price | None = None) -> None:
+    def __init__(
+        self, provider: AnyProvider, *, fallback: bool, price: Price | None = None, coalesce: float | None = None
+    ) -> None:
         self.provider = provider
         self.fallback = fallback
         self.price = price
+        self.coalesce = coalesce
+        """Seconds for which a chunk of misses waits for chunks of other calls; None if it does not wait."""
         space = describe_space(provider, "document")
         self.name = f"fallback:{space.provider}" if fallback else space.provider
         _check_limits(provider.limits, self.name)

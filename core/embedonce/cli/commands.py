@@ -21,6 +21,7 @@ from . import migrate as _migrate
 from . import new as _new
 from . import purge as _purge
 from . import savings as _savings
+from . import serve as _serve
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -140,6 +141,7 @@ app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
 app.command(cls=Command, epilog=_savings.EPILOG)(_savings.savings)
+app.command(cls=Command, epilog=_serve.EPILOG)(_serve.serve)
 app.command(cls=Command, epilog=_forget.EPILOG)(_forget.forget)
 app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
 app.command(cls=Command, epilog=_compact.EPILOG)(_compact.compact)

@@ -1,0 +1,112 @@
+"""``embedonce serve``: one cache behind OpenAI's embeddings endpoint, for every program and every language."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .opened import describe_source
+from .options import ConfigOption
+from .output import OK, TERMINATED, Failed, Refused, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from embedonce.config import Config
+
+EPILOG = """
+Examples:
+
+embedonce serve
+
+embedonce serve --port 9000 --workers 4
+
+embedonce serve --config embedonce.toml --host 0.0.0.0 --access-log
+
+The server listens on this machine only, unless the configuration has tenants with keys. SIGHUP reads the table serve
+again, with its models and tenants. SIGTERM and Ctrl-C end the server after the requests under way, within
+drain_timeout; a second signal ends it at once.
+
+Exit codes: 0 ended by SIGTERM, 1 the address or the port cannot be used, 2 invalid usage or configuration, 130 ended by
+Ctrl-C.
+"""
+
+
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host", metavar="HOST", help="Address or host name to listen on. Default: host in the table serve."
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Port to listen on; 0: any free port. Default: port in the table serve.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="N", min=1, max=256, help="Number of processes that answer requests.")
+    ] = 1,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log one line per request, without its texts and its key.")
+    ] = False,
+) -> None:
+    """Serve the cache to programs in every language, through OpenAI's API for embeddings."""
+    from embedonce.config import load
+    from embedonce_server.listening import CannotListen
+    from embedonce_server.run_folder import NoStateFolder
+    from embedonce_server.serving import Started, Terminated, find_missing_library, serve
+
+    if missing := find_missing_library():
+        raise Refused(f"embedonce serve requires {missing}: pip install 'embedonce[serve]'")
+    described: list[Config] = []
+
+    def load_and_describe() -> Config:
+        loaded = load(config)
+        if not described:
+            describe_source(loaded)
+            described.append(loaded)
+        return loaded
+
+    def announce(started: Started) -> None:
+        for line in describe_server(started.config, started.urls, started.models, started.workers):
+            say(line)
+
+    try:
+        code = serve(
+            load_and_describe, host=host, port=port, workers=workers, has_access_log=access_log, announce=announce
+        )
+    except (CannotListen, NoStateFolder) as error:
+        raise Failed(str(error)) from None
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
+    if code != OK:
+        raise typer.Exit(code)
+
+
+def describe_server(config: Config, urls: Sequence[str], models: Sequence[str], workers: int) -> list[str]:
+    """Return the lines that a server shows when it is ready."""
+    serve = config.serve
+    count = len(serve.tenants)
+    tenants = f"{count} tenant{'s' if count > 1 else ''}; each request needs a key" if count else "none; no key needed"
+    processes = "1 worker" if workers == 1 else f"{workers} workers"
+    return [
+        f"listening on {' and '.join(urls)} ({processes})",
+        f"  models:   {', '.join(models)}",
+        f"  tiers:    {', '.join(tier.name for tier in config.tiers) or 'none'}",
+        f"  tenants:  {tenants}",
+        f"  base_url: {choose_base_url(urls)}",
+    ]
+
+
+def choose_base_url(urls: Sequence[str]) -> str:
+    """Return the URL that programs on this machine use. An address that stands for all addresses cannot be used."""
+    url = urls[0].replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    return f"{url}/v1"

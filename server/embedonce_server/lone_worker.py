@@ -1,0 +1,66 @@
+"""A worker without a supervisor, in the process of the command."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+from embedonce.config import Config
+from embedonce.errors import EmbedonceError
+
+from .launch import Launch
+from .reloading import Reloads
+from .terminal import Terminal
+from .worker import Worker
+
+
+class LoneWorker(Worker):
+    """The only worker of a server. It handles the signals that a supervisor handles otherwise."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        config: Config,
+        sockets: Sequence[socket.socket],
+        reloads: Reloads,
+        announce: Callable[[Sequence[str]], None],
+    ) -> None:
+        super().__init__(launch, config, sockets)
+        self._reloads = reloads
+        self._announce = announce
+        self._terminal = Terminal()
+        self._hung_up = asyncio.Event()
+
+    async def prepare(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
+
+    async def watch(self) -> None:
+        """Reload on SIGHUP."""
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            if self._terminal.is_closed:
+                self.drain(signal.SIGHUP)
+                return
+            config = await self._reloads.load()
+            if config is None:
+                continue
+            try:
+                self.reload(config)
+            except EmbedonceError as error:
+                self._reloads.report_refusal(error)
+            else:
+                self._reloads.report_success(config)
+
+    def on_ready(self) -> None:
+        self._announce(self.service.generation.models.names)
+
+    def end_now(self, code: int) -> None:
+        shutil.rmtree(self.launch.folder.path, ignore_errors=True)
+        super().end_now(code)

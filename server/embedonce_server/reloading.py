@@ -1,0 +1,77 @@
+"""Reading the configuration again on SIGHUP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from embedonce.config import Config
+from embedonce.errors import ConfigError, EmbedonceError
+
+log = logging.getLogger("embedonce.serve")
+
+_NAMES = {
+    "allow": "[plugins]",
+    "cache": "[cache]",
+    "drift": "[drift]",
+    "fallback": "[provider.fallback]",
+    "key": "[key]",
+    "provider": "[provider]",
+    "tiers": "[[tiers]]",
+}
+"""Fields of a configuration that a reload does not apply, and their tables."""
+_SERVE_NAMES = ("host", "port", "state_dir")
+
+
+def check_reach(config: Config, open_addresses: Sequence[str]) -> None:
+    """Check that a server which other machines can reach has tenants.
+
+    Raises:
+        ConfigError: it has none, so everybody could use it.
+    """
+    if open_addresses and not config.serve.tenants:
+        tenants = config.document.table("serve", "tenants", array=True)
+        raise ConfigError(
+            f"other machines can connect to {' and '.join(open_addresses)}, but the configuration has no {tenants}, so "
+            f"everybody could use the server; add a {tenants} with a key, or listen on 127.0.0.1 (--host, or host in "
+            f"{config.document.table('serve')})"
+        )
+
+
+class Reloads:
+    """Reads the configuration again, and logs what came of it."""
+
+    def __init__(self, load: Callable[[], Config], started: Config, open_addresses: Sequence[str]) -> None:
+        self._load = load
+        self._started = started
+        self._open_addresses = tuple(open_addresses)
+
+    async def load(self) -> Config | None:
+        """Return the configuration; None if it is invalid. Then the log says why."""
+        try:
+            config = await asyncio.to_thread(self._load)
+            check_reach(config, self._open_addresses)
+        except EmbedonceError as error:
+            self.report_refusal(error)
+            return None
+        return config
+
+    def report_refusal(self, error: EmbedonceError) -> None:
+        """Log why a configuration cannot be used."""
+        for problem in error.problems if isinstance(error, ConfigError) else [error]:
+            log.error("%s", problem)
+        log.error("nothing was reloaded; the server keeps its settings")
+
+    def report_success(self, config: Config) -> None:
+        """Log that ``[serve]`` is in use, and which other changes are not."""
+        log.info("reloaded %s of %s", config.document.table("serve"), config.source)
+        changed = self.list_ignored_changes(config)
+        if changed:
+            log.warning("%s changed; restart the server to apply that", " and ".join(changed))
+
+    def list_ignored_changes(self, config: Config) -> list[str]:
+        """Return the names of settings that have changed since the start, and that only a restart applies."""
+        names = [name for field, name in _NAMES.items() if getattr(self._started, field) != getattr(config, field)]
+        before, now = self._started.serve, config.serve
+        return names + [f"{name} in [serve]" for name in _SERVE_NAMES if getattr(before, name) != getattr(now, name)]

@@ -1,0 +1,126 @@
+"""What ``embedonce serve`` runs: one worker in this process, or a supervisor with several worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from embedonce.config import Config
+
+from .launch import Launch, Source
+from .listening import bind_addresses, format_url, list_open_addresses, resolve_host
+from .logs import set_up_logging
+from .reloading import Reloads, check_reach
+from .run_folder import open_run_folder
+
+LIBRARIES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn", "uvloop")
+"""What the extra ``serve`` installs."""
+
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A server that answers requests, for the message at startup."""
+
+    config: Config
+    urls: Sequence[str]
+    models: Sequence[str]
+    workers: int
+
+
+def find_missing_library() -> str | None:
+    """Return the name of a library that is not installed; None if all are."""
+    return next((name for name in LIBRARIES if find_spec(name) is None), None)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived before the server was ready."""
+
+
+def serve(
+    load: Callable[[], Config],
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    workers: int = 1,
+    has_access_log: bool = False,
+    announce: Callable[[Started], None],
+) -> int:
+    """Serve until a signal ends that, and return the exit code.
+
+    ``load`` reads the configuration, at startup and for each reload. ``host`` and ``port`` replace those of
+    ``[serve]``. ``announce`` is called once, when requests are answered.
+
+    Raises:
+        CannotListen: the address or the port cannot be used.
+        ConfigError: the configuration cannot be used.
+        NoStateFolder: the budgets of tenants cannot be kept.
+    """
+    template = Launch(source=Source(data={}), host=host, port=port, run="", state="")
+
+    def load_with_options() -> Config:
+        return template.apply_options(load())
+
+    config = load_with_options()
+    addresses = resolve_host(config.serve.host)
+    open_addresses = list_open_addresses(addresses)
+    check_reach(config, open_addresses)
+    set_up_logging()
+    with ExitStack() as stack:
+        sockets = bind_addresses(addresses, config.serve.port)
+        for listener in sockets:
+            stack.callback(listener.close)
+        previous = signal.signal(signal.SIGTERM, _terminate)
+        stack.callback(signal.signal, signal.SIGTERM, previous)
+        stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        folder, lock = stack.enter_context(open_run_folder(config))
+        launch = Launch(
+            source=Source.of(config),
+            workers=workers,
+            host=host,
+            port=port,
+            run=str(folder.path),
+            state=str(folder.state),
+            has_access_log=has_access_log,
+            listeners=[listener.fileno() for listener in sockets],
+            locks=[] if lock is None else [lock],
+            supervisor=os.getpid(),
+        )
+        urls = [format_url(listener) for listener in sockets]
+        reloads = Reloads(load_with_options, config, open_addresses)
+
+        def announce_models(models: Sequence[str]) -> None:
+            announce(Started(config=config, urls=urls, models=models, workers=workers))
+
+        if workers == 1:
+            # prometheus_client reads the variable when it is imported, so the worker is imported after this line.
+            os.environ[METRICS_VARIABLE] = str(folder.metrics)
+            from .lone_worker import LoneWorker
+
+            worker: Any = LoneWorker(launch, config, sockets, reloads, announce_models)
+            number = worker.run()
+        else:
+            from prometheus_client.multiprocess import mark_process_dead
+
+            from .supervisor import Supervisor, WorkerExit
+
+            def clean_up(end: WorkerExit) -> None:
+                # Gauges of a process are shown as long as it lives. Its counters stay.
+                mark_process_dead(end.pid, path=str(folder.metrics))  # type: ignore[no-untyped-call]
+
+            variables = {METRICS_VARIABLE: str(folder.metrics)}
+            supervisor = Supervisor(
+                launch, config, sockets, reloads, announce_models, variables=variables, on_exit=clean_up
+            )
+            number = supervisor.run()
+    return 0 if number in (0, signal.SIGTERM, signal.SIGHUP) else 128 + number
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
