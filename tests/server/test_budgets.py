@@ -199,7 +199,7 @@ async def test_a_provider_that_reports_no_tokens_is_charged_what_is_estimated(wo
 
 async def test_estimates_follow_the_tokens_that_earlier_texts_have_cost(worker: Budgets) -> None:
     provider = PaidProvider(lambda text: len(text) // 10)
-    tenant = make_tenant(10_000)
+    tenant = make_tenant(1_000_000)
     async with open_cache(provider) as cache:
         await fetch_within_budget(worker, tenant, cache, ["x" * 50_000], "document")
         provider.gate.clear()
@@ -239,7 +239,7 @@ async def test_a_failed_call_costs_its_estimate_only_if_the_provider_may_have_ch
 
 async def test_a_tier_that_raises_costs_the_estimate(worker: Budgets) -> None:
     tenant = make_tenant(1000)
-    backend = FaultyBackend(DictBackend(), [Fault("error", on="set")])
+    backend = FaultyBackend(DictBackend(), [Fault("raise", on="set")])
     async with Cache(PaidProvider(), [Tier(backend, name="memory", on_error="raise")]) as cache:
         with pytest.raises(TierError):
             await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
