@@ -23,7 +23,7 @@ from .admin_counts import add_counts, describe_stats
 from .api_errors import ApiError
 from .budgets import BudgetsUnavailable
 from .models import PLAIN, Model, Variation
-from .request_body import MAX_DIMENSIONS, read_inputs
+from .request_body import read_dimensions, read_inputs
 from .siblings import PREFIX, SiblingAnswer
 from .task_names import read_task
 
@@ -182,9 +182,7 @@ async def explain(call: Call) -> dict[str, Any]:
         raise ApiError(400, f"model is missing; the models are: {known}", param="model")
     tenant = _find_tenant(generation, fields)
     task = read_task({"task": fields.get("task")})
-    dimensions = fields.get("dimensions")
-    if dimensions is not None and (type(dimensions) is not int or not 0 < dimensions <= MAX_DIMENSIONS):
-        raise ApiError(400, f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}", param="dimensions")
+    dimensions = read_dimensions(fields)
     model = models[0]
     variation = model.find_variation(dimensions, {})
     with model.look_at(variation):
@@ -267,6 +265,8 @@ async def _forget(erasure: _Erasure) -> dict[str, str]:
 def _open_caches(erasure: _Erasure) -> Iterator[Cache]:
     """Yield the cache of each namespace in each vector space of the models."""
     for model in erasure.models:
+        if erasure.are_tokens and not model.accepts_tokens:
+            continue
         plain = Variation(are_tokens=True) if erasure.are_tokens else PLAIN
         for variation in dict.fromkeys([plain, *model.list_variations(are_tokens=erasure.are_tokens)]):
             with ExitStack() as stack:

@@ -309,9 +309,9 @@ class Metrics:
         file.write_value(key, float(value), 0.0)
 
     def read_gauges(self) -> dict[str, float]:
-        """Return what this worker is doing now. A worker that does not answer has no gauges."""
+        """Return what this worker is doing now, without the request that asks for it."""
         service = self._service
-        return {"requests_in_progress": service.count_active(), "body_bytes": service.body_bytes}
+        return {"requests_in_progress": max(service.count_active() - 1, 0), "body_bytes": service.body_bytes}
 
     async def show(self) -> bytes:
         """Return the metrics of all workers in the text format of Prometheus."""

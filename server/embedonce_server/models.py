@@ -131,6 +131,11 @@ class Model:
         """The cache of each variation in the namespace of the configuration."""
         return list(self._roots.values())
 
+    @property
+    def accepts_tokens(self) -> bool:
+        """Whether inputs may be token numbers."""
+        return "token_inputs" in self._options
+
     def list_variations(self, *, are_tokens: bool = False) -> list[Variation]:
         """Return the variations that this worker knows and that have this kind of input."""
         return [variation for variation in self._roots if variation.are_tokens == are_tokens]

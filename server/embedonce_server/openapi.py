@@ -443,9 +443,9 @@ def make_document() -> dict[str, Any]:
                         {
                             "name": "Cache-Control",
                             "in": "header",
-                            "schema": {"type": "string", "enum": ["no-store", "no-cache", "only-if-cached"]},
+                            "schema": {"type": "string", "examples": ["no-store", "no-cache", "only-if-cached"]},
                             "description": "no-store: store nothing. no-cache: compute anew. only-if-cached: compute "
-                            "nothing; 404 with the positions of the inputs that are missing.",
+                            "nothing; 404 with the positions of the missing inputs. Other directives are ignored.",
                         }
                     ],
                     "requestBody": _body("EmbeddingRequest"),
