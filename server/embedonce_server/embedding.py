@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import orjson
-
 from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
@@ -104,7 +102,7 @@ async def _embed(
     else:
         tiers = {str(source): number for source, number in Counter(sources).items() if source != "provider"}
     hits = sum(tiers.values())
-    answer = await _encode(service, request, fetched)
+    answer = await _encode(service, request, model, fetched)
     state = b"hit" if hits == count else b"partial" if hits else b"miss"
     headers = [
         (b"content-type", b"application/json"),
@@ -148,21 +146,25 @@ def _check_result(fetched: Fetched) -> None:
         raise explain_failures(fetched.failed, len(fetched.rows))
 
 
-async def _encode(service: Service, request: EmbeddingRequest, fetched: Fetched) -> bytes:
+async def _encode(service: Service, request: EmbeddingRequest, model: Model, fetched: Fetched) -> bytes:
     """Return the body of the answer."""
     encode = service.encoded[request.encoding].encode
     rows: Sequence[Any] = fetched.rows
-    parts: list[bytes] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        if start:
-            await asyncio.sleep(0)
-        for i, row in enumerate(rows[start : start + ROWS_AT_ONCE], start):
-            parts += (_BEFORE_ROW[i], encode(row), b"},")
-    parts[-1] = b"}"
     tokens = fetched.computed.tokens
+    if len(rows) == 1:
+        items = b'{"object":"embedding","index":0,"embedding":%b}' % encode(rows[0])
+    else:
+        parts: list[bytes] = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            for i, row in enumerate(rows[start : start + ROWS_AT_ONCE], start):
+                parts += (_BEFORE_ROW[i], encode(row), b"},")
+        parts[-1] = b"}"
+        items = b"".join(parts)
     return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        b"".join(parts),
-        orjson.dumps(request.model),
+        items,
+        model.json_name,
         tokens,
         tokens,
     )

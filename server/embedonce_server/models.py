@@ -58,6 +58,7 @@ class Model:
         totals: ProviderTotals,
     ) -> None:
         self.name = name
+        self.json_name = orjson.dumps(name)
         self.created = int(time.time())
         self.forward = frozenset(forward)
         self.provider_config = provider

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -21,12 +20,13 @@ OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user
 """Fields that the server knows. All others are refused, or forwarded to the model."""
 
 
+NOTHING: Final[Mapping[str, Any]] = {}
+
 _ENCODINGS: Final[Mapping[str | None, Encoding]] = {None: "float", "float": "float", "base64": "base64"}
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingRequest:
-    """A valid request for vectors."""
+class EmbeddingRequest(NamedTuple):
+    """A valid request for vectors. It is a tuple, because one is made for each request."""
 
     model: str
     texts: list[str]
@@ -65,6 +65,9 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
     """
     if "input" not in data:
         raise ApiError(400, 'the field "input" is missing', param="input")
+    texts, are_tokens = read_inputs(data["input"])
+    if len(data) == 2:
+        return EmbeddingRequest(data["model"], texts, are_tokens, "document", "float", None, NOTHING)
     encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
     if encoding is None:
         raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
@@ -72,14 +75,12 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
     user = data.get("user")
     if user is not None and type(user) is not str:
         raise ApiError(400, "user must be a string", param="user")
-    forwarded = {}
-    if len(data) > 2:
-        for name, value in data.items():
-            if name not in OWN_FIELDS and value is not None:
-                if name not in forward:
-                    raise _refuse_field(name, forward)
-                forwarded[name] = value
-    texts, are_tokens = read_inputs(data["input"])
+    forwarded = NOTHING
+    if not OWN_FIELDS.issuperset(data):
+        forwarded = {name: value for name, value in data.items() if name not in OWN_FIELDS and value is not None}
+        for name in forwarded:
+            if name not in forward:
+                raise _refuse_field(name, forward)
     return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
 
 

@@ -42,10 +42,14 @@ class Generation:
         self.models: Models = Models(base, config, totals, None if earlier is None else earlier.models)
         self.active = 0
         """Number of requests that use this generation."""
-        _check_tenants_models(config, self.models)
+        try:
+            _check_models_of_tenants(config, self.models)
+        except ConfigError:
+            self.models.close(keep=None if earlier is None else earlier.models)
+            raise
 
 
-def _check_tenants_models(config: Config, models: Models) -> None:
+def _check_models_of_tenants(config: Config, models: Models) -> None:
     """Check that the models of each tenant are served.
 
     Raises:

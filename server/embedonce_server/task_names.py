@@ -10,6 +10,8 @@ from .api_errors import ApiError
 TASK_FIELDS: Final = ("input_type", "task", "task_type")
 """``input_type``: Cohere, Voyage, NVIDIA. ``task``: Jina. ``task_type``: Gemini."""
 
+_NAMES: Final = frozenset(TASK_FIELDS)
+
 MAX_TASK = 64
 
 _TASKS: Final = {
@@ -35,6 +37,8 @@ def read_task(data: Mapping[str, Any]) -> str:
     Raises:
         ApiError: the name is not a short string, or two fields name different tasks.
     """
+    if _NAMES.isdisjoint(data):
+        return "document"
     task = None
     for field in TASK_FIELDS:
         name = data.get(field)

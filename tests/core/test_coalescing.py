@@ -194,7 +194,8 @@ def test_tokens_limit_a_window_too(asynchronous: bool) -> None:
 
     provider = Counting()
     with open_cache(provider) as cache:
-        embed_each(cache, ["aaaaa", "bbbbb", "ccccc", "ddddd"], asynchronous=asynchronous)
+        for texts in (["aaaaa", "bbbbb"], ["ccccc", "ddddd"]):
+            embed_each(cache, texts, asynchronous=asynchronous)
     assert [len(texts) for _, texts in provider.calls] == [2, 2]
 
 
@@ -203,7 +204,8 @@ def test_a_limit_that_the_provider_has_named_fills_a_window(asynchronous: bool) 
     endpoint = Endpoint()
     with endpoint.open_cache(asynchronous=asynchronous) as cache:
         cache._source.batches.learn_number(2)
-        embed_each(cache, ["a", "b", "c", "d"], asynchronous=asynchronous)
+        for texts in (["a", "b"], ["c", "d"]):
+            embed_each(cache, texts, asynchronous=asynchronous)
     assert [len(texts) for texts in endpoint.requests] == [2, 2]
 
 

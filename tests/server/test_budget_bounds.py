@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class HostileProvider:
         self.limits = Limits(max_batch=3, concurrency=2)
         self.random = random.Random(seed)
         self.failures = failures
+        self.factors = self.random.choice([[0.0, 0.5, 1.0, 1.0, 10.0], [10.0]])
         self.charged = 0
         self.largest = 0
 
@@ -46,7 +47,7 @@ class HostileProvider:
             await asyncio.sleep(0)
         if self.random.random() < self.failures:
             raise ConnectionResetError
-        factor = self.random.choice([0.0, 0.5, 1.0, 1.0, 10.0])
+        factor = self.random.choice(self.factors)
         tokens = [int(factor * -(-len(text) // 4)) for text in texts]
         self.charged += sum(tokens)
         self.largest = max(self.largest, sum(tokens))
@@ -127,7 +128,7 @@ class Simulation:
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    budget=st.integers(0, 20_000),
+    budget=st.integers(0, 8_000),
     workers=st.integers(1, 3),
     failures=st.sampled_from([0.0, 0.2]),
     kills=st.booleans(),
@@ -185,8 +186,6 @@ async def test_two_processes_share_a_budget(tmp_path: Path) -> None:
     charged = sum(result[0] for result in results)
     assert 30_000 * 0.9 < charged <= 30_000 + sum(result[1] for result in results)
     assert all(result[2] > 0 for result in results)
-    worker = Budgets(path, 3, lambda: NOON)
-    with suppress(BudgetExceeded):
+    with closing(Budgets(path, 3, lambda: NOON)) as worker:
         usage = await worker.read_usage([Tenant(name="search", keys=(), namespace="", tokens_per_day=30_000)])
         assert usage["search"][:2] == (charged, 0)
-    worker.close()

@@ -164,7 +164,8 @@ class _Load:
 
     def add(self, part: _Part) -> None:
         self._keys.update(part.texts)
-        self._texts += len(part.texts)
+        texts = len(part.texts)  # a call within the next line would let another thread change the number meanwhile
+        self._texts += texts
         self._size += part.size
         self._tokens += part.tokens
 
