@@ -90,29 +90,35 @@ class Operations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._document = orjson.dumps(make_document())
         self._router = Router(
-            [
-                Route("/health/live", _Endpoint(GET=_show_live)),
-                Route("/health/ready", _Endpoint(GET=_show_ready)),
-                Route("/v1/models", _Endpoint(GET=_list_models)),
-                Route("/v1/models/{model:path}", _Endpoint(GET=_show_model)),
-                Route("/metrics", _Endpoint(_check_metrics, GET=_show_metrics)),
-                Route("/openapi.json", _Endpoint(GET=self._show_document)),
-                Route("/admin/stats", _Endpoint(GET=_answer(admin.show_stats))),
-                Route("/admin/explain", _Endpoint(POST=_answer(admin.explain))),
-                Route("/admin/forget", _Endpoint(POST=_answer(admin.forget))),
-                Route("/admin/purge", _Endpoint(POST=_answer(admin.purge))),
-                Route("/admin/check", _Endpoint(POST=_answer(admin.check))),
-                Route(f"{PREFIX}metrics", _Endpoint(POST=_copy_metrics)),
-                Route(f"{PREFIX}stats", _Endpoint(POST=_answer(admin.show_own_stats))),
-                Route(f"{PREFIX}forget", _Endpoint(POST=_answer(admin.forget_here))),
-                Route(f"{PREFIX}purge", _Endpoint(POST=_answer(admin.purge_here))),
-            ],
-            redirect_slashes=False,
-            default=_refuse_path,
-            lifespan=self._live,
+            self.make_routes(make_document()), redirect_slashes=False, default=_refuse_path, lifespan=self._live
         )
+
+    @staticmethod
+    def make_routes(document: Mapping[str, Any]) -> list[Route]:
+        """Return the routes of all paths. ``document`` is the OpenAPI document."""
+        encoded = orjson.dumps(document)
+
+        async def show_document(call: Call) -> Response:
+            return Response(encoded, media_type="application/json")
+
+        return [
+            Route("/health/live", _Endpoint(GET=_show_live)),
+            Route("/health/ready", _Endpoint(GET=_show_ready)),
+            Route("/v1/models", _Endpoint(GET=_list_models)),
+            Route("/v1/models/{model:path}", _Endpoint(GET=_show_model)),
+            Route("/metrics", _Endpoint(_check_metrics, GET=_show_metrics)),
+            Route("/openapi.json", _Endpoint(GET=show_document)),
+            Route("/admin/stats", _Endpoint(GET=_answer(admin.show_stats))),
+            Route("/admin/explain", _Endpoint(POST=_answer(admin.explain))),
+            Route("/admin/forget", _Endpoint(POST=_answer(admin.forget))),
+            Route("/admin/purge", _Endpoint(POST=_answer(admin.purge))),
+            Route("/admin/check", _Endpoint(POST=_answer(admin.check))),
+            Route(f"{PREFIX}metrics", _Endpoint(POST=_copy_metrics)),
+            Route(f"{PREFIX}stats", _Endpoint(POST=_answer(admin.show_own_stats))),
+            Route(f"{PREFIX}forget", _Endpoint(POST=_answer(admin.forget_here))),
+            Route(f"{PREFIX}purge", _Endpoint(POST=_answer(admin.purge_here))),
+        ]
 
     async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take part in the start and the end of the process."""
@@ -150,9 +156,6 @@ class Operations:
 
         await self._router(scope, receive, send_with_id)
         return status
-
-    async def _show_document(self, call: Call) -> Response:
-        return Response(self._document, media_type="application/json")
 
 
 def name_endpoint(path: str) -> str:

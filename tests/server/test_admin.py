@@ -193,6 +193,8 @@ async def test_forget_of_token_numbers(api: OpenAIServer, tmp_path: Path) -> Non
         assert (await ask(server, "forget", {"input": [1, 2]})).status == 200
         answer = await server.embed([[1, 2], [3]], headers=CACHED)
         assert answer.error["positions"] == [0]
+        answer = await ask(server, "forget", {"input": [1, 2], "model": "texts"})
+        assert (answer.status, answer.error["param"]) == (400, "input")
 
 
 async def test_an_incomplete_erasure_names_the_tiers(tmp_path: Path) -> None:
