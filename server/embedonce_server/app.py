@@ -12,9 +12,11 @@ from typing import Any, TypeAlias
 from embedonce.config import Tenant
 
 from . import access_log
+from .access import find_tenant
+from .answered import Embeddings
 from .api_errors import ApiError, render
-from .embedding import Embeddings, embed
-from .guards import check_json, check_origin, find_tenant, read_headers
+from .embedding import embed
+from .guards import check_json, check_origin, read_headers
 from .incoming import ClientGone, read_body
 from .operations import Operations, name_endpoint
 from .service import Generation, Service

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .service import Service
+from .service import Service
 
 
 def read_health(service: Service) -> dict[str, Any]:
@@ -14,7 +13,7 @@ def read_health(service: Service) -> dict[str, Any]:
     A tier or a provider that fails does not make the worker unready, because hits of other tiers are still answered.
     The result has no secret, no URL, and no name of a tenant or a model, because everybody may read it.
     """
-    stats = service.metrics.stats()
+    stats = service.read_stats()
     return {
         "status": service.state,
         "tiers": {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from .api_errors import ApiError
-
-if TYPE_CHECKING:
-    from .service import Service
+from .service import Service
 
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

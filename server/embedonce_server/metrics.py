@@ -12,33 +12,20 @@ import asyncio
 import logging
 import secrets
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
 
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
-from prometheus_client.exposition import generate_latest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
-from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
-from embedonce import __version__
 from embedonce.config import Tenant
 from embedonce.events import Stats
 from embedonce.metrics import CacheCollector
 from embedonce.prices import Price
 
-from .budget_file import Usage
-from .budgets import BudgetsUnavailable
-
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
-
-    from .embedding import Embeddings
-    from .models import Model
-    from .service import Service
-    from .siblings import SiblingAnswer
+from .answered import Embeddings
+from .models import Model
 
 log = logging.getLogger("embedonce.serve")
 
@@ -180,17 +167,28 @@ class _Counters:
         yield from self._latencies.items()
 
 
-class Metrics:
-    """Counts the requests of one worker, and shows what all workers of the host have counted."""
+class _Caches:
+    """The caches of a worker as a source of counters."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, read_stats: Callable[[], Stats]) -> None:
+        self.stats = read_stats
+
+
+class Metrics:
+    """Counts the requests of one worker, and copies its counters to files.
+
+    Args:
+        folder: the folder with the files of all workers.
+        worker: number of the worker.
+        read_stats: returns the counters of the worker's caches.
+    """
+
+    def __init__(self, folder: Path, worker: int, read_stats: Callable[[], Stats]) -> None:
         self._counters = _Counters()
-        self._caches = CacheCollector(self)
-        folder = service.run.metrics
+        self._caches = CacheCollector(_Caches(read_stats))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A worker that is started again gets files of its own, so that the counts of its predecessor stay.
-        name = f"{service.worker}-{secrets.token_hex(4)}"
+        name = f"{worker}-{secrets.token_hex(4)}"
         self._counts = MmapedDict(str(folder / f"counter_{name}.db"))
         self._durations = MmapedDict(str(folder / f"histogram_{name}.db"))
         self._keys: dict[_Sample, str] = {}
@@ -260,12 +258,7 @@ class Metrics:
         """Count a request to another endpoint. ``endpoint`` is one of few names, never a path that a client chose."""
         self._counters.find_latency(endpoint, status).count(seconds)
 
-    def stats(self) -> Stats:
-        """Return the counters of all caches of this worker."""
-        service = self._service
-        return replace(service.base.stats(), providers=service.providers.read(service.list_caches()))
-
-    # --- copying and showing ------------------------------------------------------------------
+    # --- copying -------------------------------------------------------------------------------
 
     def copy(self) -> None:
         """Write the counters to this worker's files. A failure is logged once, and does not disturb requests."""
@@ -308,25 +301,6 @@ class Metrics:
             key = self._keys[name, values] = mmap_key(metric, name, list(labels), list(values), about)
         file.write_value(key, float(value), 0.0)
 
-    def read_gauges(self) -> dict[str, float]:
-        """Return what this worker is doing now, without the request that asks for it."""
-        service = self._service
-        return {"requests_in_progress": max(service.count_active() - 1, 0), "body_bytes": service.body_bytes}
-
-    async def show(self) -> bytes:
-        """Return the metrics of all workers in the text format of Prometheus."""
-        service = self._service
-        self.copy()
-        answers = await service.siblings.call("POST", "/siblings/metrics", timeout=1.0)
-        try:
-            usage = await service.budgets.read_usage(service.generation.settings.tenants)
-        except BudgetsUnavailable:  # the budgets' own log line says why
-            usage = {}
-        registry = CollectorRegistry()
-        registry.register(_Now(service.worker, self.read_gauges(), answers, usage))
-        MultiProcessCollector(registry, path=str(service.run.metrics))
-        return await asyncio.to_thread(generate_latest, registry)
-
 
 _BY_NAME: Final = {family.name: family for family in _FAMILIES}
 
@@ -335,46 +309,3 @@ def _choose_price(model: Model, found: Embeddings) -> Price | None:
     """Return the price of the provider that has answered: the model's own provider, or the fallback."""
     space = found.fetched.space
     return model.price if (space.provider, space.model) == model.own_space else model.fallback_price
-
-
-class _Now(Collector):
-    """What the workers are doing now, and the tenants' budgets."""
-
-    def __init__(
-        self,
-        worker: int,
-        gauges: Mapping[str, float],
-        answers: Sequence[SiblingAnswer],
-        usage: Mapping[str, Usage],
-    ) -> None:
-        self._gauges: dict[int, Mapping[str, float] | None] = {worker: gauges}
-        for answer in answers:
-            self._gauges[answer.worker] = answer.body if answer.error is None else None
-        self._usage = usage
-
-    def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("embed_serve", "The version of the server.", {"version": __version__})
-        up = GaugeMetricFamily(
-            "embed_serve_worker_up",
-            "1 if the worker has answered. If it is 0, its last second may be missing in the other metrics.",
-            labels=["worker"],
-        )
-        busy = GaugeMetricFamily("embed_serve_requests_in_progress", "Requests under way.", labels=["worker"])
-        bodies = GaugeMetricFamily("embed_serve_body_bytes", "Bytes of request bodies in memory.", labels=["worker"])
-        for worker, gauges in sorted(self._gauges.items()):
-            labels = [str(worker)]
-            up.add_metric(labels, float(gauges is not None))
-            if gauges is not None:
-                busy.add_metric(labels, gauges["requests_in_progress"])
-                bodies.add_metric(labels, gauges["body_bytes"])
-        yield from (up, busy, bodies)
-        limit = GaugeMetricFamily("embed_serve_budget_tokens", "Tokens per day of a tenant.", labels=["tenant"])
-        used = GaugeMetricFamily("embed_serve_budget_used_tokens", "Tokens used on this day (UTC).", labels=["tenant"])
-        held = GaugeMetricFamily(
-            "embed_serve_budget_reserved_tokens", "Estimated tokens of the calls under way.", labels=["tenant"]
-        )
-        for tenant, usage in self._usage.items():
-            limit.add_metric([tenant], usage.limit)
-            used.add_metric([tenant], usage.used)
-            held.add_metric([tenant], usage.reserved)
-        yield from (limit, used, held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -12,18 +12,17 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from . import admin
+from .access import check_admin, find_tenant
 from .api_errors import ApiError
+from .calls import Call
 from .embedding import find_model, list_models
-from .guards import check_admin, check_json, find_tenant
 from .health import read_health
-from .incoming import Receive, read_body
+from .incoming import Receive
+from .models import Model
 from .openapi import make_document
-from .request_body import parse_body
+from .scrape import show_metrics
+from .service import Generation, Service
 from .siblings import PREFIX
-
-if TYPE_CHECKING:
-    from .models import Model
-    from .service import Generation, Service
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -32,34 +31,6 @@ ADMIN: Final = "/admin"
 MODEL: Final = "/v1/models/{model}"
 OTHER: Final = "other"
 """The name of all paths that do not exist."""
-
-
-class Call(NamedTuple):
-    """A request that may be answered."""
-
-    service: Service
-    generation: Generation
-    scope: Scope
-    headers: dict[bytes, bytes]
-    receive: Receive
-
-    async def read_fields(self, allowed: Collection[str]) -> dict[str, Any]:
-        """Return the JSON object of the body.
-
-        Raises:
-            ApiError: the body is too large, is not a JSON object, or has a field that is not in ``allowed``.
-        """
-        check_json(self.headers)
-        body = await read_body(self.service, self.headers, self.receive, limit=self.generation.settings.max_body)
-        try:
-            fields = parse_body(body)
-        finally:
-            self.service.body_bytes -= len(body)
-        for name in fields:
-            if name not in allowed:
-                known = ", ".join(sorted(allowed))
-                raise ApiError(400, f"the body has an unknown field; the fields are {known}", code="unsupported_field")
-        return fields
 
 
 Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
@@ -259,9 +230,9 @@ def _describe_model(model: Model) -> dict[str, Any]:
 
 
 async def _show_metrics(call: Call) -> Response:
-    return Response(await call.service.metrics.show(), headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(await show_metrics(call.service), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def _copy_metrics(call: Call) -> Response:
     call.service.metrics.copy()
-    return answer_json(call.service.metrics.read_gauges())
+    return answer_json(call.service.read_gauges())

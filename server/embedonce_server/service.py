@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from embedonce import Cache, ConfigError
 from embedonce.config import Config, compose
+from embedonce.events import Stats
 
 from .budgets import Budgets
 from .encoding import EncodedVectors
@@ -81,7 +83,7 @@ class Service:
             self.generation = Generation(config, self.base, self.providers)
             self.rates = Rates(run.rates)
             self.budgets = Budgets(run.budgets, worker)
-            self.metrics = Metrics(self)
+            self.metrics = Metrics(run.metrics, worker, self.read_stats)
         except BaseException:
             self.base.close()
             raise
@@ -100,6 +102,14 @@ class Service:
     def count_active(self) -> int:
         """Return the number of requests under way."""
         return self.generation.active + sum(generation.active for generation in self._retired.values())
+
+    def read_stats(self) -> Stats:
+        """Return the counters of all caches."""
+        return replace(self.base.stats(), providers=self.providers.read(self.list_caches()))
+
+    def read_gauges(self) -> dict[str, float]:
+        """Return what this worker is doing now, without the request that asks for it."""
+        return {"requests_in_progress": max(self.count_active() - 1, 0), "body_bytes": self.body_bytes}
 
     def reload(self, config: Config) -> None:
         """Use the ``[serve]`` of another configuration from now on. Everything else needs a restart.
