@@ -12,6 +12,9 @@ from .events import Event
 from .keys import NORMALIZERS, KeyPolicy
 from .prices import Price
 
+MAX_COALESCE = 1.0
+"""Maximum number of seconds for which texts wait for texts of other calls. They delay each call that nobody joins."""
+
 
 def check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float, max_queued: int) -> None:
     """Raise ConfigError if an option is invalid."""
@@ -56,6 +59,21 @@ def read_price(name: str, price: Any) -> Price | None:
         return Price.parse(price)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def read_coalesce(name: str, seconds: Any) -> float | None:
+    """Return the seconds for which misses wait for other calls; None stays None. ``name`` is the name of the argument.
+
+    Raises:
+        ConfigError: the argument is not a valid number of seconds; the message names the argument.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ConfigError(f"{name} must be a number of seconds or None, got {type(seconds).__name__}")
+    if not 0 < seconds <= MAX_COALESCE:
+        raise ConfigError(f"{name} must be above 0 s and at most {MAX_COALESCE:g} s, got {seconds}")
+    return float(seconds)
 
 
 def find_normalizer(name: str) -> Normalizer:

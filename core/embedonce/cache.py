@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from ._arguments import check_options, check_parts, find_normalizer, read_price
+from ._arguments import check_options, check_parts, find_normalizer, read_coalesce, read_price
 from ._engine.ahead import read_windows, read_windows_async
 from ._engine.chain import Tier
 from ._engine.observable import Observable
@@ -58,6 +58,9 @@ class Cache(Requests, Observable):
         price: the price of the provider's tokens, such as ``"0.02 USD / 1M tokens"``. With a price, statistics and
             estimates show money.
         fallback_price: the price of the fallback's tokens.
+        coalesce: number of seconds, such as ``0.002``, for which texts that no tier has wait for texts of other calls,
+            so that the provider gets one request instead of many. By default, they do not wait.
+        fallback_coalesce: the same for requests to the fallback.
         drift: a guard that checks at intervals whether the provider still returns the vectors that are stored.
         max_wait: maximum number of seconds that a call waits for another call to embed the same text. After this time,
             the waiting call embeds the text itself.
@@ -84,6 +87,8 @@ class Cache(Requests, Observable):
         fallback_fetch_only: bool = False,
         price: Price | str | None = None,
         fallback_price: Price | str | None = None,
+        coalesce: float | None = None,
+        fallback_coalesce: float | None = None,
         drift: DriftGuard | None = None,
         max_wait: float = 60.0,
         flush_timeout: float = 5.0,
@@ -95,9 +100,10 @@ class Cache(Requests, Observable):
         listeners = check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
         steps = [find_normalizer(name) for name in policy.normalize]
-        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price("price", price))
-        other_price = read_price("fallback_price", fallback_price)
-        second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True, price=other_price)
+        paid, wait = read_price("price", price), read_coalesce("coalesce", coalesce)
+        source = LiveProvider(wrap(provider, space), fallback=False, price=paid, coalesce=wait)
+        paid, wait = read_price("fallback_price", fallback_price), read_coalesce("fallback_coalesce", fallback_coalesce)
+        second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True, price=paid, coalesce=wait)
         chain = RunningChain(
             tiers,
             policy=policy,
@@ -120,6 +126,7 @@ class Cache(Requests, Observable):
         *,
         space: VectorSpace | Mapping[str, Any] | None = None,
         price: Price | str | None = None,
+        coalesce: float | None = None,
     ) -> Cache:
         """Return a cache with the same tiers for another provider, without a fallback.
 
@@ -131,7 +138,8 @@ class Cache(Requests, Observable):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        source = LiveProvider(wrap(provider, space), fallback=False, price=read_price("price", price))
+        paid, wait = read_price("price", price), read_coalesce("coalesce", coalesce)
+        source = LiveProvider(wrap(provider, space), fallback=False, price=paid, coalesce=wait)
         return _CacheOfSameTiers(self._chain, source, policy=self._policy)
 
     def for_namespace(self, name: str) -> Cache:
@@ -167,8 +175,8 @@ class Cache(Requests, Observable):
             ReplayMiss: in replay mode, no tier has the text.
             Exception: the provider's own error.
         """
-        vector = self._read_hot_vector(text, task)
-        return self._embed_one(text, task) if vector is None else vector
+        entry = self._read_hot_entry(text, task)
+        return self._embed_one(text, task) if entry is None else entry.vector
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """Return a float32 matrix of shape (n, d), row i for text i.
@@ -409,9 +417,9 @@ class Cache(Requests, Observable):
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
         """Async twin of :meth:`embed`."""
-        vector = self._read_hot_vector(text, task)
-        if vector is not None:
-            return vector
+        entry = self._read_hot_entry(text, task)
+        if entry is not None:
+            return entry.vector
         row: Vector = (await self._embed_rows(self._chain.ports.get_loop_port(), [text], task))[0]
         return row
 

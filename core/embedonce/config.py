@@ -222,6 +222,8 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
             fallback_fetch_only=config.fallback_fetch_only,
             price=config.provider.price if config.provider is not None and own is None else None,
             fallback_price=None if config.fallback is None else config.fallback.price,
+            coalesce=config.provider.coalesce if config.provider is not None and own is None else None,
+            fallback_coalesce=None if config.fallback is None else config.fallback.coalesce,
             drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,

@@ -19,7 +19,6 @@ from embedonce import (
     TextRefused,
     TierError,
 )
-from embedonce.errors import ProviderTimeout
 from embedonce.provider_errors import read_status, read_wait
 
 INVALID = "invalid_request_error"
@@ -51,6 +50,8 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.details = details
+        self.model = ""
+        """Name of the served model that the request asked for, if it is known."""
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
@@ -105,7 +106,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
             code=_read_code(error),
             retry_after=read_wait(error) if status in (429, 503) else None,
         )
-    if isinstance(error, ProviderTimeout):
+    if isinstance(error, TimeoutError) or any("Timeout" in kind.__name__ for kind in type(error).__mro__):
         return ApiError(504, f"the model did not answer in time for {where}.{kept}", kind=UPSTREAM, code="timeout")
     if isinstance(error, DriftError):
         return ApiError(502, f"{error}", kind=UPSTREAM, code="drift")
@@ -134,3 +135,11 @@ def _read_code(error: Exception) -> str | None:
             return code
         current = current.__cause__
     return None
+
+
+def render(error: ApiError) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """Return the status, the body and the headers of an answer."""
+    body = error.to_body()
+    pairs = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    pairs += [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
+    return error.status, body, pairs

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import orjson
-
 from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
 from .api_errors import ApiError, explain_failures
-from .budgets import fetch_within_budget
+from .budgets import BudgetExceeded, fetch_within_budget
 from .cache_control import CacheControl, read_cache_control
 from .models import Model
 from .request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
@@ -74,6 +72,16 @@ async def embed(
     """
     data = parse_body(body)
     model = find_model(generation, tenant, data.get("model"))
+    try:
+        return await _embed(service, model, tenant, cache_control, data)
+    except ApiError as error:
+        error.model = model.name
+        raise
+
+
+async def _embed(
+    service: Service, model: Model, tenant: Tenant | None, cache_control: bytes | None, data: Mapping[str, Any]
+) -> Embeddings:
     control = read_cache_control(cache_control)
     request = read_request(data, model.forward)
     namespace = "" if tenant is None else tenant.namespace
@@ -94,7 +102,7 @@ async def embed(
     else:
         tiers = {str(source): number for source, number in Counter(sources).items() if source != "provider"}
     hits = sum(tiers.values())
-    answer = await _encode(service, request, fetched)
+    answer = await _encode(service, request, model, fetched)
     state = b"hit" if hits == count else b"partial" if hits else b"miss"
     headers = [
         (b"content-type", b"application/json"),
@@ -121,9 +129,13 @@ async def _fetch(
             return found
         store = not control.no_store
         if tenant is not None and tenant.tokens_per_day is not None:
-            return await fetch_within_budget(
-                service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
-            )
+            try:
+                return await fetch_within_budget(
+                    service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
+                )
+            except BudgetExceeded:
+                service.metrics.count_refused(tenant, "budget")
+                raise
         return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
     except SpaceError as error:  # the provider does not know the task
         raise ApiError(400, str(error), param="input_type") from None
@@ -134,21 +146,25 @@ def _check_result(fetched: Fetched) -> None:
         raise explain_failures(fetched.failed, len(fetched.rows))
 
 
-async def _encode(service: Service, request: EmbeddingRequest, fetched: Fetched) -> bytes:
+async def _encode(service: Service, request: EmbeddingRequest, model: Model, fetched: Fetched) -> bytes:
     """Return the body of the answer."""
     encode = service.encoded[request.encoding].encode
     rows: Sequence[Any] = fetched.rows
-    parts: list[bytes] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        if start:
-            await asyncio.sleep(0)
-        for i, row in enumerate(rows[start : start + ROWS_AT_ONCE], start):
-            parts += (_BEFORE_ROW[i], encode(row), b"},")
-    parts[-1] = b"}"
     tokens = fetched.computed.tokens
+    if len(rows) == 1:
+        items = b'{"object":"embedding","index":0,"embedding":%b}' % encode(rows[0])
+    else:
+        parts: list[bytes] = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            for i, row in enumerate(rows[start : start + ROWS_AT_ONCE], start):
+                parts += (_BEFORE_ROW[i], encode(row), b"},")
+        parts[-1] = b"}"
+        items = b"".join(parts)
     return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        b"".join(parts),
-        orjson.dumps(request.model),
+        items,
+        model.json_name,
         tokens,
         tokens,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -21,12 +20,13 @@ OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user
 """Fields that the server knows. All others are refused, or forwarded to the model."""
 
 
+NOTHING: Final[Mapping[str, Any]] = {}
+
 _ENCODINGS: Final[Mapping[str | None, Encoding]] = {None: "float", "float": "float", "base64": "base64"}
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingRequest:
-    """A valid request for vectors."""
+class EmbeddingRequest(NamedTuple):
+    """A valid request for vectors. It is a tuple, because one is made for each request."""
 
     model: str
     texts: list[str]
@@ -65,25 +65,46 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
     """
     if "input" not in data:
         raise ApiError(400, 'the field "input" is missing', param="input")
+    texts, are_tokens = read_inputs(data["input"])
+    if len(data) == 2:
+        return EmbeddingRequest(data["model"], texts, are_tokens, "document", "float", None, NOTHING)
     encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
     if encoding is None:
         raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
-    dimensions = data.get("dimensions")
-    if dimensions is not None and (type(dimensions) is not int or not 0 < dimensions <= MAX_DIMENSIONS):
-        message = f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}"
-        raise ApiError(400, message, param="dimensions")
+    dimensions = read_dimensions(data)
     user = data.get("user")
     if user is not None and type(user) is not str:
         raise ApiError(400, "user must be a string", param="user")
-    forwarded = {}
-    if len(data) > 2:
-        for name, value in data.items():
-            if name not in OWN_FIELDS and value is not None:
-                if name not in forward:
-                    raise _refuse_field(name, forward)
-                forwarded[name] = value
-    texts, are_tokens = read_inputs(data["input"])
+    forwarded = NOTHING
+    if not OWN_FIELDS.issuperset(data):
+        forwarded = {name: value for name, value in data.items() if name not in OWN_FIELDS and value is not None}
+        for name in forwarded:
+            if name not in forward:
+                raise _refuse_field(name, forward)
     return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
+
+
+def read_dimensions(data: Mapping[str, Any]) -> int | None:
+    """Return the field ``dimensions``, or None if it is missing.
+
+    Raises:
+        ApiError: it is not a number of dimensions.
+    """
+    value = data.get("dimensions")
+    if value is None:
+        return None
+    dimensions = read_whole_number(value)
+    if dimensions is None or not 0 < dimensions <= MAX_DIMENSIONS:
+        message = f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}"
+        raise ApiError(400, message, param="dimensions")
+    return dimensions
+
+
+def read_whole_number(value: Any) -> int | None:
+    """Return a whole number, which JSON may also write as ``3.0``; None if the value is something else."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _refuse_field(name: str, forward: Collection[str]) -> ApiError:
@@ -114,7 +135,7 @@ def read_inputs(value: Any) -> tuple[list[str], bool]:
     if not value:
         raise ApiError(400, "the input is an empty list; send at least one text", param="input")
     kinds = set(map(type, value))
-    if kinds == {int}:
+    if kinds <= {int, float}:
         return [format_tokens(value, "the input")], True
     if len(value) > MAX_INPUTS:
         raise ApiError(400, f"the request has {len(value):,} inputs; the most are {MAX_INPUTS:,}", param="input")
@@ -137,6 +158,8 @@ def format_tokens(tokens: list[Any], where: str) -> str:
     """
     if not tokens:
         raise ApiError(400, f"{where} is an empty list of token numbers", param="input")
-    if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
+    if set(map(type, tokens)) != {int}:
+        tokens = list(map(read_whole_number, tokens))
+    if None in tokens or min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
         raise ApiError(400, f"{where} must have only token numbers from 0 to {MAX_TOKEN_ID:,}", param="input")
     return orjson.dumps(tokens).decode()

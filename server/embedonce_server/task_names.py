@@ -10,6 +10,8 @@ from .api_errors import ApiError
 TASK_FIELDS: Final = ("input_type", "task", "task_type")
 """``input_type``: Cohere, Voyage, NVIDIA. ``task``: Jina. ``task_type``: Gemini."""
 
+_NAMES: Final = frozenset(TASK_FIELDS)
+
 MAX_TASK = 64
 
 _TASKS: Final = {
@@ -35,12 +37,14 @@ def read_task(data: Mapping[str, Any]) -> str:
     Raises:
         ApiError: the name is not a short string, or two fields name different tasks.
     """
+    if _NAMES.isdisjoint(data):
+        return "document"
     task = None
     for field in TASK_FIELDS:
         name = data.get(field)
         if name is None:
             continue
-        if type(name) is not str or not 0 < len(name) <= MAX_TASK or not name.isprintable():
+        if type(name) is not str or not 0 < len(name) <= MAX_TASK or not (name.isascii() and name.isprintable()):
             raise ApiError(400, f"{field} must be a task such as query or document", param=field)
         lowered = name.strip().lower()
         meant = _TASKS.get(lowered, lowered)

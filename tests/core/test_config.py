@@ -219,6 +219,7 @@ def test_every_option_of_a_file_reaches_the_cache() -> None:
         type = "ngram"
         dimensions = 32
         price = "0.02 USD per 1000K tokens"
+        coalesce = "2ms"
         [provider.fallback]
         type = "ngram"
         fetch_only = true
@@ -246,6 +247,7 @@ def test_every_option_of_a_file_reaches_the_cache() -> None:
     assert found.fallback is not None
     assert found.fallback.options == {}
     assert (found.provider.price, found.fallback.price) == ("0.02 USD / 1M tokens", "0.1 EUR / 1K tokens")
+    assert (found.provider.coalesce, found.fallback.coalesce) == (0.002, None)
     assert found.fallback_fetch_only is True
     first, second = found.tiers
     assert (first.name, first.ttl, first.on_error, first.options) == ("first", 5400, "raise", {"max_bytes": 2**21})

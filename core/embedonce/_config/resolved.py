@@ -54,6 +54,8 @@ class ProviderConfig(Plugged):
 
     price: str | None = None
     """Price of the provider's tokens, such as ``0.02 USD / 1M tokens``."""
+    coalesce: float | None = None
+    """Seconds for which texts that no tier has wait for texts of other calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

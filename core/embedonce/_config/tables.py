@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from embedonce._arguments import MAX_COALESCE
 from embedonce._globs import compile_globs
 from embedonce.contracts import Capabilities
 from embedonce.drift import DriftGuard
@@ -137,6 +138,15 @@ class ProviderTable:
     price: Annotated[
         PriceText | None,
         Doc('Price of the provider\'s tokens, such as "0.02 USD / 1M tokens". With a price, statistics show money.'),
+    ] = None
+    coalesce: Annotated[
+        Duration | None,
+        Gt(0),
+        Le(MAX_COALESCE),
+        Doc(
+            'Texts that no tier has wait this long, such as "2ms", for texts of other calls, so that the provider gets '
+            "one request instead of many. By default they do not wait."
+        ),
     ] = None
 
 

@@ -33,6 +33,8 @@ class Answer:
     texts: Sequence[str]
     store: bool
     """Whether to write computed entries and to promote entries that were found."""
+    is_joinable: bool = field(default=True, kw_only=True)
+    """Whether the provider may get the texts together with texts of other calls."""
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
     invalid: Mapping[str, Exception] = field(default_factory=dict)
     """Errors of texts that have no key, by the placeholder that stands for the key."""

@@ -120,7 +120,7 @@ class DriftCheckingEngine(Engine):
 
     async def _check_for_drift(self, port: Port, route: Route, state: _SpaceState) -> None:
         stored = self._new_canary_answer(route)
-        fresh = Answer(route, [key + FRESH_SUFFIX for key in stored.keys], stored.texts, store=False)
+        fresh = Answer(route, [key + FRESH_SUFFIX for key in stored.keys], stored.texts, store=False, is_joinable=False)
         every, due = self._guard.every, state.next_check
         with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, stored)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
 from embedonce.contracts import Task
-from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Vector, matrix, sum_costs
+from embedonce.vectors import Columns, CostColumns, Dtype, Entry, Matrix, Work, matrix, sum_costs
 
 from .call import copy_metadata
 from .checks import are_as_stored
@@ -52,8 +52,8 @@ class HotPath:
     _closed: bool
     _report_mask = SOME_HITS
 
-    def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
-        """Return the text's vector if the first tier is in this process and has the vector, else None.
+    def _read_hot_entry(self, text: str, task: Task) -> Entry | None:
+        """Return the text's entry if the first tier is in this process and has a valid entry, else None.
 
         A hit must take less than a microsecond, so this method runs no coroutine, takes no lock and emits no event.
         """
@@ -86,18 +86,20 @@ class HotPath:
             hits.seconds += seconds
         if not hits.texts & self._report_mask:
             self._chain.engine.requests.call_watchers()
-        return vector
+        return entry
 
     def _read_hot_matrix(self, texts: Any, task: Task) -> Matrix | None:
         """Return the texts' vectors as a new matrix if the first tier has all of them, else None."""
         if type(texts) is list and len(texts) == 1:
-            vector = self._read_hot_vector(texts[0], task)
-            return None if vector is None else vector.reshape(1, -1).copy()
+            entry = self._read_hot_entry(texts[0], task)
+            return None if entry is None else entry.vector.reshape(1, -1).copy()
         batch = self._read_hot_batch(texts, task)
         return None if batch is None else matrix(batch.rows.vectors)
 
     def _read_hot_fetched(self, texts: Any, task: Task) -> Fetched | None:
         """Return the result of a fetch if the first tier has all texts, else None."""
+        if type(texts) is list and len(texts) == 1:
+            return self._read_hot_fetched_text(texts[0], task)
         batch = self._read_hot_batch(texts, task)
         if batch is None:
             return None
@@ -113,6 +115,31 @@ class HotPath:
             errors={},
             dimensions=route.dimensions,
             saved=sum_costs(costs),
+        )
+
+    def _read_hot_fetched_text(self, text: Any, task: Task) -> Fetched | None:
+        """Return the result of a fetch of one text if the first tier has it, else None."""
+        routes = self._hot[1]
+        if type(text) is not str or type(task) is not str or task not in routes:
+            return None
+        route = routes[task][0]
+        if text not in route.recent_keys:  # it may be invalid
+            return None
+        start = time.perf_counter()
+        entry = self._read_hot_entry(text, task)
+        if entry is None:
+            return None
+        tier, tokens, seconds = self._chain.tiers[0].name, entry.tokens, entry.seconds
+        return Fetched(
+            rows=[entry.vector],
+            sources=[tier],
+            failed={},
+            metadata=copy_metadata([entry.metadata]),
+            space=route.space,
+            seconds={tier: time.perf_counter() - start},
+            errors={},
+            dimensions=entry.vector.size,
+            saved=Work(1, tokens or 0, seconds or 0.0, int(tokens is None), int(seconds is None)),
         )
 
     def _read_hot_batch(self, texts: Any, task: Task) -> HotBatch | None:

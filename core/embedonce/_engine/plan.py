@@ -13,40 +13,32 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from embedonce.drift import TOLERANCE
-from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused, TierError
-from embedonce.events import Computed, Event
-from embedonce.vectors import Dtype, Entries, Entry, Work, freeze_rows, make_entries
+from embedonce.errors import ReplayMiss, TextRefused, TierError
+from embedonce.events import Event
+from embedonce.vectors import Dtype, Entries, Entry
 
 from . import ahead
 from .ahead import Gathered
-from .call import PROVIDER, Answer, BegunCall, Call, copy_error
-from .checks import check_matrix, check_rows
+from .call import Answer, BegunCall, Call, copy_error
+from .coalescing import request_together
 from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight, Leader, list_unlanded
-from .isolation import Patience, embed_chunk
+from .isolation import Patience
 from .leases import Leases
 from .ledger import Ledger
 from .ports import Port
-from .provider_calls import (
-    call_at_rate,
-    call_provider,
-    cut_chunks,
-    log_batch_limit,
-    pause_after_failure,
-    read_tokens,
-    split_costs,
-    sum_tokens,
-)
+from .provider_calls import cut_chunks
+from .provider_requests import ProviderRequests, RequestChunk
 from .reading import ReadResult
 from .routes import Route
-from .served import ServedModels, read_served_model
+from .served import ServedModels
 from .tiers import LiveTier
 
 ComputeChunk: TypeAlias = Callable[[Call, dict[str, Flight], Mapping[str, str], Patience], Coroutine[Any, Any, None]]
 """A step that computes one chunk. Its arguments: a call, some of its flights, the texts by key, the call's patience."""
 
 
-class Engine:
+class Engine(ProviderRequests):
     """Reads entries from the tiers. Computes each missing entry once, and stores it."""
 
     def __init__(
@@ -63,17 +55,13 @@ class Engine:
         emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:
+        super().__init__(served=served, dtype=dtype, ledger=ledger, emit=emit, clock=clock)
         self.tiers = tiers
         self.in_flight = in_flight
-        self.dtype: Dtype = dtype
-        self._served = served
         self.requests = RequestCounters()
         self.replays = replay
         self.leases = leases
         self._max_wait = max_wait
-        self._ledger = ledger
-        self._emit = emit
-        self._clock = clock
 
     # --- the plan -----------------------------------------------------------------------------
 
@@ -460,41 +448,20 @@ class Engine:
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience
     ) -> None:
         """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone."""
-        source = call.answer.route.source
 
-        async def request(keys: list[str]) -> Exception | None:
-            chunk = [texts[key] for key in keys]
-            try:
-                # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
-                compute = partial(call_at_rate, call, chunk, self._embed, repeats_failures=len(flights) == 1)
-                entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
-            except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
-                return error
-            if bad:
-                for i, problem in bad.items():
-                    call.answer.failed_alone.add(keys[i])
-                    self._fail_flights(call.answer, {keys[i]: flights[keys[i]]}, problem)
-                keys = [key for i, key in enumerate(keys) if i not in bad]
-            await self._take_entries(call, dict(zip(keys, entries, strict=True)), flights)
-            return None
+        async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
+            call.answer.failed_alone.update(invalid)
+            for key, error in invalid.items():
+                self._fail_flights(call.answer, {key: flights[key]}, error)
+            await self._take_entries(call, entries, flights)
 
-        async def pause(error: Exception, failures: int) -> None:
-            await pause_after_failure(call, error, failures)
-
-        alone, together = await embed_chunk(
-            list(flights),
-            texts,
-            request,
-            pause=pause,
-            batches=source.batches,
-            patience=patience,
-            is_retried=source.provider.limits.max_retries > 0,
-        )
+        request: RequestChunk = self.request_chunk
+        if call.answer.route.source.coalesce is not None:
+            request = partial(request_together, self.in_flight, request)
+        alone, together = await request(call, list(flights), texts, take, patience)
         call.answer.failed_alone.update(alone)
         for key, error in {**alone, **together}.items():
             self._fail_flights(call.answer, {key: flights[key]}, error)
-        if source.batches.has_limit:
-            log_batch_limit(source)
 
     async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
         """Store the entries of one request and land their flights."""
@@ -531,69 +498,5 @@ class Engine:
 
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
-        answer.route.source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
+        answer.route.source.count_failed(len(flights), error)
         self.in_flight.fail(flights, error)
-
-    async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
-        """Make one call to the provider and check its answer.
-
-        Return the entries of the valid vectors in order, and the errors of the other texts by position.
-        """
-        answer = call.answer
-        route = answer.route
-        source = route.source
-        start = time.perf_counter()
-        made: Sequence[int] = ()
-        tokens: int | list[int | None] | None = None
-        try:
-            reply = await call_provider(call, list(texts))
-            tokens = read_tokens(reply, len(texts))
-            await self._check_served_model(call, reply)
-            who = f"provider {source.name!r} returned"
-            matrix, bad = check_rows(reply, len(texts), dimensions=answer.dimensions, dtype=self.dtype, who=who)
-            # A concurrent call may have set different dimensions.
-            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
-                check_matrix(matrix, len(matrix), dimensions=route.dimensions, who=who)
-            made = [i for i in range(len(texts)) if i not in bad] if bad else range(len(texts))
-        finally:
-            seconds = time.perf_counter() - start
-            answer.seconds[PROVIDER] += seconds
-            self._count_computed(route, made, len(texts) - len(made), tokens, seconds)
-        created = self._clock()
-        own_tokens, own_seconds = split_costs(tokens, seconds, texts)
-        if bad:
-            own_tokens, own_seconds = [own_tokens[i] for i in made], [own_seconds[i] for i in made]
-        return make_entries(freeze_rows(matrix), created, self.dtype, own_tokens, own_seconds), bad
-
-    def _count_computed(
-        self, route: Route, made: Sequence[int], failed: int, tokens: int | list[int | None] | None, seconds: float
-    ) -> None:
-        """Count a call of the provider. ``made`` has the positions of the texts that got a vector."""
-        source = route.source
-        tokens, unknown = sum_tokens(tokens, made)
-        source.count(texts=len(made), failed=0, tokens=tokens or 0, seconds=seconds)
-        self._ledger.count_computed(route.keyer.scope, source.price, Work(len(made), tokens or 0, seconds, unknown))
-        self._emit(
-            Computed(
-                provider=source.name,
-                task=route.task,
-                texts=len(made),
-                failed=failed,
-                tokens=tokens,
-                seconds=seconds,
-                fallback=source.fallback,
-                scope=route.keyer.scope,
-                price=source.price,
-            )
-        )
-
-    async def _check_served_model(self, call: Call, reply: Any) -> None:
-        name = read_served_model(reply)
-        if name is not None:
-            error = await self._served.find_other_model(call, name)
-            if error is not None:
-                await self.handle_other_model(call, error)
-
-    async def handle_other_model(self, call: Call, error: DriftError) -> None:
-        """Raise ``error``, because an answer names a different model than earlier answers in the same space."""
-        raise error

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -48,6 +48,10 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
 
 class Port(Protocol):
     """The operations that the engine may await."""
+
+    windows: dict[Any, Any]
+    """The windows of :mod:`coalescing` that gather chunks on this port. They end with the port: after a fork, and with
+    the event loop."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None: ...
@@ -96,6 +100,14 @@ class Port(Protocol):
 
     async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         """Run a job to its end even if the caller is cancelled. Then call ``done``, even if the job failed."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Start a job that runs beside its caller, to its end, in an empty context. Interrupts do not reach the job.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
         ...
 
     async def sleep(self, seconds: float) -> None: ...
@@ -178,6 +190,7 @@ class BlockingPort:
         return None
 
     def __init__(self, workers: Workers, background: BackgroundLoop) -> None:
+        self.windows: dict[Any, Any] = {}
         self._workers = workers
         self._background = background
 
@@ -249,6 +262,9 @@ class BlockingPort:
         finally:
             done()
 
+    def start(self, job: Job) -> None:
+        self._workers.submit(lambda: Context().run(lambda: run_blocking(job())))
+
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -257,6 +273,7 @@ class LoopPort:
     """The port of the async methods, for the running event loop."""
 
     def __init__(self, workers: Workers) -> None:
+        self.windows: dict[Any, Any] = {}
         self._workers = workers
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -350,6 +367,13 @@ class LoopPort:
 
         task.add_done_callback(finish_job)
         await asyncio.shield(task)
+
+    def start(self, job: Job) -> None:
+        import asyncio
+
+        task = Context().run(asyncio.create_task, job())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def sleep(self, seconds: float) -> None:
         import asyncio

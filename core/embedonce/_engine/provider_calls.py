@@ -225,28 +225,41 @@ def _count_tokens(count_tokens: Any, text: str, unknown: float) -> float:
     return tokens
 
 
+def find_token_limit(provider: AnyProvider) -> tuple[float, Callable[[str], float]] | None:
+    """Return the most tokens of a request, and a function that counts those of a text; None if nothing limits them.
+
+    If the provider fails to count a text, the text counts as a whole request. So if it fails, no other text fails.
+    """
+    limits = provider.limits
+    count_tokens: Any = getattr(provider, "count_tokens", None)
+    most: list[float] = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
+    most += [] if limits.tokens_per_minute is None else [limits.tokens_per_minute]
+    if not most:
+        return None
+    max_tokens = min(most)
+    return max_tokens, lambda text: _count_tokens(
+        count_tokens, text, count_bytes(text) if count_tokens is None else max_tokens
+    )
+
+
 def cut_chunks(source: LiveProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
     """Yield the keys of texts in chunks that are within the provider's limits.
 
     The number of texts is always limited. The number of tokens is limited by ``max_tokens``, if the provider can count
     tokens, and by ``tokens_per_minute``.
     """
-    provider = source.provider
-    limits = provider.limits
-    count_tokens: Any = getattr(provider, "count_tokens", None)
-    most: list[float] = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
-    most += [] if limits.tokens_per_minute is None else [limits.tokens_per_minute]
-    if not most:
+    max_batch = source.provider.limits.max_batch
+    limit = find_token_limit(source.provider)
+    if limit is None:
         keys = list(texts)
-        yield from (keys[start : start + limits.max_batch] for start in range(0, len(keys), limits.max_batch))
+        yield from (keys[start : start + max_batch] for start in range(0, len(keys), max_batch))
         return
-    max_tokens = min(most)
+    max_tokens, count_tokens = limit
     chunk: list[str] = []
     tokens = 0.0
     for key, text in texts.items():
-        # If the provider fails to count a text, the text gets its own chunk. If that fails, no other text fails.
-        more = _count_tokens(count_tokens, text, count_bytes(text) if count_tokens is None else max_tokens)
-        if len(chunk) >= limits.max_batch or (chunk and tokens + more > max_tokens):
+        more = count_tokens(text)
+        if len(chunk) >= max_batch or (chunk and tokens + more > max_tokens):
             yield chunk
             chunk, tokens = [], 0.0
         chunk.append(key)

@@ -129,6 +129,12 @@ def find_cause(error: Exception, texts: Sequence[str] = ()) -> Cause:
     return "call" if is_connection or isinstance(error, _PROGRAM_ERRORS) else "text"
 
 
+def is_about_provider(error: Exception) -> bool:
+    """Return whether a request failed whatever its texts were: the provider is busy, away, or does not admit us."""
+    is_invalid_answer = type(error) is ProviderError  # perhaps because of one text
+    return not is_invalid_answer and find_cause(error) != "text"
+
+
 def _remove_texts(message: str, texts: Iterable[str]) -> str:
     for text in texts:
         for written in (text, repr(text)[1:-1], json.dumps(text)[1:-1]):

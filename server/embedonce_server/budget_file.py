@@ -1,0 +1,330 @@
+"""The SQLite file with the tokens that each tenant has used per day, shared by all workers of a host.
+
+Each call of a provider is reserved before it begins and settled after it has ended. What is reserved by a worker that
+died counts as used, with its upper bound, because nobody knows how much of it the provider has charged.
+
+A reservation is *free* or *in turn*. Free reservations are held with an upper bound for their tokens, so any number of
+them together stays within the budget. A reservation in turn is held with its estimate. Each worker has at most one of
+them per tenant, for one call of the provider. So at the end, the tokens exceed the budget by at most what one call per
+worker was charged more than it was estimated.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from embedonce.config import Tenant
+
+DAY_SECONDS = 86_400
+BUSY_SECONDS = 2.0
+"""Maximum number of seconds to wait while other processes write to the file."""
+VERSION = 1
+"""Version of the tables."""
+DEAD = 0
+"""Number of the worker to which the reservations of dead workers are moved."""
+
+USUAL_RATIO = 0.25
+"""Tokens per byte, as long as nothing is known about a model."""
+USUAL_BYTES = 4_096
+"""Weight of :data:`USUAL_RATIO` among the texts whose tokens are known, in bytes."""
+MAX_BYTES = 2**24
+"""Number of bytes from which older texts count less in the ratio of a tenant."""
+TEXT_BYTES = 16
+"""Bytes that are added to each text for its bound, because a model may add tokens to each text."""
+SAFETY = 4.0
+"""Tokens per byte of the upper bound. Tokenizers make at most one token per byte, so this covers prompts and errors."""
+LARGEST_DECAY = 0.99
+"""Factor by which the largest ratio is forgotten with each settlement."""
+
+KEEP_DAYS = 400
+
+_TABLES = (
+    "CREATE TABLE usage (tenant TEXT, day INTEGER, tokens INTEGER NOT NULL, PRIMARY KEY (tenant, day)) WITHOUT ROWID",
+    """CREATE TABLE reservations (
+        id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, day INTEGER NOT NULL, worker INTEGER NOT NULL,
+        estimate INTEGER NOT NULL, held INTEGER NOT NULL, bound INTEGER NOT NULL)""",
+    "CREATE INDEX reservations_of_day ON reservations (tenant, day)",
+    """CREATE TABLE ratios (
+        model TEXT, tenant TEXT, tokens REAL NOT NULL, bytes REAL NOT NULL, largest REAL NOT NULL,
+        PRIMARY KEY (model, tenant)) WITHOUT ROWID""",
+    f"PRAGMA user_version = {VERSION}",
+)
+
+
+class Load(NamedTuple):
+    """The size of some texts."""
+
+    texts: int
+    bytes: int
+    """Length in UTF-8, after normalisation."""
+    tokens: int | None = None
+    """Tokens as the provider's own tokenizer counts them, or None if it cannot count them."""
+
+    @property
+    def padded(self) -> int:
+        """The bytes with :data:`TEXT_BYTES` more for each text, for upper bounds."""
+        return self.bytes + TEXT_BYTES * self.texts
+
+
+class Reservation(NamedTuple):
+    """Tokens that are set aside for texts that are about to be computed."""
+
+    id: int
+    tenant: str
+    day: int
+    """Number of the day since 1970-01-01 in UTC. The tokens belong to this day, even if the call ends on the next."""
+    model: str
+    load: Load
+    estimate: int
+    is_free: bool
+    """Whether the upper bound of the tokens fits into the budget, so that other calls may run at the same time."""
+    is_whole: bool
+    """Whether it is for all texts that were asked for, and not only for the first part of them."""
+
+
+Outcome: TypeAlias = Reservation | Literal["wait", "refused"]
+"""``"wait"``: the tokens fit only if calls under way need less than is held for them. ``"refused"``: they do not fit
+today."""
+
+
+class Settlement(NamedTuple):
+    """What a reserved call was charged."""
+
+    reservation: Reservation
+    tokens: int
+    is_measured: bool
+    """Whether the provider has reported the tokens of all texts of the reservation."""
+
+
+class Usage(NamedTuple):
+    """The tokens of a tenant on the current day (UTC)."""
+
+    used: int
+    """Tokens of calls that have ended, and an upper bound for those of workers that died."""
+    reserved: int
+    """Estimated tokens of the calls under way."""
+    limit: int
+    """The tenant's ``tokens_per_day``."""
+
+
+class BudgetFile:
+    """The file of one worker. It is opened at the first use, and again after each failure. One thread uses it.
+
+    Args:
+        path: the file. If it is missing, it is created, and all tenants have used nothing.
+        worker: number of this worker, from 1. When the file is opened for the first time, reservations of a worker
+            with this number count as used, because that worker is dead.
+        clock: function that returns Unix time in seconds.
+
+    All methods raise:
+        sqlite3.Error: the file cannot be read or written.
+        OSError: the file cannot be created.
+    """
+
+    def __init__(self, path: Path, worker: int, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._worker = worker
+        self._clock = clock
+        self._connection: sqlite3.Connection | None = None
+        self._identity = (0, 0)
+        """Device and inode of the open file."""
+        self._unsettled: list[Settlement] = []
+        """Settlements that could not be written yet."""
+        self._is_recovered = False
+
+    def open(self) -> None:
+        """Open the file, and create it if it is missing."""
+        with self._write():
+            pass
+
+    # --- reservations -------------------------------------------------------------------------
+
+    def reserve(self, tenant: str, limit: int, model: str, whole: Load, part: Load, *, has_turn: bool) -> Outcome:
+        """Reserve tokens for all texts if their bound fits, else for the first part of them."""
+        with self._write() as connection:
+            day = self.find_day()
+            ratio, factor = self._read_ratios(connection, tenant, model)
+            used, _, held = self._read_day(connection, tenant, day)
+            free = limit - used
+            estimate = _estimate(part, ratio)
+            if limit == 0 or estimate > free:
+                return "refused"
+            free -= held
+            load, bound, is_free = whole, _bound(whole, factor), True
+            if bound > free:
+                load, bound = part, _bound(part, factor)
+            if bound > free:
+                if not has_turn or estimate > free:
+                    return "wait"
+                is_free = False
+            estimate = _estimate(load, ratio)
+            reservation = Reservation(secrets.randbits(62), tenant, day, model, load, estimate, is_free, load is whole)
+            connection.execute(
+                """INSERT INTO reservations (id, tenant, day, worker, estimate, held, bound)
+                   VALUES (?, ?, ?, ?, ?, ?, ?)""",
+                (reservation.id, tenant, day, self._worker, estimate, bound if is_free else estimate, bound),
+            )
+            return reservation
+
+    def settle(self, settlement: Settlement) -> None:
+        """Replace a reservation by what was charged. If this fails, the next call of any method tries it again."""
+        self._unsettled.append(settlement)
+        with self._write():
+            pass
+
+    def recover(self, worker: int) -> None:
+        """Count the reservations of a dead worker as used. If it still lives, its settlements correct that."""
+        with self._write() as connection:
+            connection.execute("UPDATE reservations SET worker = ? WHERE worker = ?", (DEAD, worker))
+
+    def read_usage(self, tenants: Sequence[Tenant]) -> Mapping[str, Usage]:
+        """Return the usage of the tenants that have a budget, by name."""
+        with self._write() as connection:
+            day = self.find_day()
+            usage = {}
+            for tenant in tenants:
+                if tenant.tokens_per_day is not None:
+                    used, reserved, _ = self._read_day(connection, tenant.name, day)
+                    usage[tenant.name] = Usage(used, reserved, tenant.tokens_per_day)
+            return usage
+
+    def find_day(self) -> int:
+        return int(self._clock() // DAY_SECONDS)
+
+    def close(self) -> None:
+        """Write what is not settled yet, and close the file. A later call opens it again."""
+        try:
+            if self._unsettled:
+                with self._write():
+                    pass
+        finally:
+            self._disconnect()
+
+    # --- reading and writing ------------------------------------------------------------------
+
+    def _read_day(self, connection: sqlite3.Connection, tenant: str, day: int) -> tuple[int, int, int]:
+        """Return a tenant's used tokens, the estimate of the calls under way, and what is held for these calls."""
+        row = connection.execute("SELECT tokens FROM usage WHERE tenant = ? AND day = ?", (tenant, day)).fetchone()
+        dead, estimate, held = connection.execute(
+            """SELECT coalesce(sum(bound) FILTER (WHERE worker = :dead), 0),
+                      coalesce(sum(estimate) FILTER (WHERE worker <> :dead), 0),
+                      coalesce(sum(held) FILTER (WHERE worker <> :dead), 0)
+               FROM reservations WHERE tenant = :tenant AND day = :day""",
+            {"dead": DEAD, "tenant": tenant, "day": day},
+        ).fetchone()
+        return (0 if row is None else row[0]) + dead, estimate, held
+
+    def _read_ratios(self, connection: sqlite3.Connection, tenant: str, model: str) -> tuple[float, float]:
+        """Return a tenant's tokens per byte for estimates, and the tokens per byte for upper bounds."""
+        row = connection.execute(
+            "SELECT tokens, bytes FROM ratios WHERE model = ? AND tenant = ?", (model, tenant)
+        ).fetchone()
+        tokens, size = (0.0, 0.0) if row is None else row
+        (largest,) = connection.execute("SELECT max(largest) FROM ratios WHERE model = ?", (model,)).fetchone()
+        ratio = (tokens + USUAL_RATIO * USUAL_BYTES) / (size + USUAL_BYTES)
+        return ratio, max(SAFETY, 2.0 * (largest or 0.0))
+
+    def _write_settlement(self, connection: sqlite3.Connection, settlement: Settlement) -> None:
+        reservation, tokens, is_measured = settlement
+        connection.execute("DELETE FROM reservations WHERE id = ?", (reservation.id,))
+        if tokens:
+            connection.execute(
+                """INSERT INTO usage (tenant, day, tokens) VALUES (?, ?, ?)
+                   ON CONFLICT (tenant, day) DO UPDATE SET tokens = tokens + excluded.tokens""",
+                (reservation.tenant, reservation.day, tokens),
+            )
+        load = reservation.load
+        if is_measured and load.bytes:
+            keep = f"CASE WHEN bytes > {MAX_BYTES} THEN 0.5 ELSE 1.0 END"
+            connection.execute(
+                f"""INSERT INTO ratios (model, tenant, tokens, bytes, largest) VALUES (?, ?, ?, ?, ?)
+                    ON CONFLICT (model, tenant) DO UPDATE SET
+                        tokens = tokens * {keep} + excluded.tokens,
+                        bytes = bytes * {keep} + excluded.bytes,
+                        largest = max(largest * {LARGEST_DECAY}, excluded.largest)""",
+                (reservation.model, reservation.tenant, float(tokens), float(load.bytes), tokens / load.padded),
+            )
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """Run a transaction that first writes what is not settled yet. After a failure, the file is opened again."""
+        try:
+            connection = self._connect()
+            connection.execute("BEGIN IMMEDIATE")
+            for settlement in self._unsettled:
+                self._write_settlement(connection, settlement)
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            self._disconnect()  # this rolls back
+            raise
+        self._unsettled.clear()
+
+    # --- opening ------------------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        """Return the open connection. If the file was replaced or deleted since, open the file that is there now."""
+        if self._connection is not None:
+            if _identify(self._path) == self._identity:
+                return self._connection
+            self._disconnect()
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            identity = _identify(self._path)
+            connection.execute("PRAGMA journal_mode = WAL")
+            # A commit waits for the disk only at checkpoints. If the host loses its power, the last seconds may be
+            # lost. If only the process ends, nothing is lost.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._identity = connection, identity
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Create the tables of a new file. Count the reservations of an earlier worker with this number as used."""
+        connection.execute("BEGIN IMMEDIATE")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise sqlite3.NotSupportedError(f"the file has version {version} and was written by a newer embedonce")
+        if version == 0:
+            for statement in _TABLES:
+                connection.execute(statement)
+        if not self._is_recovered:
+            connection.execute("UPDATE reservations SET worker = ? WHERE worker = ?", (DEAD, self._worker))
+            before = self.find_day() - KEEP_DAYS
+            connection.execute("DELETE FROM usage WHERE day < ?", (before,))
+            connection.execute("DELETE FROM reservations WHERE day < ?", (before,))
+        connection.execute("COMMIT")
+        self._is_recovered = True
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+def _identify(path: Path) -> tuple[int, int]:
+    """Return the device and the inode of a file, or zeros if it is missing."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _estimate(load: Load, ratio: float) -> int:
+    return max(load.texts, math.ceil(load.bytes * ratio)) if load.tokens is None else load.tokens
+
+
+def _bound(load: Load, factor: float) -> int:
+    return max(math.ceil(load.padded * factor), load.tokens or 0)

@@ -1,0 +1,152 @@
+"""Which requests are let in: Host, Origin, content type and doubled headers; and what Cache-Control says."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedonce_server.api_errors import ApiError, list_positions
+from embedonce_server.cache_control import DEFAULT, CacheControl, read_cache_control
+from embedonce_server.guards import HostGuard, check_json, check_origin, is_loopback, read_headers
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:8080",
+        "app.localhost",
+        "127.0.0.1",
+        "127.8.8.8:80",
+        "[::1]",
+        "[::1]:8080",
+        "embeddings.internal:443",
+    ],
+)
+def test_loopback_names_and_allowed_hosts_are_let_in(host: str) -> None:
+    guard = HostGuard(["embeddings.internal"])
+    for _ in range(2):
+        guard.check(host.encode())
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        None,
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "evil-localhost",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+        "[::2]",
+        "0.0.0.0",
+        "embeddings.internal.evil.example",
+        "evil.example:127.0.0.1",
+        "evil@localhost.example",
+        "\xff",
+    ],
+)
+def test_other_hosts_are_refused(host: str | None) -> None:
+    guard = HostGuard(["embeddings.internal"])
+    for _ in range(2):
+        with pytest.raises(ApiError) as refused:
+            guard.check(None if host is None else host.encode("latin-1"))
+        assert refused.value.status == 403
+        assert "evil" not in str(refused.value)
+
+
+def test_the_memo_of_hosts_is_bounded() -> None:
+    guard = HostGuard([])
+    for port in range(1000):
+        guard.check(b"localhost:%d" % port)
+    assert len(guard._admitted) < 1000
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", "127.1.2.3"])
+def test_loopback_names(name: str) -> None:
+    assert is_loopback(name)
+
+
+@pytest.mark.parametrize("name", ["", "0.0.0.0", "::", "example.com", "localhost.example.com", "127.0.0.1.example.com"])
+def test_other_names_are_not_loopback(name: str) -> None:
+    assert not is_loopback(name)
+
+
+def test_the_origin_must_be_the_server_itself() -> None:
+    check_origin(None, b"localhost:8080")
+    check_origin(b"http://localhost:8080", b"localhost:8080")
+    for origin in (b"null", b"http://localhost:9090", b"https://evil.example", b"", b"file://", b"localhost:8080"):
+        with pytest.raises(ApiError) as refused:
+            check_origin(origin, b"localhost:8080")
+        assert refused.value.status == 403
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"application/json",
+        b"application/json; charset=utf-8",
+        b'Application/JSON;charset="UTF-8"',
+        b"application/json;",
+    ],
+)
+def test_json_is_accepted(kind: bytes) -> None:
+    check_json({b"content-type": kind})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"text/plain",
+        b"",
+        b"application/jsonp",
+        b"application/json; charset=utf-16",
+        b"multipart/form-data",
+        b"text/json",
+        None,
+    ],
+)
+def test_other_types_are_refused(kind: bytes | None) -> None:
+    with pytest.raises(ApiError) as refused:
+        check_json({} if kind is None else {b"content-type": kind})
+    assert refused.value.status == 415
+
+
+def test_compressed_bodies_are_refused() -> None:
+    check_json({b"content-type": b"application/json", b"content-encoding": b"identity"})
+    with pytest.raises(ApiError):
+        check_json({b"content-type": b"application/json", b"content-encoding": b"gzip"})
+
+
+def test_doubled_headers_are_refused_if_they_matter() -> None:
+    assert read_headers([(b"accept", b"a"), (b"accept", b"b")]) == {b"accept": b"b"}
+    for name in (b"host", b"authorization", b"content-type", b"origin", b"api-key"):
+        with pytest.raises(ApiError, match=name.decode()):
+            read_headers([(name, b"a"), (name, b"a")])
+
+
+@pytest.mark.parametrize(
+    ("header", "control"),
+    [
+        (None, DEFAULT),
+        (b"", DEFAULT),
+        (b"max-age=0", DEFAULT),
+        (b"no-store", CacheControl(no_store=True)),
+        (b"No-Cache , no-store", CacheControl(no_store=True, no_cache=True)),
+        (b"only-if-cached, max-stale=5", CacheControl(only_if_cached=True)),
+        (b'no-cache="x"', CacheControl(no_cache=True)),
+    ],
+)
+def test_directives_of_cache_control(header: bytes | None, control: CacheControl) -> None:
+    assert read_cache_control(header) == control
+
+
+def test_directives_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ApiError):
+        read_cache_control(b"no-cache, only-if-cached")
+
+
+def test_lists_of_positions_are_short() -> None:
+    assert list_positions([4]) == "4"
+    assert list_positions([0, 4, 7]) == "0, 4 and 7"
+    assert len(list_positions(list(range(2048)))) < 100
