@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -28,6 +29,9 @@ log = logging.getLogger("embedonce.serve")
 State: TypeAlias = Literal["starting", "ready", "draining"]
 
 CLOSE_POLL_SECONDS = 0.05
+MIN_SETTLE_SECONDS = 0.25
+"""Seconds for which the end waits at least until the calls that budgets have paid for are settled. A reservation that is
+not settled counts as if it had cost the most that it can."""
 
 
 class Generation:
@@ -134,6 +138,9 @@ class Service:
         """Write what is queued, for up to ``timeout`` seconds, and close the caches."""
         for task in list(self._retired):
             task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(timeout, MIN_SETTLE_SECONDS)):
+                await self.budgets.drain()
         if not await self.base.aflush(max(timeout, 0.0)):
             log.warning("some vectors were not written before the end, so they will be computed again")
         await self.base.aclose()
