@@ -30,8 +30,8 @@ State: TypeAlias = Literal["starting", "ready", "draining"]
 
 CLOSE_POLL_SECONDS = 0.05
 MIN_SETTLE_SECONDS = 0.25
-"""Seconds for which the end waits at least until the calls that budgets have paid for are settled. A reservation that is
-not settled counts as if it had cost the most that it can."""
+"""Minimum number of seconds to wait for calls that reserve tokens of a budget. A reservation that is left counts as if
+the call had cost the most that it can cost."""
 
 
 class Generation:
