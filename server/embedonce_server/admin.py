@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from embedonce import Cache, EraseIncomplete, SpaceError, __version__
 from embedonce.answers import Purged
@@ -25,9 +25,11 @@ from .budgets import BudgetsUnavailable
 from .calls import Call
 from .models import PLAIN, Model, Variation
 from .request_body import read_dimensions, read_inputs
-from .service import Generation, Service
 from .siblings import PREFIX, SiblingAnswer
 from .task_names import read_task
+
+if TYPE_CHECKING:
+    from .service import Generation, Service
 
 T = TypeVar("T")
 
@@ -125,7 +127,7 @@ async def show_own_stats(call: Call) -> dict[str, Any]:
         "status": service.state,
         "uptime_seconds": round(time.time() - service.started, 3),
         **service.read_gauges(),
-        "counts": describe_stats(service.read_stats()),
+        "counts": describe_stats(service.stats()),
     }
 
 

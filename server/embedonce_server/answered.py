@@ -1,4 +1,4 @@
-"""The answer to a request for vectors, as the endpoint makes it and as metrics and the log read it."""
+"""The answer to a request for vectors, for those who send it, count it and log it."""
 
 from __future__ import annotations
 

@@ -1,23 +1,27 @@
-"""A request to one of the operations, and the fields of its body."""
+"""A request to one of the small endpoints, and the fields of its body."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from .api_errors import ApiError
 from .guards import check_json
 from .incoming import Receive, read_body
+from .metrics import Metrics
 from .request_body import parse_body
 from .service import Generation, Service
+
+Scope: TypeAlias = MutableMapping[str, Any]
 
 
 class Call(NamedTuple):
     """A request that may be answered."""
 
     service: Service
+    metrics: Metrics
     generation: Generation
-    scope: MutableMapping[str, Any]
+    scope: Scope
     headers: dict[bytes, bytes]
     receive: Receive
 

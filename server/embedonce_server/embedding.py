@@ -120,7 +120,7 @@ async def _fetch(
                     service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
                 )
             except BudgetExceeded:
-                service.metrics.count_refused(tenant, "budget")
+                service.counters.count_refused(tenant, "budget")
                 raise
         return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
     except SpaceError as error:  # the provider does not know the task

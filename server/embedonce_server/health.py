@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .service import Service
+if TYPE_CHECKING:
+    from .service import Service
 
 
 def read_health(service: Service) -> dict[str, Any]:
@@ -13,7 +14,7 @@ def read_health(service: Service) -> dict[str, Any]:
     A tier or a provider that fails does not make the worker unready, because hits of other tiers are still answered.
     The result has no secret, no URL, and no name of a tenant or a model, because everybody may read it.
     """
-    stats = service.read_stats()
+    stats = service.stats()
     return {
         "status": service.state,
         "tiers": {

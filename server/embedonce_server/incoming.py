@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .api_errors import ApiError
-from .service import Service
+
+if TYPE_CHECKING:
+    from .service import Service
 
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

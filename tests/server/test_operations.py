@@ -244,11 +244,11 @@ async def test_the_access_log_has_a_line_per_request_without_texts(
 async def test_a_fault_is_an_answer_with_status_500(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fail(service: object) -> bytes:
+    async def fail(self: object) -> bytes:
         raise RuntimeError("broken")
 
     async with serve(configure(), tmp_path) as server:
-        monkeypatch.setattr("embedonce_server.operations.show_metrics", fail)
+        monkeypatch.setattr(type(server.app.metrics), "show", fail)
         answer = await server.call("GET", "/metrics")
         assert (answer.status, answer.error["code"]) == (500, "internal_error")
         assert "broken" not in answer.error["message"]
