@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -59,15 +58,6 @@ def embed_cold_texts(tiers: list[dict[str, Any]], log: str, seed: int, barrier: 
         matrix = asyncio.run(cache.aembed_batch(texts)) if face == "async" else cache.embed_batch(texts)
         assert all((row == provider.vector_of(text)).all() for text, row in zip(texts, matrix, strict=True))
         return dict(list(cache.stats().tiers.values())[-1].causes)
-
-
-def embed_cold_texts_in_eight_processes(tiers: list[dict[str, Any]], log: Path, face: str) -> list[dict[str, int]]:
-    """Run :func:`embed_cold_texts` in eight parallel processes, and return their results."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        barrier = manager.Barrier(8)
-        with context.Pool(8) as pool:
-            return pool.starmap(embed_cold_texts, [(tiers, str(log), seed, barrier, face) for seed in range(8)])
 
 
 def embed_and_hang(tiers: list[dict[str, Any]], log: str) -> None:

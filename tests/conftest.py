@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ PATIENT = 60.0
 """Timeout in seconds of tiers for which a test sets no timeout. It is far longer than a busy machine needs."""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exclude what the collection of tests leaves behind from garbage collection.
+
+    The frameworks and the tests are over a million objects that live until pytest ends. Each ``gc.collect()`` in a test
+    would take half a second to go through them. What tests create is collected as usual.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep tests and their child processes away from the user's caches and settings."""
@@ -44,6 +60,10 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # Clients of HTTP load all authorities for each client, in 0.05 s, although tests use TLS only with servers of
         # their own. This file has one authority.
         patch.setenv("SSL_CERT_FILE", str(Path(__file__).with_name("authority.pem")))
+        # Test runs of plugins, in processes of their own, need only hypothesis beside pytest. The frameworks bring more
+        # plugins of pytest, which take longer to import than the tests of a plugin take to run.
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.setenv("PYTEST_PLUGINS", "_hypothesis_pytestplugin")
         patch.setenv("COLUMNS", "120")
         patch.setenv("NO_COLOR", "1")
         yield home

@@ -107,6 +107,10 @@ class TierStats:
     """Dropped entries by cause: ``"too large"``, ``"queue full"`` or ``"skipped"`` (the breaker was open)."""
     saved: Work = NO_WORK
     """The work that the hits have saved."""
+    is_skipped: bool = False
+    """Whether the breaker is open now, so that reads or writes skip the tier until a probe succeeds."""
+    last_cause: str | None = None
+    """Cause of the last error, as in ``causes``; None if there was no error."""
 
     @property
     def hit_rate(self) -> float | None:
@@ -124,6 +128,9 @@ class ProviderStats:
     """Number of texts that failed in the end. A text that is sent several times counts once."""
     tokens: int
     seconds: float
+    last_error: str | None = None
+    """Class name of the last error, if the provider has embedded nothing since; else None. Errors that concern only
+    their text do not count."""
 
 
 @dataclass(frozen=True, slots=True)

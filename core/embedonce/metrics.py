@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 from .cache import Cache
@@ -83,6 +83,12 @@ _Sample = tuple[str, tuple[str, ...]]
 """The name of a family, and the values of its labels."""
 
 
+class HasStats(Protocol):
+    """A cache, or another object with the counters of caches."""
+
+    def stats(self) -> Stats: ...
+
+
 class CacheCollector(Collector):
     """Collects the counters of one or more caches. Counters of tiers with the same name are added up.
 
@@ -118,7 +124,7 @@ class CacheCollector(Collector):
     ============================================  ==============================  ==============================
     """
 
-    def __init__(self, *caches: Cache) -> None:
+    def __init__(self, *caches: HasStats) -> None:
         self._caches = caches
 
     def collect(self) -> Iterator[Metric]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,10 @@ Async = TypeVar("Async")
 
 CLOSE_SECONDS = 2.0
 """Maximum number of seconds that ``close`` waits until an event loop in another thread has closed its client."""
+
+_imported: set[str] = set()
+"""The modules whose import has ended. A module is in ``sys.modules`` already while it is being imported. An import in the
+event loop would then wait for the end of the other import, and no other task would run meanwhile."""
 
 
 def require_package(package: str) -> None:
@@ -108,8 +111,9 @@ class Clients(Generic[Sync, Async]):
     async def aget(self) -> Async:
         """Return the async client of the running loop."""
         loop = asyncio.get_running_loop()
-        if self._module not in sys.modules:
+        if self._module not in _imported:
             await asyncio.to_thread(import_module, self._module)
+            _imported.add(self._module)
         entry = self._by_loop.get(loop)
         if entry is None:
             # The generator reaches its yield without suspending. So no other asyncio task of this loop runs before the

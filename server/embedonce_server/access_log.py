@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from embedonce.config import Tenant
 
@@ -13,6 +14,9 @@ from .embedding import Embeddings
 log = logging.getLogger("embedonce.access")
 
 is_on = False
+
+MAX_PATH = 200
+"""Number of characters of a path that are logged."""
 
 
 def write(
@@ -24,13 +28,13 @@ def write(
     found: Embeddings | None,
     request_id: bytes,
 ) -> None:
-    """Log a request for vectors."""
+    """Log a request. The path is quoted, because a client may put line breaks into it."""
     client = scope.get("client")
     log.info(
         "%s %s %s %d %.1f ms tenant=%s model=%s inputs=%d hits=%d id=%s",
         client[0] if client else "-",
         scope["method"],
-        scope["path"],
+        quote(scope["path"][:MAX_PATH]),
         status,
         seconds * 1e3,
         "-" if tenant is None else tenant.name,

@@ -50,6 +50,8 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.details = details
+        self.model = ""
+        """Name of the served model that the request asked for, if it is known."""
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
@@ -133,3 +135,11 @@ def _read_code(error: Exception) -> str | None:
             return code
         current = current.__cause__
     return None
+
+
+def render(error: ApiError) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """Return the status, the body and the headers of an answer."""
+    body = error.to_body()
+    pairs = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    pairs += [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
+    return error.status, body, pairs

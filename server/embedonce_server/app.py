@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 from embedonce.config import Tenant
 
 from . import access_log
-from .api_errors import ApiError
+from .api_errors import ApiError, render
 from .embedding import Embeddings, embed
-from .guards import check_json, check_origin, read_headers
-from .operations import create_operations
+from .guards import check_json, check_origin, find_tenant, read_headers
+from .incoming import ClientGone, read_body
+from .operations import Operations, name_endpoint
 from .service import Generation, Service
-from .tenants import read_bearer
 
 log = logging.getLogger("embedonce.serve")
 
@@ -31,13 +31,6 @@ Pairs: TypeAlias = list[tuple[bytes, bytes]]
 EMBEDDINGS = "/v1/embeddings"
 HEALTH = "/health/"
 
-MAX_BODIES = 256 * 1024 * 1024
-"""Bytes of request bodies that one worker keeps in memory at the same time."""
-
-
-class ClientGone(Exception):
-    """The client has closed the connection before its request was complete."""
-
 
 def create_app(service: Service) -> Application:
     """Return the application that serves a service."""
@@ -47,14 +40,14 @@ def create_app(service: Service) -> Application:
 class _App:
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._others = create_operations(service)
+        self._others = Operations(service)
         prefix = secrets.token_hex(6)
         self._ids: Iterator[bytes] = (b"%b-%x" % (prefix.encode(), number) for number in count(1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                await self._others(scope, receive, send)
+                await self._others.live(scope, receive, send)
             return
         generation = self._service.generation
         generation.active += 1
@@ -70,6 +63,7 @@ class _App:
         path: str = scope["path"]
         tenant: Tenant | None = None
         found: Embeddings | None = None
+        model = ""
         request_id = next(self._ids)
         try:
             headers = read_headers(scope["headers"])
@@ -78,7 +72,8 @@ class _App:
                 generation.hosts.check(host)
                 check_origin(headers.get(b"origin"), host)
             if path != EMBEDDINGS:
-                await self._others(scope, receive, send)
+                status = await self._others.serve(generation, scope, headers, receive, send, request_id)
+                self._finish_other(scope, status, start, request_id)
                 return
             if scope["method"] != "POST":
                 raise ApiError(
@@ -88,80 +83,42 @@ class _App:
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
                 check_rate(self._service, tenant)
-            body = await self._read_body(generation, headers, receive)
+            body = await read_body(self._service, headers, receive, limit=generation.settings.max_body)
             try:
                 found = await embed(self._service, generation, tenant, headers.get(b"cache-control"), body)
             finally:
                 self._service.body_bytes -= len(body)
             status, answer, pairs = 200, found.body, found.headers
         except ApiError as error:
-            status, answer, pairs = _render(error)
+            model = error.model
+            status, answer, pairs = render(error)
         except ClientGone:
             raise
         except Exception as error:
-            log.exception("a request to %s failed", path if path == EMBEDDINGS else "another path")
-            status, answer, pairs = _render(
+            log.exception("a request to %s failed", EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path))
+            status, answer, pairs = render(
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
             )
         pairs.append((b"x-request-id", request_id))
         await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": answer})
+        if path != EMBEDDINGS:
+            self._finish_other(scope, status, start, request_id)
+            return
         seconds = time.perf_counter() - start
-        self._service.metrics.count_embeddings(tenant, found, status, seconds)
+        # Nothing is awaited between the last message and this line, so a scrape that follows the answer shows it.
+        self._service.metrics.count_embeddings(tenant, found, status, seconds, model)
         if access_log.is_on:
             access_log.write(scope, status, seconds, tenant=tenant, found=found, request_id=request_id)
 
-    async def _read_body(self, generation: Generation, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """Return the body of a request. Its bytes count in ``body_bytes`` of the service from then on.
-
-        Raises:
-            ApiError: the body is too large.
-            ClientGone: the client has closed the connection.
-        """
-        limit, service = generation.settings.max_body, self._service
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > limit:
-            raise _make_too_large(limit)
-        message = await receive()
-        parts: list[bytes] = []
-        size = 0
-        try:
-            while True:
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part = message.get("body", b"")
-                size += len(part)
-                service.body_bytes += len(part)
-                if size > limit:
-                    raise _make_too_large(limit)
-                if service.body_bytes > MAX_BODIES:
-                    text = "the server has too many large requests at the moment"
-                    raise ApiError(503, text, kind="server_error", code="overloaded", retry_after=1)
-                parts.append(part)
-                if not message.get("more_body"):
-                    return b"".join(parts) if len(parts) > 1 else part
-                message = await receive()
-        except BaseException:
-            service.body_bytes -= size
-            raise
-
-
-def find_tenant(generation: Generation, headers: dict[bytes, bytes]) -> Tenant | None:
-    """Return the tenant whose key a request has; None if the server has no tenants.
-
-    Raises:
-        ApiError: the key is missing or unknown.
-    """
-    if not generation.settings.tenants:
-        return None
-    key = read_bearer(headers.get(b"authorization", b"")) or headers.get(b"api-key")
-    tenant = None if key is None else generation.keyring.find_tenant(key)
-    if tenant is None:
-        what = "the request has no key" if key is None else "the key is not valid"
-        message = f"{what}; send a key of this server as Authorization: Bearer …"
-        headers_ = {"www-authenticate": "Bearer"}
-        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers_)
-    return tenant
+    def _finish_other(self, scope: Scope, status: int, start: float, request_id: bytes) -> None:
+        """Count and log a request to another path. Requests of other workers are part of a request to one of them."""
+        if self._service.siblings.has_sent(scope):
+            return
+        seconds = time.perf_counter() - start
+        self._service.metrics.count_other(name_endpoint(scope["path"]), status, seconds)
+        if access_log.is_on:
+            access_log.write(scope, status, seconds, tenant=None, found=None, request_id=request_id)
 
 
 def check_rate(service: Service, tenant: Tenant) -> None:
@@ -172,17 +129,6 @@ def check_rate(service: Service, tenant: Tenant) -> None:
     """
     seconds = service.rates.admit(tenant)
     if seconds > 0:
+        service.metrics.count_refused(tenant, "rate")
         message = f"more than {tenant.requests_per_minute:g} requests per minute; try again in {seconds:.1f} s"
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=seconds)
-
-
-def _make_too_large(limit: int) -> ApiError:
-    message = f"the body is larger than {limit:,} bytes (max_body in [serve]); send fewer inputs in one request"
-    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
-
-
-def _render(error: ApiError) -> tuple[int, bytes, Pairs]:
-    body = error.to_body()
-    pairs = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    pairs += [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
-    return error.status, body, pairs

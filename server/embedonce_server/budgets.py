@@ -97,6 +97,7 @@ class Budgets:
         self._turns: dict[str, _Turn] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._logged_at = -math.inf
+        self._is_closed = False
         try:
             self._thread.submit(self._file.open).result()
         except (sqlite3.Error, OSError) as error:
@@ -123,10 +124,11 @@ class Budgets:
 
     def close(self) -> None:
         """Close the file. What is still reserved counts as used after the next start. A second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             self._thread.submit(self._file.close).result()
-        except RuntimeError:  # closed already
-            return
         except (sqlite3.Error, OSError) as error:
             self._log_failure(error)
         self._thread.shutdown()
@@ -168,9 +170,11 @@ class Budgets:
             await self._call(lambda: self._file.settle(settlement))
 
     async def _call(self, call: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise BudgetsUnavailable
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-        except (sqlite3.Error, OSError, RuntimeError) as error:
+        except (sqlite3.Error, OSError) as error:
             self._log_failure(error)
             raise BudgetsUnavailable from None
 
@@ -406,7 +410,9 @@ class _Job:
 def _make_settlement(reservation: Reservation, fetched: Fetched) -> Settlement:
     """Return what a call was charged, as far as the provider has reported it; for other texts, what was estimated."""
     computed, texts = fetched.computed, reservation.load.texts
-    guessed = computed.unknown_tokens + sum(map(_may_be_charged, fetched.failed.values()))
+    guessed = computed.unknown_tokens
+    if fetched.seconds.get("provider"):  # else this request has sent nothing
+        guessed += sum(map(_may_be_charged, fetched.failed.values()))
     tokens = computed.tokens + math.ceil(reservation.estimate * guessed / texts)
     return Settlement(reservation, tokens, is_measured=computed.texts == texts and not guessed)
 
@@ -414,7 +420,7 @@ def _make_settlement(reservation: Reservation, fetched: Fetched) -> Settlement:
 def _may_be_charged(error: Exception) -> bool:
     """Return whether a provider may have charged a text that failed: it did not answer in time, or not as it should.
 
-    An answer with an error status is not charged, and neither is a text that was not sent.
+    An answer with an error status is not charged.
     """
     if isinstance(error, TextRefused | ErrorInAnswer) or read_status(error) is not None:
         return False

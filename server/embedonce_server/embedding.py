@@ -11,7 +11,7 @@ from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
 from .api_errors import ApiError, explain_failures
-from .budgets import fetch_within_budget
+from .budgets import BudgetExceeded, fetch_within_budget
 from .cache_control import CacheControl, read_cache_control
 from .models import Model
 from .request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
@@ -72,6 +72,16 @@ async def embed(
     """
     data = parse_body(body)
     model = find_model(generation, tenant, data.get("model"))
+    try:
+        return await _embed(service, model, tenant, cache_control, data)
+    except ApiError as error:
+        error.model = model.name
+        raise
+
+
+async def _embed(
+    service: Service, model: Model, tenant: Tenant | None, cache_control: bytes | None, data: Mapping[str, Any]
+) -> Embeddings:
     control = read_cache_control(cache_control)
     request = read_request(data, model.forward)
     namespace = "" if tenant is None else tenant.namespace
@@ -119,9 +129,13 @@ async def _fetch(
             return found
         store = not control.no_store
         if tenant is not None and tenant.tokens_per_day is not None:
-            return await fetch_within_budget(
-                service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
-            )
+            try:
+                return await fetch_within_budget(
+                    service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
+                )
+            except BudgetExceeded:
+                service.metrics.count_refused(tenant, "budget")
+                raise
         return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
     except SpaceError as error:  # the provider does not know the task
         raise ApiError(400, str(error), param="input_type") from None

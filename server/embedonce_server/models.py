@@ -17,8 +17,10 @@ import orjson
 from embedonce import Cache, EmbedonceError, SpaceError
 from embedonce.batch_settings import refuse_batch_settings
 from embedonce.config import Config, ProviderConfig, ServedModel, list_options, make_provider
+from embedonce.prices import Price
 
 from .api_errors import ApiError
+from .provider_totals import ProviderTotals
 
 MAX_SPACES: Final = 64
 """Number of combinations of ``dimensions``, forwarded fields and kind of input for each model."""
@@ -47,19 +49,32 @@ class Model:
     """One model: its provider, and its caches by variation and namespace."""
 
     def __init__(
-        self, base: Cache, config: Config, name: str, provider: ProviderConfig, forward: Iterable[str]
+        self,
+        base: Cache,
+        config: Config,
+        name: str,
+        provider: ProviderConfig,
+        forward: Iterable[str],
+        totals: ProviderTotals,
     ) -> None:
         self.name = name
         self.json_name = orjson.dumps(name)
         self.created = int(time.time())
         self.forward = frozenset(forward)
         self.provider_config = provider
+        self.price = _read_price(provider)
+        fallback = config.fallback if provider is config.provider else None
+        self.has_fallback = fallback is not None
+        self.fallback_price = _read_price(fallback)
         self._base = base
         self._config = config
+        self._totals = totals
         self._options = list_options(provider)
         self._plain = base if provider is config.provider else self._open(PLAIN)
         space = self._plain.provider.space("document")
         self.dimensions: int | None = space.dimensions
+        self.own_space = (space.provider, space.model)
+        """The names of the provider and of the model, which tell its vectors from those of the fallback."""
         self._roots: dict[Variation, Cache] = {PLAIN: self._plain}
         """The cache of each variation, which owns the variation's provider."""
         self._caches: dict[tuple[Variation, str], Cache] = {}
@@ -112,6 +127,20 @@ class Model:
             raise ApiError(400, message)
         return Variation(dimensions, canonical, are_tokens)
 
+    @property
+    def roots(self) -> list[Cache]:
+        """The cache of each variation in the namespace of the configuration."""
+        return list(self._roots.values())
+
+    @property
+    def accepts_tokens(self) -> bool:
+        """Whether inputs may be token numbers."""
+        return "token_inputs" in self._options
+
+    def list_variations(self, *, are_tokens: bool = False) -> list[Variation]:
+        """Return the variations that this worker knows and that have this kind of input."""
+        return [variation for variation in self._roots if variation.are_tokens == are_tokens]
+
     @contextmanager
     def use(self, variation: Variation) -> Iterator[None]:
         """Use a variation in the ``with`` block, which raises an error if the variation has given no vectors.
@@ -119,10 +148,16 @@ class Model:
         A variation that has never given a vector does not count after the block. Otherwise requests with invalid
         dimensions would use up the number of variations.
         """
+        with self.look_at(variation):
+            yield
+            self._useful.add(variation)
+
+    @contextmanager
+    def look_at(self, variation: Variation) -> Iterator[None]:
+        """Use a variation in the ``with`` block, which computes no vectors."""
         self._active[variation] += 1
         try:
             yield
-            self._useful.add(variation)
         finally:
             self._active[variation] -= 1
             if not self._active[variation]:
@@ -135,6 +170,7 @@ class Model:
         for key in [key for key in self._caches if key[0] == variation]:
             del self._caches[key]
         if root is not None:
+            self._totals.count(root)
             root.close()
 
     def _open(self, variation: Variation) -> Cache:
@@ -174,7 +210,12 @@ class Model:
         """Close the caches and providers of the model, but no tiers."""
         for cache in self._roots.values():
             if cache is not self._base:
+                self._totals.count(cache)
                 cache.close()
+
+
+def _read_price(provider: ProviderConfig | None) -> Price | None:
+    return None if provider is None or provider.price is None else Price.parse(provider.price)
 
 
 def _is_deep(value: Any, depth: int = 0) -> bool:
@@ -189,7 +230,7 @@ def _is_deep(value: Any, depth: int = 0) -> bool:
 class Models:
     """The models of one generation of settings, by name."""
 
-    def __init__(self, base: Cache, config: Config, earlier: Models | None = None) -> None:
+    def __init__(self, base: Cache, config: Config, totals: ProviderTotals, earlier: Models | None = None) -> None:
         self._models: dict[str, Model] = {}
         self._served: dict[str, ServedModel] = {}
         kept = {} if earlier is None else earlier._models
@@ -200,11 +241,11 @@ class Models:
                 self._models[served.name] = (
                     kept[served.name]
                     if before == served
-                    else Model(base, config, served.name, served.provider, served.forward)
+                    else Model(base, config, served.name, served.provider, served.forward, totals)
                 )
             if not config.serve.models and config.provider is not None:
                 name = base.provider.space("document").model or config.provider.type
-                self._models[name] = kept.get(name) or Model(base, config, name, config.provider, ())
+                self._models[name] = kept.get(name) or Model(base, config, name, config.provider, (), totals)
         except BaseException:
             self.close(keep=earlier)
             raise
@@ -213,7 +254,7 @@ class Models:
     def names(self) -> list[str]:
         return list(self._models)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 
     def find(self, name: str) -> Model | None:

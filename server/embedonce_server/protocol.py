@@ -91,6 +91,10 @@ WAITING = (NEW, IDLE, REST, ENDING)
 """Phases in which no request is under way."""
 
 
+FRAMING = (b"content-length", b"transfer-encoding")
+"""Headers that say where a body ends."""
+
+
 def _make_answer(code: str, status: int, message: str, retry_after: float | None = None) -> tuple[str, bytes]:
     error = ApiError(
         status, message, kind="server_error" if status >= 500 else "invalid_request_error", code=code,
@@ -177,6 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answer: tuple[str, bytes] | None = None
         """An error that is sent after the answers to earlier requests."""
         self._is_surplus = False
+        self._is_resuming = False
+        """Whether a new parser reads a head that was read before."""
         self._unread = 0
         """Bytes of answers that the client has not read, at the last check."""
         self._unread_since = 0.0
@@ -259,27 +265,53 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(LONG_OVERHEAD)
 
     def _parse_after_upgrade(self, data: bytes | memoryview, upgrade: httptools.HttpParserUpgrade | None) -> None:
-        """Parse what follows a request that asks for another protocol. It is answered as if it did not ask."""
+        """Parse what follows a request that asks for another protocol. It is answered as if it did not ask.
+
+        Java's client asks for HTTP/2 in the first request to each host. The parser takes what follows the head of such
+        a request for the other protocol, although it is the body.
+        """
         while upgrade is not None:
             data, upgrade = data[upgrade.args[0] :], None
             try:
+                self._resume_body()
                 self._feed(data)
             except httptools.HttpParserUpgrade as another:
                 upgrade = another
             except httptools.HttpParserError:
                 self._refuse(self._answer or INVALID)
 
+    def _resume_body(self) -> None:
+        """Let a new parser read the body of the last request, if it has one, as the body of the same request."""
+        scope = self.cycle.scope
+        framing = [(name, value) for name, value in scope["headers"] if name in FRAMING]
+        if not framing:
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed = self.parser.feed_data
+        self._is_resuming = True
+        lines = [b"POST / HTTP/" + scope["http_version"].encode(), *(b"%b: %b" % pair for pair in framing), b"", b""]
+        self.cycle.more_body = True
+        self._phase = BODY
+        self._feed(b"\r\n".join(lines))
+        self._is_resuming = False
+
     # --- callbacks of the parser ---
 
     def on_message_begin(self) -> None:
+        if self._is_resuming:
+            return
         super().on_message_begin()
         self._phase = HEAD
         self._since = self._received
         self._overhead = 0
 
     def on_headers_complete(self) -> None:
+        if self._is_resuming:
+            return
         limits = self._limits
-        if len(self.url) > limits.target:
+        if self.parser is not None and self.parser.get_http_version() == "0.9":  # llhttp accepts a missing version
+            self._answer = INVALID
+        elif len(self.url) > limits.target:
             self._answer = LONG_TARGET
         elif len(self.headers) > limits.headers:
             self._answer = MANY_HEADERS

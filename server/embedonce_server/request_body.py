@@ -71,10 +71,7 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
     encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
     if encoding is None:
         raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
-    dimensions = data.get("dimensions")
-    if dimensions is not None and (type(dimensions) is not int or not 0 < dimensions <= MAX_DIMENSIONS):
-        message = f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}"
-        raise ApiError(400, message, param="dimensions")
+    dimensions = read_dimensions(data)
     user = data.get("user")
     if user is not None and type(user) is not str:
         raise ApiError(400, "user must be a string", param="user")
@@ -85,6 +82,29 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
             if name not in forward:
                 raise _refuse_field(name, forward)
     return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
+
+
+def read_dimensions(data: Mapping[str, Any]) -> int | None:
+    """Return the field ``dimensions``, or None if it is missing.
+
+    Raises:
+        ApiError: it is not a number of dimensions.
+    """
+    value = data.get("dimensions")
+    if value is None:
+        return None
+    dimensions = read_whole_number(value)
+    if dimensions is None or not 0 < dimensions <= MAX_DIMENSIONS:
+        message = f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS:,}"
+        raise ApiError(400, message, param="dimensions")
+    return dimensions
+
+
+def read_whole_number(value: Any) -> int | None:
+    """Return a whole number, which JSON may also write as ``3.0``; None if the value is something else."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _refuse_field(name: str, forward: Collection[str]) -> ApiError:
@@ -115,7 +135,7 @@ def read_inputs(value: Any) -> tuple[list[str], bool]:
     if not value:
         raise ApiError(400, "the input is an empty list; send at least one text", param="input")
     kinds = set(map(type, value))
-    if kinds == {int}:
+    if kinds <= {int, float}:
         return [format_tokens(value, "the input")], True
     if len(value) > MAX_INPUTS:
         raise ApiError(400, f"the request has {len(value):,} inputs; the most are {MAX_INPUTS:,}", param="input")
@@ -138,6 +158,8 @@ def format_tokens(tokens: list[Any], where: str) -> str:
     """
     if not tokens:
         raise ApiError(400, f"{where} is an empty list of token numbers", param="input")
-    if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
+    if set(map(type, tokens)) != {int}:
+        tokens = list(map(read_whole_number, tokens))
+    if None in tokens or min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
         raise ApiError(400, f"{where} must have only token numbers from 0 to {MAX_TOKEN_ID:,}", param="input")
     return orjson.dumps(tokens).decode()

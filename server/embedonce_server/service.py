@@ -15,8 +15,10 @@ from .encoding import EncodedVectors
 from .guards import HostGuard
 from .metrics import Metrics
 from .models import Models
+from .provider_totals import ProviderTotals
 from .rates import Rates
 from .run_folder import RunFolder
+from .siblings import Siblings
 from .tenants import Keyring
 
 log = logging.getLogger("embedonce.serve")
@@ -32,18 +34,22 @@ class Generation:
     A request keeps the generation with which it began, so a reload does not disturb it.
     """
 
-    def __init__(self, config: Config, base: Cache, earlier: Generation | None = None) -> None:
+    def __init__(self, config: Config, base: Cache, totals: ProviderTotals, earlier: Generation | None = None) -> None:
         self.config = config
         self.settings = config.serve
         self.keyring = Keyring(config.serve.tenants, config.serve.admin_key)
         self.hosts = HostGuard(config.serve.allowed_hosts)
-        self.models: Models = Models(base, config, None if earlier is None else earlier.models)
+        self.models: Models = Models(base, config, totals, None if earlier is None else earlier.models)
         self.active = 0
         """Number of requests that use this generation."""
-        _check_tenants_models(config, self.models)
+        try:
+            _check_models_of_tenants(config, self.models)
+        except ConfigError:
+            self.models.close(keep=None if earlier is None else earlier.models)
+            raise
 
 
-def _check_tenants_models(config: Config, models: Models) -> None:
+def _check_models_of_tenants(config: Config, models: Models) -> None:
     """Check that the models of each tenant are served.
 
     Raises:
@@ -68,9 +74,11 @@ class Service:
         self.worker = worker
         self.state: State = "starting"
         self.started = time.time()
+        self.providers = ProviderTotals()
+        self.siblings = Siblings(run, worker)
         self.base = compose(config)
         try:
-            self.generation = Generation(config, self.base)
+            self.generation = Generation(config, self.base, self.providers)
             self.rates = Rates(run.rates)
             self.budgets = Budgets(run.budgets, worker)
             self.metrics = Metrics(self)
@@ -80,7 +88,18 @@ class Service:
         self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
         self.body_bytes = 0
         """Bytes of the bodies that are in memory."""
-        self._retired: set[asyncio.Task[None]] = set()
+        self._retired: dict[asyncio.Task[None], Generation] = {}
+        """The earlier generations that requests may still use, by the tasks that close them."""
+
+    def list_caches(self) -> list[Cache]:
+        """Return each cache that owns a provider."""
+        generations = [self.generation, *self._retired.values()]
+        roots = [root for generation in generations for model in generation.models for root in model.roots]
+        return list(dict.fromkeys([*([self.base] if self.generation.config.provider is not None else []), *roots]))
+
+    def count_active(self) -> int:
+        """Return the number of requests under way."""
+        return self.generation.active + sum(generation.active for generation in self._retired.values())
 
     def reload(self, config: Config) -> None:
         """Use the ``[serve]`` of another configuration from now on. Everything else needs a restart.
@@ -89,10 +108,10 @@ class Service:
             ConfigError: the settings cannot be used. Nothing has changed.
         """
         earlier = self.generation
-        self.generation = Generation(config, self.base, earlier)
+        self.generation = Generation(config, self.base, self.providers, earlier)
         task = asyncio.get_running_loop().create_task(self._retire(earlier))
-        self._retired.add(task)
-        task.add_done_callback(self._retired.discard)
+        self._retired[task] = earlier
+        task.add_done_callback(self._retired.pop)
 
     async def _retire(self, earlier: Generation) -> None:
         """Close the models that are not served any more, once no request uses them."""
@@ -107,6 +126,7 @@ class Service:
             task.cancel()
         if not await self.base.aflush(max(timeout, 0.0)):
             log.warning("some vectors were not written before the end, so they will be computed again")
+        self.metrics.close()
         await self.base.aclose()
         self.budgets.close()
         self.rates.close()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,49 @@ def table(request: pytest.FixtureRequest) -> dict[str, Any]:
     return made
 
 
+@pytest.fixture(scope="module")
+def embed_in_eight_processes() -> Iterator[Callable[..., list[dict[str, int]]]]:
+    """A function that runs :func:`children.embed_cold_texts` in eight parallel processes, and returns their results.
+
+    The tests share the processes, because a process imports embedonce for longer than it embeds. Each test opens a new
+    cache in each process: every process waits at the barrier until all eight have a cache, so none can take two calls.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(8) as pool:
+
+        def embed(tiers: list[dict[str, Any]], log: Path, face: str) -> list[dict[str, int]]:
+            barrier = manager.Barrier(8)
+            return pool.starmap(
+                children.embed_cold_texts, [(tiers, str(log), seed, barrier, face) for seed in range(8)], chunksize=1
+            )
+
+        yield embed
+
+
 def assert_each_text_was_computed_once(log: Path) -> None:
     computed = Counter(log.read_text().splitlines())
     assert {text: n for text, n in computed.items() if n > 1} == {}
     assert computed.keys() == set(children.COLD_TEXTS)
 
 
-def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(table: dict[str, Any], tmp_path: Path) -> None:
-    found = children.embed_cold_texts_in_eight_processes([table], tmp_path / "log", "sync")
+def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(
+    table: dict[str, Any], embed_in_eight_processes: Callable[..., list[dict[str, int]]], tmp_path: Path
+) -> None:
+    found = embed_in_eight_processes([table], tmp_path / "log", "sync")
     assert found == [{}] * 8
     assert_each_text_was_computed_once(tmp_path / "log")
 
 
 @pytest.mark.parametrize("front", ["memory", "disk"])
 def test_eight_processes_with_a_tier_of_their_own_compute_each_text_once(
-    front: str, request: pytest.FixtureRequest, tmp_path: Path
+    front: str,
+    request: pytest.FixtureRequest,
+    embed_in_eight_processes: Callable[..., list[dict[str, int]]],
+    tmp_path: Path,
 ) -> None:
     first = {"type": "memory"} if front == "memory" else {"type": "disk", "path": str(tmp_path / "near")}
     tiers = [first, {"type": "redis", **OPTIONS["redis"](request), "prefix": f"{front}:"}]
-    found = children.embed_cold_texts_in_eight_processes(tiers, tmp_path / "log", "async")
+    found = embed_in_eight_processes(tiers, tmp_path / "log", "async")
     assert found == [{}] * 8
     assert_each_text_was_computed_once(tmp_path / "log")
 

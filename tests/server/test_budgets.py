@@ -18,7 +18,8 @@ from patience import LONG_TIMEOUT, wait_until_async
 from embedonce import Cache, Tier, TierError
 from embedonce.config import Tenant
 from embedonce.contracts import Embedded, Limits
-from embedonce.errors import ProviderTimeout, TextRefused
+from embedonce.drift import DriftGuard
+from embedonce.errors import DriftError, ProviderTimeout, TextRefused
 from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
@@ -56,6 +57,10 @@ class PaidProvider:
         self.charged: list[int] = []
         """Tokens of each call that has ended."""
         self.error: Exception | None = None
+        self.served: str | None = None
+        """Name of the model according to the answers."""
+        self.value = float(len(model))
+        """Each number of each vector."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.at_once = self.most_at_once = 0
@@ -77,7 +82,7 @@ class PaidProvider:
             self.at_once -= 1
         tokens = [self.charge(text) for text in texts]
         self.charged.append(sum(number or 0 for number in tokens))
-        return Embedded(np.full((len(texts), 4), float(len(self.model)), np.float32), tokens=tokens)
+        return Embedded(np.full((len(texts), 4), self.value, np.float32), tokens=tokens, model=self.served)
 
     def close(self) -> None:
         pass
@@ -171,10 +176,11 @@ async def test_with_fresh_every_text_costs(worker: Budgets) -> None:
     tenant, provider = make_tenant(1000), PaidProvider()
     async with open_cache(provider) as cache:
         await fetch_within_budget(worker, tenant, cache, ["aaa"], "document")
-        provider.model = "changed"  # other vectors, although the space is the same
+        provider.value = -1.0
         answer = await fetch_within_budget(worker, tenant, cache, ["bb", "aaa", "bb"], "document", fresh=True)
         assert answer.sources == ["provider"] * 3
         assert answer.computed.tokens == 5
+        assert answer.changed == {1}
         assert await read_used(worker, tenant) == (8, 0)
 
 
@@ -199,7 +205,7 @@ async def test_a_provider_that_reports_no_tokens_is_charged_what_is_estimated(wo
 
 async def test_estimates_follow_the_tokens_that_earlier_texts_have_cost(worker: Budgets) -> None:
     provider = PaidProvider(lambda text: len(text) // 10)
-    tenant = make_tenant(10_000)
+    tenant = make_tenant(1_000_000)
     async with open_cache(provider) as cache:
         await fetch_within_budget(worker, tenant, cache, ["x" * 50_000], "document")
         provider.gate.clear()
@@ -237,9 +243,36 @@ async def test_a_failed_call_costs_its_estimate_only_if_the_provider_may_have_ch
     assert await read_used(worker, tenant) == (used, 0)
 
 
+async def test_an_answer_of_another_model_costs_its_estimate(worker: Budgets) -> None:
+    tenant, provider = make_tenant(1000), PaidProvider()
+    provider.served = "first"
+    async with open_cache(provider) as cache:
+        await fetch_within_budget(worker, tenant, cache, ["a"], "document")
+        provider.served = "second"
+        answer = await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
+    assert isinstance(answer.failed[0], DriftError)
+    assert 25 < (await read_used(worker, tenant))[0] <= 30
+
+
+async def test_a_text_that_was_not_sent_costs_nothing(worker: Budgets) -> None:
+    tenant, provider = make_tenant(1000), PaidProvider()
+    guard = DriftGuard(action="refuse", every=DAY)
+    memory, clock = DictBackend(), Clock()
+    async with Cache(provider, [memory], drift=guard, clock=clock) as cache:
+        await fetch_within_budget(worker, tenant, cache, ["a"], "document")
+        used = await read_used(worker, tenant)
+        provider.value, clock.now = -1.0, NOON + 2 * DAY
+        await cache.afetch(["b"])  # this call finds the drift
+        calls = len(provider.calls)
+        answer = await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
+        assert isinstance(answer.failed[0], DriftError)
+        assert len(provider.calls) == calls
+        assert await read_used(worker, tenant) == used
+
+
 async def test_a_tier_that_raises_costs_the_estimate(worker: Budgets) -> None:
     tenant = make_tenant(1000)
-    backend = FaultyBackend(DictBackend(), [Fault("error", on="set")])
+    backend = FaultyBackend(DictBackend(), [Fault("raise", on="set")])
     async with Cache(PaidProvider(), [Tier(backend, name="memory", on_error="raise")]) as cache:
         with pytest.raises(TierError):
             await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
@@ -438,7 +471,7 @@ async def test_a_cancelled_request_starts_no_more_calls(worker: Budgets) -> None
             asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i}a", f"{i}b"], "document"))
             for i in range(3)
         ]
-        await wait_until_async(lambda: provider.at_once >= 1 and worker.get_turn("search").lock.locked())
+        await wait_until_async(lambda: provider.at_once == 2)  # one whose upper bound fits, and one in turn
         for request in requests:
             request.cancel()
         await asyncio.gather(*requests, return_exceptions=True)

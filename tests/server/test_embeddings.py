@@ -334,7 +334,7 @@ async def test_all_bodies_together_are_bounded(
     api: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serve(configure(api), tmp_path) as server:
-        monkeypatch.setattr("embedonce_server.app.MAX_BODIES", 100)
+        monkeypatch.setattr("embedonce_server.incoming.MAX_BODIES", 100)
         server.service.body_bytes = 90
         answer = await server.embed("a" * 50)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")

@@ -72,6 +72,7 @@ class Counters:
         self._causes: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._seconds = 0.0
+        self._last_cause: str | None = None
 
     def renew_locks(self) -> None:
         """Create new locks. A forked child calls this too.
@@ -86,6 +87,8 @@ class Counters:
                 if n:
                     self._counts[name] += n
             if cause is not None:
+                if counts.get("errors"):
+                    self._last_cause = cause
                 for causes, name in ((self._causes, "errors"), (self._drops, "dropped")):
                     if counts.get(name):
                         causes[cause] += counts[name]
@@ -98,7 +101,7 @@ class Counters:
                 self._counts["misses"] += misses
             self._seconds += seconds
 
-    def stats(self, saved: Work) -> TierStats:
+    def stats(self, saved: Work, *, is_skipped: bool) -> TierStats:
         """Return the counters of the tier. ``saved`` is the work that its hits have saved, on the fast path too."""
         with self._lock:
             counts = Counter(self._counts)
@@ -110,4 +113,6 @@ class Counters:
                 causes=dict(self._causes),
                 drops=dict(self._drops),
                 saved=saved,
+                is_skipped=is_skipped,
+                last_cause=self._last_cause,
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from embedonce.answers import ChainWarning
 from embedonce.contracts import AnyProvider
-from embedonce.events import Event, Stats
+from embedonce.events import Event, ProviderStats, Stats
 
 from .routes import LiveProvider
 from .running import RunningChain
@@ -25,7 +25,12 @@ class Observable:
 
         The counts of a tier are numbers of texts.
         """
-        return self._chain.read_stats([self._source, *([self._fallback] if self._fallback else [])])
+        return self._chain.read_stats(self.provider_stats())
+
+    def provider_stats(self) -> dict[str, ProviderStats]:
+        """Return only ``providers`` of :meth:`stats`, which takes much less time."""
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        return {source.name: source.stats() for source in sources}
 
     def count_passed_by(self) -> None:
         """Count a call that did not use the cache, because its answer cannot be cached. Wrappers of clients call this.

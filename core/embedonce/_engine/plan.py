@@ -498,5 +498,5 @@ class Engine(ProviderRequests):
 
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
-        answer.route.source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
+        answer.route.source.count_failed(len(flights), error)
         self.in_flight.fail(flights, error)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from embedonce.contracts import AnyProvider, Limits
-from embedonce.errors import ConfigError, SpaceError, TextError
+from embedonce.errors import ConfigError, ReplayMiss, SpaceError, TextError, TextRefused
 from embedonce.events import ProviderStats
 from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 from embedonce.prices import Price
@@ -58,6 +58,7 @@ class LiveProvider:
         self.reset()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
+        self._last_error: str | None = None
 
     def reset(self) -> None:
         """Create the locks and the threads. A forked child calls this too.
@@ -74,12 +75,25 @@ class LiveProvider:
         with self.lock:
             self._counts.update(texts=texts, failed=failed, tokens=tokens)
             self._seconds += seconds
+            if texts:
+                self._last_error = None
+
+    def count_failed(self, texts: int, error: Exception) -> None:
+        """Count texts that failed in the end, all with the same error."""
+        with self.lock:
+            self._counts["failed"] += texts
+            if not isinstance(error, TextRefused | ReplayMiss):  # these errors do not show that the provider fails
+                self._last_error = type(error).__name__
 
     def stats(self) -> ProviderStats:
         with self.lock:
             counts = self._counts
             return ProviderStats(
-                texts=counts["texts"], failed=counts["failed"], tokens=counts["tokens"], seconds=self._seconds
+                texts=counts["texts"],
+                failed=counts["failed"],
+                tokens=counts["tokens"],
+                seconds=self._seconds,
+                last_error=self._last_error,
             )
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
@@ -18,7 +18,7 @@ from weakref import WeakSet
 from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
-from embedonce.events import Computed, Event, Stats, Stored
+from embedonce.events import Computed, Event, ProviderStats, Stats, Stored
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import NO_WORK, Dtype
 
@@ -31,7 +31,7 @@ from .plan import Engine
 from .ports import Port, Ports
 from .recording import SavingsRecorder
 from .repeated_warnings import RepeatedWarnings
-from .routes import LiveProvider, Route
+from .routes import Route
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -261,8 +261,8 @@ class RunningChain:
         for cache in self._list_caches():
             cache._refresh_hot_path()
 
-    def read_stats(self, sources: Sequence[LiveProvider]) -> Stats:
-        """Return the counters of the tiers, of the requests, and of some providers."""
+    def read_stats(self, providers: Mapping[str, ProviderStats]) -> Stats:
+        """Return the counters of the tiers and of the requests, together with those of some providers."""
         requested, found, shared, passed_by = self.engine.requests.read()
         spaces = self.ledger.read()
         fast_hits = self.ledger.count_hot_hits()
@@ -271,8 +271,8 @@ class RunningChain:
             for tier in self.tiers
         }
         return Stats(
-            tiers={tier.name: tier.counters.stats(saved[tier.name]) for tier in self.tiers},
-            providers={source.name: source.stats() for source in sources},
+            tiers={tier.name: tier.read_stats(saved[tier.name]) for tier in self.tiers},
+            providers=providers,
             shared=shared,
             requested=requested + fast_hits,
             found=found + fast_hits,

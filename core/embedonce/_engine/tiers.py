@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any, Literal
 
 from embedonce.errors import TierError, TierTimeout
-from embedonce.events import Event, TierChanged
+from embedonce.events import Event, TierChanged, TierStats
 from embedonce.keys import KEY_PREFIX, Value
+from embedonce.vectors import Work
 
 from .backend_calls import BackendCalls
 from .chain import Tier
@@ -90,6 +91,10 @@ class LiveTier:
         self.read = self.reader.read
         self.store = self.writer.store
         self.add = self.writer.add
+
+    def read_stats(self, saved: Work) -> TierStats:
+        """Return the counters of the tier. ``saved`` is the work that its hits have saved."""
+        return self.counters.stats(saved, is_skipped=self.reader.breaker.is_open or self.writer.breaker.is_open)
 
     def reset(self) -> None:
         """Start over in a forked child, without closing the parent's connections."""
