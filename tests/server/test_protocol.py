@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optional
 import pytest
@@ -16,7 +18,10 @@ from patience import wait_until
 pytestmark = [optional.needs("uvicorn"), optional.needs("uvloop"), optional.needs("httptools")]
 
 if not optional.QUICK or optional._is_installed("uvicorn"):
-    from raw_http import PATIENT, Client, ThreadedServer, make_request, run_server
+    from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
+    from uvicorn import Config
+
+    from embedonce_server.protocol import BoundedProtocol, Phase, WorkerState
 
 SHORT = 0.05
 """Seconds of a time limit that a test waits for."""
@@ -79,10 +84,9 @@ def test_pipelined_requests_are_answered_in_order(client: Client) -> None:
 def test_few_pipelined_requests_are_in_memory_while_the_first_is_answered(shared: ThreadedServer) -> None:
     with shared.connect() as client:
         shared.app.release.clear()
-        shared.wait_for_connections(1)
-        (connection,) = shared.server.state.connections
         client.get("/hold")
         wait_until(lambda: shared.app.holding == 1)
+        (connection,) = (c for c in list(shared.server.state.connections) if c.client == client.socket.getsockname())
         client.socket.settimeout(0.2)
         client.send_until_refused(make_request("GET", "/") * 1000, 1000)  # 40 MB
         assert 0 < len(connection.pipeline) < 500
@@ -333,10 +337,35 @@ def test_a_client_that_does_not_read_its_answer_is_dropped() -> None:
         server.wait_for_connections(0)
 
 
-def test_a_client_that_reads_slowly_gets_its_answer() -> None:
-    with run_server(replace(PATIENT, unread_seconds=1.0)) as server, server.connect() as client:
-        client.get("/big/20000000")
-        assert len(client.read_answer()[2]) == 20_000_000
+def test_a_client_that_reads_slowly_keeps_its_connection() -> None:
+    class Transport:
+        unread = 0
+        is_aborted = False
+
+        def get_extra_info(self, name: str, default: object = None) -> object:
+            return default
+
+        def get_write_buffer_size(self) -> int:
+            return self.unread
+
+        def is_closing(self) -> bool:
+            return False
+
+        def abort(self) -> None:
+            self.is_aborted = True
+
+    loop = asyncio.new_event_loop()
+    config = Config(SmallApp(), ws="none", lifespan="off", interface="asgi3", log_config=None)
+    connection = BoundedProtocol(config, WorkerState(replace(PATIENT, unread_seconds=30.0)), {}, loop)
+    transport: Any = Transport()
+    connection.connection_made(transport)
+    connection._phase = Phase.ANSWER
+    for second, unread in enumerate([900, 500, 499, 499, 300, 0, 500, 500, 500]):
+        transport.unread = unread
+        connection.check_time(20.0 * second, 20.0)
+        assert not transport.is_aborted or second == 8
+    assert transport.is_aborted, "it has read nothing for 40 seconds"
+    loop.close()
 
 
 def test_a_client_that_reads_no_answers_to_pipelined_requests_is_dropped() -> None:
