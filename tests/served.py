@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -81,6 +82,13 @@ class Served:
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=LONG_TIMEOUT)
+
+    def accepts_connections(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), LONG_TIMEOUT).close()
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def embed(
         self, *texts: str, key: str | None = None, connection: http.client.HTTPConnection | None = None
