@@ -28,7 +28,7 @@ SOAK ?=
 # Two workers per core, because a test spends half of its time waiting for servers and timeouts.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo quick test lint types mypy pyright format wheel servers pytest bench bench-networked soak clean
+.PHONY: help install demo quick test lint types mypy pyright bytecode format wheel servers pytest bench bench-networked soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -78,6 +78,12 @@ mypy:
 pyright:
 	$(TEST_BIN)/pyright --pythonpath $(TEST_BIN)/python
 
+# Imports everything that the tests import, so that Python writes the bytecode files. The workers of pytest start
+# together; in a new environment, each of them would compile every library.
+bytecode:
+	@mkdir -p build
+	@WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --collect-only -qq >build/collected || (cat build/collected; exit 1)
+
 format:
 	@$(INSTALL) $(LINT_VENV) --group lint
 	$(LINT_VENV)/bin/ruff check --fix .
@@ -90,7 +96,8 @@ servers:
 pytest: wheel servers
 	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 
-test: lint types
+test: lint wheel
+	@$(MAKE) --no-print-directory --jobs=3 mypy pyright bytecode
 	@$(MAKE) --no-print-directory pytest
 
 bench:
