@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from decimal import Decimal
+from multiprocessing.pool import Pool
 from typing import Any
 
 import children
@@ -23,13 +25,21 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Four processes. The tests share them, because a process imports the client for longer than it embeds."""
+    with multiprocessing.get_context("spawn").Pool(4) as processes:
+        yield processes
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_savings_of_four_processes_equal_what_the_api_counted(kind: str, request: pytest.FixtureRequest) -> None:
+def test_savings_of_four_processes_equal_what_the_api_counted(
+    kind: str, pool: Pool, request: pytest.FixtureRequest
+) -> None:
     shared = {"type": kind, **OPTIONS[kind](request), "timeout": "60s"}
     tiers: list[dict[str, Any]] = [{"type": "memory", "max_entries": 60}, shared]
     with OpenAIServer() as api:
-        with multiprocessing.get_context("spawn").Pool(4) as pool:
-            requested = sum(pool.starmap(children.embed_with_api, [(tiers, api.base_url, seed) for seed in range(4)]))
+        requested = sum(pool.starmap(children.embed_with_api, [(tiers, api.base_url, seed) for seed in range(4)]))
         charged = sum(api.tokens_of(text) * times for text, times in api.count.items())
         texts = api.count.total()
     with config.open({"provider": {"type": "ngram"}, "tiers": tiers}) as cache:

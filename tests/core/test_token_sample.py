@@ -53,6 +53,7 @@ def measure(corpus: Corpus, calls: Sequence[int]) -> tuple[TokenBound, int]:
     return bound, int(corpus.tokens[missing].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [0, 20])
 @pytest.mark.parametrize(
     ("calls", "missing", "document", "least", "widest"),

@@ -58,6 +58,7 @@ def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
     corpus.write_text("\n".join([*LINES, LINES[7]]))
     config = tmp_path / "embedonce.toml"
     config.write_text(SCRIPT.with_name("embedonce.toml").read_text())
+    store = tmp_path / "vectors.cache"
     command = [sys.executable, str(SCRIPT), str(corpus), "--config", str(config), "--out", str(tmp_path / "vectors")]
     environment = {
         **os.environ,
@@ -82,6 +83,8 @@ def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
             stderr=log,
         )
         try:
+            # Look only for the file while Ray starts, because Ray needs both cores for that.
+            wait_until(lambda: job.poll() is not None or store.exists(), "a worker has opened the tier", seconds=300)
             wait_until(lambda: job.poll() is not None or count_entries(config) >= 50, "some are stored", seconds=300)
             assert job.poll() is None, (tmp_path / "log").read_text()
         finally:

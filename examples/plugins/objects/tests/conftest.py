@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import boto3
+import moto.backends
 import pytest
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
@@ -45,7 +46,16 @@ def atomic_puts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3(atomic_puts: None) -> Iterator[S3]:
+def listed_services() -> Iterator[None]:
+    """List moto's services once. moto lists them in its own folder for each request, which takes most of its time."""
+    services = list(moto.backends.list_of_moto_modules())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moto.backends, "list_of_moto_modules", lambda: services)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3(atomic_puts: None, listed_services: None) -> Iterator[S3]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
