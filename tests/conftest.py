@@ -44,6 +44,10 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # Clients of HTTP load all authorities for each client, in 0.05 s, although tests use TLS only with servers of
         # their own. This file has one authority.
         patch.setenv("SSL_CERT_FILE", str(Path(__file__).with_name("authority.pem")))
+        # Test runs of plugins, in processes of their own, need only hypothesis beside pytest. The frameworks bring more
+        # plugins of pytest, which take longer to import than the tests of a plugin take to run.
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.setenv("PYTEST_PLUGINS", "_hypothesis_pytestplugin")
         patch.setenv("COLUMNS", "120")
         patch.setenv("NO_COLOR", "1")
         yield home

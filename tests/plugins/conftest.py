@@ -44,7 +44,8 @@ def install(site: Path, sources: Path) -> None:
 @pytest.fixture
 def environment(installed: Path) -> dict[str, str]:
     """Environment of a process in which the plugins are installed."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    dropped = ("PYTEST_XDIST", "PYTEST_CURRENT", "PYTEST_ADDOPTS")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**inherited, "PYTHONPATH": os.pathsep.join(paths)}
 
