@@ -21,7 +21,7 @@ if not optional.QUICK or optional._is_installed("uvicorn"):
     from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
     from uvicorn import Config
 
-    from embedonce_server.protocol import BoundedProtocol, Phase, WorkerState
+    from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
 
 SHORT = 0.05
 """Seconds of a time limit that a test waits for."""
@@ -270,6 +270,23 @@ def test_a_body_with_much_that_is_not_content_is_refused(client: Client, flood: 
     """Names of chunks and trailers have no place in the size of the body, which the application bounds."""
     client.send(make_request("POST", "/echo", "transfer-encoding: chunked") + flood)
     assert read_error(client) == (400, "overhead_too_large")
+
+
+def test_the_page_has_the_limits() -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text().partition("### Limits of connections")[2]
+    limits = Limits()
+    for row in (
+        f"| connections per worker | {limits.connections:,} |",
+        f"| path and query | {limits.target // 1024} KiB |",
+        f"| headers | {limits.head // 1024} KiB in all, {limits.headers} headers |",
+        f"| time until the headers are complete | {limits.head_seconds:g} s |",
+        f"| time until the body is complete | {limits.body_seconds:g} s |",
+        f"| pause in a body | {limits.pause_seconds:g} s |",
+        f"| time without progress while a client does not read its answer | {limits.unread_seconds:g} s |",
+        f"| time between two requests on a connection | {limits.idle_seconds:g} s |",
+        f"| bytes of a chunked body between two parts of its content | {limits.head // 1024} KiB |",
+    ):
+        assert row in page
 
 
 # --- time ---------------------------------------------------------------------------------------
