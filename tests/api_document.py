@@ -25,7 +25,8 @@ def narrow_document(*, model: str, dimensions: Sequence[int], tenant: str) -> di
     for name in ("ExplainRequest", "ForgetRequest", "PurgeRequest"):
         schemas[name]["properties"]["tenant"] = {"enum": [None, tenant]}
     request = schemas["EmbeddingRequest"]
-    request["properties"]["input"]["anyOf"] = _leave_out_tokens(request)
+    for name in ("EmbeddingRequest", "ForgetRequest"):
+        schemas[name]["properties"]["input"]["anyOf"] = _leave_out_tokens(schemas[name])
     # Two fields with a task must name the same one.
     tasks = ("input_type", "task", "task_type")
     request["not"] = {

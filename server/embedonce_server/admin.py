@@ -22,13 +22,13 @@ from embedonce.keys import extend_namespace
 from .admin_counts import add_counts, describe_stats
 from .api_errors import ApiError
 from .budgets import BudgetsUnavailable
+from .calls import Call
 from .models import PLAIN, Model, Variation
 from .request_body import read_dimensions, read_inputs
 from .siblings import PREFIX, SiblingAnswer
 from .task_names import read_task
 
 if TYPE_CHECKING:
-    from .operations import Call
     from .service import Generation, Service
 
 T = TypeVar("T")
@@ -126,8 +126,8 @@ async def show_own_stats(call: Call) -> dict[str, Any]:
         "pid": os.getpid(),
         "status": service.state,
         "uptime_seconds": round(time.time() - service.started, 3),
-        **service.metrics.read_gauges(),
-        "counts": describe_stats(service.metrics.stats()),
+        **service.read_gauges(),
+        "counts": describe_stats(service.stats()),
     }
 
 
@@ -216,7 +216,12 @@ def _read_erasure(generation: Generation, fields: Mapping[str, Any]) -> _Erasure
     # Without a tenant, entries that were stored before there were tenants are meant too.
     namespaces = dict.fromkeys([*([""] if tenant is None else []), *(one.namespace for one in tenants)])
     task = None if fields.get("task") is None else read_task({"task": fields["task"]})
-    return _Erasure(texts, are_tokens, _find_models(generation, fields), list(namespaces), task)
+    models = _find_models(generation, fields)
+    if are_tokens:
+        models = [model for model in models if model.accepts_tokens]
+        if not models:
+            raise ApiError(400, "the models accept texts only, not token numbers; send texts", param="input")
+    return _Erasure(texts, are_tokens, models, list(namespaces), task)
 
 
 async def forget(call: Call) -> dict[str, Any]:
@@ -265,8 +270,6 @@ async def _forget(erasure: _Erasure) -> dict[str, str]:
 def _open_caches(erasure: _Erasure) -> Iterator[Cache]:
     """Yield the cache of each namespace in each vector space of the models."""
     for model in erasure.models:
-        if erasure.are_tokens and not model.accepts_tokens:
-            continue
         plain = Variation(are_tokens=True) if erasure.are_tokens else PLAIN
         for variation in dict.fromkeys([plain, *model.list_variations(are_tokens=erasure.are_tokens)]):
             with ExitStack() as stack:

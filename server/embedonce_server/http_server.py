@@ -60,6 +60,8 @@ class WorkerServer(uvicorn.Server):
         self._on_start = on_start
         self._reported: Counter[str] = Counter()
         self._reported_at = -REPORT_SECONDS
+        self.sweeps = 0
+        """Number of times that all connections were checked."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -70,6 +72,8 @@ class WorkerServer(uvicorn.Server):
         """Accept no more connections, and answer what is under way within ``timeout`` seconds."""
         self.deadline = time.monotonic() + timeout
         self.state.is_draining = True
+        for connection in self.state.connections:
+            connection.shutdown()
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -95,6 +99,7 @@ class WorkerServer(uvicorn.Server):
             if isinstance(connection, BoundedProtocol):
                 connection.check_time(now, now - before)
         self._report_refused(now)
+        self.sweeps += 1
         self._sweep_at(loop, now)
 
     def _report_refused(self, now: float) -> None:
@@ -110,8 +115,6 @@ class WorkerServer(uvicorn.Server):
             server.close()
         for listener in sockets or []:
             listener.close()
-        for connection in list(self.state.connections):
-            connection.shutdown()
         idle_until = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < self.deadline and (self._count_active() or time.monotonic() < idle_until):
             await asyncio.sleep(POLL_SECONDS)

@@ -67,7 +67,7 @@ _INPUT: Final[Schema] = {
 _TASK: Final[Schema] = {
     "type": ["string", "null"],
     "maxLength": MAX_TASK,
-    "pattern": "^[!-~]([ -~]*[!-~])?$",
+    "pattern": "^[ -~]*[!-~][ -~]*$",
     "description": "document (the default), query, or another task that the model knows. If several of input_type, "
     "task and task_type are given, they must mean the same task.",
 }

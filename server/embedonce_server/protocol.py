@@ -17,14 +17,14 @@ from typing import Any, cast
 
 import httptools
 from uvicorn import Config
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from .api_errors import ApiError
 
 SLICE = 8 * 1024
-"""Bytes that are parsed at once. A request that follows in the same slice is queued, and later slices wait for it."""
+"""Bytes that are parsed at once. If they have several requests, later slices wait until these are answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,10 @@ class Phase(IntEnum):
 NEW, IDLE, HEAD, BODY, ANSWER, REST, ENDING = Phase
 WAITING = (NEW, IDLE, REST, ENDING)
 """Phases in which no request is under way."""
+
+
+FRAMING = (b"content-length", b"transfer-encoding")
+"""Headers that say where a body ends."""
 
 
 def _make_answer(code: str, status: int, message: str, retry_after: float | None = None) -> tuple[str, bytes]:
@@ -170,6 +174,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Time of the last data."""
         self._overhead = 0
         """Bytes of the head, or bytes since the last content of the body."""
+        self._seen = 0
+        """Bytes of the body that is being received."""
         self._held = bytearray()
         """Data that follow queued requests. They are parsed after these requests were answered."""
         self._active: Any = None
@@ -177,6 +183,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answer: tuple[str, bytes] | None = None
         """An error that is sent after the answers to earlier requests."""
         self._is_surplus = False
+        self._is_resuming = False
+        """Whether a new parser reads a head that was read before."""
         self._unread = 0
         """Bytes of answers that the client has not read, at the last check."""
         self._unread_since = 0.0
@@ -232,16 +240,26 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse_slices(data)
 
     def _parse_slices(self, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        for start in range(0, len(data), SLICE):
+        view, start = memoryview(data), 0
+        while start < len(data):
             if self._flow.is_held:
                 self._held += view[start:]
                 return
             if self._phase is ENDING or self.transport.is_closing():
                 return
-            self._parse(view[start : start + SLICE])
+            # No slices are needed inside a body, and its end is known if it is not chunked.
+            rest = self._read_length() - self._seen if self._phase is BODY else 0
+            end = start + max(rest, SLICE)
+            self._parse(view[start:end])
+            start = end
+
+    def _read_length(self) -> int:
+        """Return the ``content-length`` of the request that is being received; 0 if it has none."""
+        # The parser has accepted the value, and accepts only one.
+        return next((int(value) for name, value in self.cycle.scope["headers"] if name == b"content-length"), 0)
 
     def _parse(self, data: bytes | memoryview) -> None:
+        seen = self._seen
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -254,30 +272,54 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._overhead > self._limits.head:
                 self._refuse(LONG_TARGET if len(self.url) > self._limits.target else LONG_HEAD)
         elif self._phase is BODY:
-            self._overhead += len(data)
+            self._overhead = self._overhead + len(data) if self._seen == seen else 0
             if self._overhead > self._limits.head:
                 self._refuse(LONG_OVERHEAD)
 
     def _parse_after_upgrade(self, data: bytes | memoryview, upgrade: httptools.HttpParserUpgrade | None) -> None:
-        """Parse what follows a request that asks for another protocol. It is answered as if it did not ask."""
+        """Parse what follows a request that asks for another protocol. It is answered as if it did not ask.
+
+        Java's client asks for HTTP/2 in the first request to each host. The parser takes what follows the head of such
+        a request for the other protocol, although it is the body.
+        """
         while upgrade is not None:
             data, upgrade = data[upgrade.args[0] :], None
             try:
+                self._resume_body()
                 self._feed(data)
             except httptools.HttpParserUpgrade as another:
                 upgrade = another
             except httptools.HttpParserError:
                 self._refuse(self._answer or INVALID)
 
+    def _resume_body(self) -> None:
+        """Let a new parser read the body of the last request, if it has one, as the body of the same request."""
+        scope = self.cycle.scope
+        framing = [(name, value) for name, value in scope["headers"] if name in FRAMING]
+        if not framing:
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed = self.parser.feed_data
+        self._is_resuming = True
+        lines = [b"POST / HTTP/" + scope["http_version"].encode(), *(b"%b: %b" % pair for pair in framing), b"", b""]
+        self.cycle.more_body = True
+        self._phase = BODY
+        self._feed(b"\r\n".join(lines))
+        self._is_resuming = False
+
     # --- callbacks of the parser ---
 
     def on_message_begin(self) -> None:
+        if self._is_resuming:
+            return
         super().on_message_begin()
         self._phase = HEAD
         self._since = self._received
         self._overhead = 0
 
     def on_headers_complete(self) -> None:
+        if self._is_resuming:
+            return
         limits = self._limits
         if len(self.url) > limits.target:
             self._answer = LONG_TARGET
@@ -285,6 +327,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._answer = MANY_HEADERS
         elif self._overhead + SLICE > limits.head and _measure(self.url, self.headers) > limits.head:
             self._answer = LONG_HEAD
+        elif not self.headers and self.parser is not None and self.parser.get_http_version() == "0.9":
+            self._answer = INVALID
         if self._answer is not None:
             raise _Refused
         super().on_headers_complete()
@@ -292,7 +336,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.headers = []
         self._phase = BODY
         self._since = self._received
-        self._overhead = 0
+        self._overhead = self._seen = 0
         if self.pipeline:
             self._flow.hold()
         else:
@@ -301,34 +345,42 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        super().on_body(body)
-        self._overhead = 0
+        self._seen += len(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self._flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
-        if self._phase is REST:
+        cycle = self.cycle
+        if cycle.response_complete:
             self._phase = IDLE
             self._since = self._received
         else:
             self._phase = ANSWER
+            cycle.more_body = False
+            cycle.message_event.set()
 
     # --- answers ---
 
     def on_response_complete(self) -> None:
-        following = self.pipeline[-1][0] if self.pipeline else None
-        super().on_response_complete()
-        self._unset_keepalive_if_required()  # the sweep closes idle connections
+        if self.pipeline:
+            self._active = self.pipeline[-1][0]
+            super().on_response_complete()  # begins the next request
+            if not self.pipeline and self._answer is None and not self.transport.is_closing():
+                self._parse_held()
+            return
+        self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if following is not None:
-            self._active = following
-            if not self.pipeline and self._answer is None:
-                self._parse_held()
-        elif self._answer is not None:
-            self._send_error()
-        elif self._phase is ANSWER:
+        self._flow.resume_reading()
+        if self._phase is ANSWER:
             self._phase = IDLE
             self._since = self._now()
+        elif self._answer is not None:
+            self._send_error()
         elif self._phase is BODY:
             if self.expect_100_continue:
                 # The client may not send the body, so what arrives next is either the body or another request.

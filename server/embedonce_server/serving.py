@@ -71,11 +71,11 @@ def serve(
     addresses = resolve_host(config.serve.host)
     open_addresses = list_open_addresses(addresses)
     check_reach(config, open_addresses)
-    set_up_logging()
     with ExitStack() as stack:
         sockets = bind_addresses(addresses, config.serve.port)
         for listener in sockets:
             stack.callback(listener.close)
+        set_up_logging()
         previous = signal.signal(signal.SIGTERM, _terminate)
         stack.callback(signal.signal, signal.SIGTERM, previous)
         stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))

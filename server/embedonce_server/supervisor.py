@@ -153,6 +153,7 @@ class Supervisor:
             code = await process.wait()
             raise ConfigError([Problem(f"worker {number} {WorkerExit(number, process.pid, code)} before it was ready")])
         process.is_ready = True
+        log.info("worker %d (process %d) is ready", number, process.pid)
         if process.launch.latest is not self._launch.latest and self._launch.latest is not None:
             await self._reload_process(process, self._launch.latest)  # there was a reload while it started
         models: Sequence[str] = answer["ready"]["models"]
@@ -181,8 +182,6 @@ class Supervisor:
             except ConfigError as error:
                 for problem in error.problems:
                     log.error("worker %d cannot start: %s", number, problem)
-            else:
-                log.info("worker %d (process %d) is ready", number, self._processes[number].pid)
 
     def _report_exit(self, process: _Process, code: int) -> None:
         try:

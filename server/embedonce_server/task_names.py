@@ -44,7 +44,7 @@ def read_task(data: Mapping[str, Any]) -> str:
         name = data.get(field)
         if name is None:
             continue
-        if type(name) is not str or not 0 < len(name) <= MAX_TASK or not name.isprintable():
+        if type(name) is not str or not 0 < len(name) <= MAX_TASK or not (name.isascii() and name.isprintable()):
             raise ApiError(400, f"{field} must be a task such as query or document", param=field)
         lowered = name.strip().lower()
         meant = _TASKS.get(lowered, lowered)

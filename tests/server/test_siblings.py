@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ADMIN_KEY, Answer, Served
 from worker_pairs import Worker, serve_workers
+
+from embedonce_server import admin
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -73,14 +76,14 @@ async def test_a_worker_copies_its_counters_without_a_scrape(tmp_path: Path, mon
     async with serve_workers(settings(tmp_path), tmp_path) as (first, second):
         await second.embed("a")
         copies = 0
-        copy = second.service.metrics.copy
+        copy = second.app.metrics.copy
 
         def count_copy() -> None:
             nonlocal copies
             copy()
             copies += 1
 
-        monkeypatch.setattr(second.service.metrics, "copy", count_copy)
+        monkeypatch.setattr(second.app.metrics, "copy", count_copy)
         while not copies:
             await asyncio.sleep(0.001)
         await second.stop_listening()
@@ -222,3 +225,29 @@ async def test_requests_of_siblings_are_not_counted(pair: list[Worker]) -> None:
     answer = await scrape(pair[0])
     assert read_metric(answer, "embed_serve_request_seconds_count") == 1  # the first scrape
     assert read_metric(answer, "embed_serve_requests_in_progress") == 0
+
+
+async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_workers(settings(tmp_path), tmp_path, 3) as (first, second, third):
+        models = list(third.service.generation.models)
+        forget, has_stored = admin._forget, asyncio.Event()
+        done: list[object] = []
+
+        async def forget_late(erasure: Any) -> dict[str, str]:
+            if erasure.models == models and not has_stored.is_set():
+                # The second worker has erased. The third one still stores the text, and the second one copies it.
+                await wait_until_async(lambda: len(done) == 2)
+                await third.embed("private")
+                assert (await second.embed("private")).cache[0] == "hit"
+                has_stored.set()
+            failed = await forget(erasure)
+            done.append(erasure)
+            return failed
+
+        monkeypatch.setattr(admin, "_forget", forget_late)
+        answer = await first.call("POST", "/admin/forget", {"input": "private"}, ADMIN)
+        assert (answer.status, has_stored.is_set()) == (200, True)
+        for worker in (first, second, third):
+            assert (await worker.embed("private", headers={"cache-control": "only-if-cached"})).status == 404
