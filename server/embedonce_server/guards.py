@@ -6,6 +6,7 @@ the Origin that its browser sends, and without CORS it cannot send JSON.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 
@@ -20,6 +21,9 @@ SINGLE_HEADERS = (b"host", b"origin", b"authorization", b"api-key", b"content-ty
 """Headers that a request must not have twice, because two programs on its way might read different ones."""
 
 
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/\s]+))(?::[0-9]{1,5})?")
+
+
 def is_loopback(name: str) -> bool:
     """Return whether a host's name or address always means this machine."""
     if name == "localhost" or name.endswith(".localhost"):
@@ -31,11 +35,12 @@ def is_loopback(name: str) -> bool:
 
 
 def split_port(host: str) -> str:
-    """Return the name or address of a Host header in lowercase, without its port and without brackets."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    """Return the name or address of a Host header in lowercase, without its port and without brackets.
+
+    The result is empty if the header has another form, because a proxy may find another host in it.
+    """
+    parts = _HOST.fullmatch(host.strip().lower())
+    return "" if parts is None else parts["address"] or parts["name"]
 
 
 class HostGuard:
@@ -93,22 +98,29 @@ def check_json(headers: Mapping[bytes, bytes]) -> None:
         if parts[0] != "application/json" or len(parts) > 2 or charset not in ("charset=utf-8", ""):
             raise ApiError(415, "the body must be application/json in UTF-8", code="unsupported_media_type")
     encoding = headers.get(b"content-encoding")
-    if encoding is not None and encoding.strip().lower() not in (b"identity", b""):
+    if encoding is not None and any(part.strip().lower() not in (b"identity", b"") for part in encoding.split(b",")):
         raise ApiError(415, "the body must not be compressed", code="unsupported_media_type")
 
 
 def read_headers(pairs: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Return headers by name, in lowercase.
+    """Return headers by name, in lowercase. The lines of a repeated header are joined to one list (RFC 9110, 5.3).
 
     Raises:
         ApiError: a header that must be single is there twice.
     """
     headers = dict(pairs)
-    if len(headers) != len(pairs):
-        names = [name for name, _ in pairs]
-        for name in SINGLE_HEADERS:
-            if names.count(name) > 1:
-                raise ApiError(400, f"the header {name.decode()} is there twice", code="duplicate_header")
+    return headers if len(headers) == len(pairs) else _join_headers(pairs)
+
+
+def _join_headers(pairs: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    headers: dict[bytes, bytes] = {}
+    for name, value in pairs:
+        if name not in headers:
+            headers[name] = value
+        elif name in SINGLE_HEADERS:
+            raise ApiError(400, f"the header {name.decode()} is there twice", code="duplicate_header")
+        else:
+            headers[name] += b", " + value
     return headers
 
 

@@ -43,6 +43,16 @@ def test_loopback_names_and_allowed_hosts_are_let_in(host: str) -> None:
         "embeddings.internal.evil.example",
         "evil.example:127.0.0.1",
         "evil@localhost.example",
+        "localhost:1@evil.example",
+        "localhost:evil",
+        "localhost:1:2",
+        "localhost:",
+        "localhost/evil",
+        "localhost evil.example",
+        "[::1]evil.example",
+        "[::1",
+        "::1",
+        "evil.example:[::1]",
         "\xff",
     ],
 )
@@ -118,8 +128,19 @@ def test_compressed_bodies_are_refused() -> None:
         check_json({b"content-type": b"application/json", b"content-encoding": b"gzip"})
 
 
+def test_all_lines_of_a_list_are_read() -> None:
+    pairs = [(b"cache-control", b"no-store"), (b"host", b"localhost"), (b"cache-control", b"max-age=0")]
+    for lines in (pairs, pairs[::-1]):
+        assert read_cache_control(read_headers(lines)[b"cache-control"]) == CacheControl(no_store=True)
+    kind = (b"content-type", b"application/json")
+    for encodings in ((b"gzip", b"identity"), (b"identity", b"gzip"), (b"identity, gzip",)):
+        with pytest.raises(ApiError, match="compressed"):
+            check_json(read_headers([kind, *((b"content-encoding", encoding) for encoding in encodings)]))
+    check_json(read_headers([kind, *[(b"content-encoding", b"identity")] * 3]))
+
+
 def test_doubled_headers_are_refused_if_they_matter() -> None:
-    assert read_headers([(b"accept", b"a"), (b"accept", b"b")]) == {b"accept": b"b"}
+    assert read_headers([(b"accept", b"a"), (b"accept", b"b")]) == {b"accept": b"a, b"}
     for name in (b"host", b"authorization", b"content-type", b"origin", b"api-key"):
         with pytest.raises(ApiError, match=name.decode()):
             read_headers([(name, b"a"), (name, b"a")])
