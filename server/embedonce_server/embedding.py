@@ -56,7 +56,7 @@ async def embed(
     Raises:
         ApiError: the request is invalid, or some inputs have no vector.
     """
-    data = parse_body(body)
+    data = parse_body(body, surrogates_in="input")
     model = find_model(generation, tenant, data.get("model"))
     try:
         return await _embed(service, model, tenant, cache_control, data)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Collection, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import orjson
 
@@ -15,6 +18,8 @@ MAX_INPUTS = 2048
 """Number of inputs of one request, as for OpenAI's endpoint."""
 MAX_TOKEN_ID = 2**31 - 1
 MAX_DIMENSIONS = 65_536
+MAX_DEPTH = 900
+"""Number of lists and objects inside each other, in a body that orjson does not accept."""
 
 OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user", *TASK_FIELDS})
 """Fields that the server knows. All others are refused, or forwarded to the model."""
@@ -40,21 +45,97 @@ class EmbeddingRequest(NamedTuple):
     """Other fields, which are sent to the model and are part of the vector space."""
 
 
-def parse_body(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body.
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_body(body: bytes, *, surrogates_in: str | None = None) -> dict[str, Any]:
+    """Return the JSON object of a body. The field ``surrogates_in`` may have strings with lone surrogates.
 
     Raises:
-        ApiError: the body is not a JSON object.
+        ApiError: the body is not a JSON object, or has a lone surrogate in another field.
     """
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        # The parser's message may show a part of the body.
-        where = f" (line {error.lineno}, column {error.colno})"
-        raise ApiError(400, f"the body is not valid JSON in UTF-8{where}", code="invalid_json") from None
+        # JavaScript writes a text that was cut within an emoji with a lone surrogate, which orjson does not accept.
+        if _ESCAPED_SURROGATE.search(body) is None:
+            raise _refuse_json(error) from None
+        return _parse_with_surrogates(body, surrogates_in)
     if type(data) is not dict:
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return data
+
+
+def _refuse_json(error: json.JSONDecodeError) -> ApiError:
+    # The parser's message may show a part of the body.
+    where = f" (line {error.lineno}, column {error.colno})"
+    return ApiError(400, f"the body is not valid JSON in UTF-8{where}", code="invalid_json")
+
+
+def _parse_with_surrogates(body: bytes, surrogates_in: str | None) -> dict[str, Any]:
+    """Parse with the standard library, which is slower, and accept only what orjson accepts, and lone surrogates."""
+    try:
+        data = json.loads(
+            body.decode(), parse_int=_parse_number, parse_float=_parse_float, parse_constant=_refuse_constant
+        )
+    except json.JSONDecodeError as error:
+        raise _refuse_json(error) from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON in UTF-8", code="invalid_json") from None
+    if type(data) is not dict:
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    for name, value in data.items():
+        if _SURROGATE.search(name):
+            raise ApiError(400, "the name of a field has a lone surrogate, which is not valid Unicode")
+        _check_values(name, value, accepts_surrogates=name == surrogates_in)
+    return data
+
+
+def _check_values(name: str, value: Any, *, accepts_surrogates: bool) -> None:
+    """Check the strings and the depth of a field.
+
+    Raises:
+        ApiError: a string has a lone surrogate, or the value is too deep.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if not accepts_surrogates and any(type(item) is str and _SURROGATE.search(item) for item in level):
+            message = f"{_show_field(name)} has a lone surrogate, which is not valid Unicode"
+            raise ApiError(400, message, param=name[:64])
+        level = _list_inner(level)
+        if not level:
+            return
+    raise ApiError(400, f"{_show_field(name)} has too many lists and objects inside each other", param=name[:64])
+
+
+def _list_inner(values: list[Any]) -> list[Any]:
+    """Return the items of all lists, and the names and values of all objects."""
+    inner: list[Any] = []
+    for value in values:
+        if type(value) is list:
+            inner += value
+        elif type(value) is dict:
+            inner += value
+            inner += value.values()
+    return inner
+
+
+def _parse_number(digits: str) -> int | float:
+    """Return a whole number as orjson does: those beyond 64 bits are floats."""
+    number = int(digits) if len(digits) <= 20 else None
+    return number if number is not None and -(2**63) <= number < 2**64 else _parse_float(digits)
+
+
+def _parse_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("the number is too large")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def read_request(data: Mapping[str, Any], forward: Collection[str]) -> EmbeddingRequest:
@@ -81,6 +162,8 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
         for name in forwarded:
             if name not in forward:
                 raise _refuse_field(name, forward)
+        for name, value in forwarded.items():
+            _check_numbers(name, value)
     return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
 
 
@@ -107,11 +190,28 @@ def read_whole_number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def _check_numbers(name: str, value: Any) -> None:
+    """Check that each number of a forwarded field is the number that the client has sent.
+
+    Raises:
+        ApiError: a number is so large that it may have been a whole number beyond 64 bits, which was rounded.
+    """
+    level = [value]
+    while level:
+        if any(type(item) is float and abs(item) >= 2**63 for item in level):
+            message = f"{_show_field(name)} has a number beyond 64 bits, which cannot be passed on exactly"
+            raise ApiError(400, message, param=name[:64])
+        level = _list_inner(level)
+
+
+def _show_field(name: str) -> str:
+    return f'the field "{name[:64]}"' if name.isprintable() else "a field"
+
+
 def _refuse_field(name: str, forward: Collection[str]) -> ApiError:
-    shown = f'"{name[:64]}"' if name.isprintable() else "a field"
     known = f" The model accepts {', '.join(sorted(forward))}." if forward else ""
     message = (
-        f"the field {shown} is not supported, because it may change the vectors; remove it, or list it in the "
+        f"{_show_field(name)} is not supported, because it may change the vectors; remove it, or list it in the "
         f"model's forward.{known}"
     )
     return ApiError(400, message, param=name[:64], code="unsupported_field")

@@ -289,6 +289,24 @@ async def test_one_text_that_fails_is_named_and_the_others_are_stored(api: OpenA
         assert (await server.embed(["a", "b"])).cache[0] == "hit"
 
 
+async def test_a_text_with_a_lone_surrogate_fails_alone_or_is_repaired(api: OpenAIServer, tmp_path: Path) -> None:
+    tenants = {"tenants": [{"name": "search", "keys": [KEY], "tokens_per_day": 1000}]}
+    texts = ["a", "cut \ud83d", "b"]
+    for serving, headers in (({}, {}), (tenants, authorize(KEY))):
+        async with serve(configure(api, serving), tmp_path) as server:
+            answer = await server.embed(texts, headers=headers)
+            assert (answer.status, answer.error["param"]) == (400, "input")
+            assert "input 1 is not valid Unicode" in answer.error["message"]
+            assert (await server.embed(["a", "b"], headers=headers)).cache[0] == "hit"
+            only = {**headers, "cache-control": "only-if-cached"}
+            assert (await server.embed(texts, headers=only)).status == 400
+        repairing = {**configure(api, serving), "key": {"normalize": ["surrogates"]}}
+        async with serve(repairing, tmp_path) as server:
+            answer = await server.embed(texts, headers=headers)
+            assert equal(answer.vectors[1], api.vector_of("cut \ufffd"))
+            assert (await server.embed("cut \ufffd", headers=headers)).cache[0] == "hit"
+
+
 async def test_an_endpoint_that_hangs_is_a_timeout(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api, timeout=0.2), tmp_path) as server:
         api.misbehave("hang")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedonce_server.api_errors import ApiError
-from embedonce_server.request_body import MAX_INPUTS, parse_body, read_request
+from embedonce_server.request_body import MAX_DEPTH, MAX_INPUTS, parse_body, read_request
 
 
 def read(forward: tuple[str, ...] = (), **fields: Any) -> Any:
@@ -145,7 +145,15 @@ def test_fields_that_the_model_lists_are_forwarded() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"a"', b"null", b"\xff\xfe", b'{"input": "\\ud800"}', b'{"a": NaN}']
+    "body",
+    [
+        *(b"", b"{", b"[]", b'"a"', b"null", b"\xff\xfe", b'{"a": NaN}'),
+        *(b'["\\ud800"]', b'{"input": "\\ud800", "a": NaN}', b'{"input": "\\ud800", "a": -Infinity}'),
+        *(b'{"input": "\\ud800", "a": 1e999}', b'{"input": "\\ud800"', b'{"input": "\\ud800 \n"}'),
+        *(b'{"input": "\\ud800 \xed\xa0\x80"}', b'\xef\xbb\xbf{"input": "\\ud800"}', b"'\\ud800'"),
+        b'{"input": "\\ud800", "a": %b1%b}' % (b"[" * 100_000, b"]" * 100_000),
+        '{"input": "\\ud800"}'.encode("utf-16"),
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
@@ -156,6 +164,56 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
 def test_deep_nesting_is_refused_and_not_a_fault() -> None:
     with pytest.raises(ApiError):
         parse_body(b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+def test_lone_surrogates_are_accepted_in_one_field_only() -> None:
+    body = b'{"model": "m", "input": ["a", "cut \\uD83d", "\\ud83d\\ude00"], "x": [1, 1e3, 123456789012345678901]}'
+    data = parse_body(body, surrogates_in="input")
+    assert data == {"model": "m", "input": ["a", "cut \ud83d", "😀"], "x": [1, 1000.0, 123456789012345678901.0]}
+    assert list(map(type, data["x"])) == [int, float, float], "numbers are those of the faster parser"
+    with pytest.raises(ApiError) as refused:
+        parse_body(body)
+    assert (refused.value.status, refused.value.param) == (400, "input")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *(b'"model": "\\udc00"', b'"user": "\\ud800"', b'"task": "\\ud800"', b'"x": {"a": ["\\ud800"]}'),
+        *(b'"x": {"\\ud800": 1}', b'"\\ud800": 1', b'"\\udfff\\ud800": "a"'),
+    ],
+)
+def test_lone_surrogates_elsewhere_are_refused_and_the_error_can_be_sent(field: bytes) -> None:
+    with pytest.raises(ApiError, match="surrogate") as refused:
+        parse_body(b'{"input": "a", %b}' % field, surrogates_in="input")
+    assert refused.value.status == 400
+    assert json.loads(refused.value.to_body())["error"]["message"]
+
+
+def test_a_body_with_surrogates_is_not_deeper_than_other_bodies() -> None:
+    def parse(depth: int) -> None:
+        parse_body(b'{"input": "\\ud800", "x": %b1%b}' % (b"[" * depth, b"]" * depth), surrogates_in="input")
+
+    parse(500)
+    with pytest.raises(ApiError):
+        parse(MAX_DEPTH)
+
+
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1e19", "1" * 300])
+def test_forwarded_numbers_that_would_be_rounded_are_refused(number: str) -> None:
+    for value in (number, f'{{"a": [{number}]}}'):
+        for text in ("a", "\\ud800"):
+            data = parse_body(f'{{"model": "m", "input": "{text}", "seed": {value}}}'.encode(), surrogates_in="input")
+            with pytest.raises(ApiError, match="64 bits") as refused:
+                read_request(data, ("seed",))
+            assert (refused.value.status, refused.value.param) == (400, "seed")
+
+
+def test_forwarded_numbers_of_64_bits_are_exact() -> None:
+    for number in (2**64 - 1, -(2**63), 0.1, 1e18):
+        for text in ("a", "\\ud800"):
+            data = parse_body(f'{{"model": "m", "input": "{text}", "seed": {number}}}'.encode(), surrogates_in="input")
+            assert read_request(data, ("seed",)).forwarded == {"seed": number}
 
 
 def test_errors_show_no_text() -> None:
