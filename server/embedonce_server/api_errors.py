@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -19,6 +19,7 @@ from embedonce import (
     TextRefused,
     TierError,
 )
+from embedonce.errors import ErrorInAnswer
 from embedonce.provider_errors import read_status, read_wait
 
 INVALID = "invalid_request_error"
@@ -27,6 +28,43 @@ UPSTREAM = "upstream_error"
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _MAX_POSITIONS = 20
 """Number of positions that a message lists."""
+
+_MAX_CAUSES = 8
+
+MAX_WAIT = 24 * 3600.0
+"""Most seconds of a Retry-After that come from an upstream."""
+
+_RETRIED = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which a client may send the same request again."""
+
+_INVALID_ANSWERS = (
+    (", a redirect to ", "the endpoint answered with a redirect; the administrator must correct base_url"),
+    (" is not JSON", "the endpoint's answer is not JSON; the administrator must check base_url"),
+    (" bytes; it was not read further", "the endpoint's answer is too large"),
+    (" bytes; check base_url", "the endpoint's answer is too large"),
+    ("compress", "the endpoint's answer is compressed in a way that cannot be read"),
+    (" no vector for ", "it has no vector for a text"),
+    ("dimension", "its vectors have the wrong number of dimensions"),
+    ("values that are not numbers", "it has values that are not numbers"),
+    ("only embeddings that are neither ", "it has values that are not numbers"),
+    (" NaN or infinity", "it has NaN or infinity"),
+    (" a vector of zeros", "it has a vector of zeros"),
+    (" cannot be rounded ", "it has a vector that cannot be rounded"),
+    (" none was stored", "it does not have exactly one vector per text"),
+    ("one vector per text", "it does not have exactly one vector per text"),
+    (" which vector belongs to which text", "it does not show which vector belongs to which text"),
+)
+"""Words of the messages about invalid answers, and what clients are told. A message itself may have parts of an answer,
+which may repeat texts or name internal addresses."""
+
+_REFUSALS = (
+    (re.compile(r"an empty text has no embedding"), "an empty text has no embedding"),
+    (re.compile(r"a text has more than (\d+) tokens"), "it has more than {} tokens"),
+    (re.compile(r"a text has more tokens than the endpoint accepts"), "it has more tokens than the model accepts"),
+    (re.compile(r"a text has no word that the model knows"), "it has no word that the model knows"),
+    (re.compile(r"with token_inputs, each text must be"), "it is not a list of token numbers"),
+)
+"""Beginnings of the messages about refused texts, and what clients are told."""
 
 
 class ApiError(Exception):
@@ -104,14 +142,22 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
             f"the endpoint of the model answered with status {status} for {where}.{kept}",
             kind="rate_limit_error" if status == 429 else UPSTREAM,
             code=_read_code(error),
-            retry_after=read_wait(error) if status in (429, 503) else None,
+            retry_after=_read_wait(error, status),
         )
     if isinstance(error, TimeoutError) or any("Timeout" in kind.__name__ for kind in type(error).__mro__):
         return ApiError(504, f"the model did not answer in time for {where}.{kept}", kind=UPSTREAM, code="timeout")
     if isinstance(error, DriftError):
-        return ApiError(502, f"{error}", kind=UPSTREAM, code="drift")
+        message = "the model has changed: it no longer returns the vectors that are stored; tell the administrator"
+        return ApiError(502, message, kind=UPSTREAM, code="drift")
+    if isinstance(error, ErrorInAnswer):
+        code = _read_code(error)
+        shown = "" if code is None else f" (code {code})"
+        return ApiError(
+            502, f"the model's answer for {where} contains an error{shown}.{kept}", kind=UPSTREAM, code=code
+        )
     if isinstance(error, ProviderError):
-        return ApiError(502, f"the model's answer was refused for {where}: {error}.{kept}", kind=UPSTREAM)
+        message = f"the model's answer for {where} was refused: {_describe_invalid_answer(error)}.{kept}"
+        return ApiError(502, message, kind=UPSTREAM)
     if isinstance(error, TierError):
         message = f"a tier of the cache failed, and its on_error is raise: {error.tier or 'unknown'}"
         return ApiError(503, message, kind="server_error", code="tier_error", retry_after=1)
@@ -122,19 +168,49 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
 
 
 def _describe(error: TextRefused) -> str:
-    """Return the reason of a refusal. A provider's own message may contain a text, so only embedonce's are shown."""
-    return str(error) if error.__cause__ is None else "the model refuses it"
+    """Return the reason of a refusal. A provider's own message may contain a text, so only known reasons are shown."""
+    for begin, shown in _REFUSALS:
+        if found := begin.match(str(error)):
+            return shown.format(*found.groups())
+    return "the model refuses it"
+
+
+def _describe_invalid_answer(error: ProviderError) -> str:
+    """Return why an answer was refused, in words that do not come from the answer."""
+    message = str(error)
+    return next((shown for words, shown in _INVALID_ANSWERS if words in message), "it is invalid")
+
+
+def _read_wait(error: Exception, status: int) -> float | None:
+    """Return the seconds that an upstream asks to wait, or None.
+
+    Many endpoints say in every answer when a limit is reset. After a status that a client does not retry, only
+    ``Retry-After`` counts.
+    """
+    is_retried = status >= 500 or status in _RETRIED
+    seconds = read_wait(error) if is_retried or _has_retry_after(error) else None
+    return None if seconds is None else min(seconds, MAX_WAIT)
+
+
+def _has_retry_after(error: Exception) -> bool:
+    found = [getattr(getattr(one, "response", None), "headers", None) for one in _list_causes(error)]
+    return any(isinstance(headers, Mapping) and "retry-after" in headers for headers in found)
+
+
+def _list_causes(error: Exception) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from. An error may be its own cause, so the number is bounded."""
+    current: BaseException | None = error
+    for _ in range(_MAX_CAUSES):
+        if current is None:
+            return
+        yield current
+        current = current.__cause__
 
 
 def _read_code(error: Exception) -> str | None:
     """Return the code of an upstream's error, such as ``insufficient_quota``, if it looks like a code."""
-    current: BaseException | None = error
-    while current is not None:
-        code = getattr(current, "code", None)
-        if isinstance(code, str) and _CODE.fullmatch(code):
-            return code
-        current = current.__cause__
-    return None
+    codes = [getattr(one, "code", None) for one in _list_causes(error)]
+    return next((code for code in codes if isinstance(code, str) and _CODE.fullmatch(code)), None)
 
 
 def render(error: ApiError) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from itertools import count
 from typing import Any, TypeAlias
@@ -94,7 +95,10 @@ class App:
         except ClientGone:
             raise
         except Exception as error:
-            log.exception("a request to %s failed", EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path))
+            # The message of an unexpected error may have a text, so the log has only its class and its place.
+            place = "".join(traceback.format_tb(error.__traceback__))
+            endpoint = EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path)
+            log.error("a request to %s failed (%s)\n%s", endpoint, type(error).__name__, place)
             status, answer, pairs = render(
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
             )
