@@ -43,7 +43,7 @@ class EncodedVectors:
     """
 
     def __init__(self, encoding: Encoding, max_bytes: int = MEMO_BYTES) -> None:
-        self._encoding = encoding
+        self._encoding: Encoding = encoding
         self._max_bytes = max_bytes
         self._recent: dict[int, tuple[ref[Vector], bytes]] = {}
         self._older: dict[int, tuple[ref[Vector], bytes]] = {}

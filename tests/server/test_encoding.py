@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from embedonce.vectors import freeze
-from embedonce_server.encoding import EncodedVectors, encode_vector
+from embedonce_server.encoding import EncodedVectors, Encoding, encode_vector
 
 vectors = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32))
 
@@ -37,11 +37,11 @@ def test_rows_of_a_matrix_and_reversed_rows_are_encoded_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_a_kept_form_is_that_of_the_same_array(encoding: Literal["float", "base64"]) -> None:
-    encoded = EncodedVectors(encoding)  # type: ignore[arg-type]
+def test_a_kept_form_is_that_of_the_same_array(encoding: Encoding) -> None:
+    encoded = EncodedVectors(encoding)
     for i in range(2000):  # each array is freed, so later arrays get the identities of earlier ones
         vector = freeze(np.full(3, i, np.float32))
-        assert encoded.encode(vector) == encode_vector(vector, encoding)  # type: ignore[arg-type]
+        assert encoded.encode(vector) == encode_vector(vector, encoding)
         assert encoded.encode(vector) is encoded.encode(vector)
 
 
