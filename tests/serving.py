@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,19 @@ class Served:
         given = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
         return await self.send(method, path, [body], {**given, **(headers or {})})
 
-    async def send(self, method: str, path: str, parts: list[bytes | None], headers: Mapping[str, str]) -> Answer:
-        """Send a request whose body comes in parts. None stands for a client that has gone."""
+    async def send(
+        self,
+        method: str,
+        path: str,
+        parts: list[bytes | None],
+        headers: Mapping[str, str],
+        *,
+        receiver: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> Answer:
+        """Send a request whose body comes in parts. None stands for a client that has gone.
+
+        ``receiver`` receives the messages of the answer, and returns when the server may send another one.
+        """
         messages = [
             {"type": "http.disconnect"}
             if part is None
@@ -90,6 +101,8 @@ class Served:
             return messages.pop(0) if messages else {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
+            if receiver is not None:
+                await receiver(message)
             sent.append(message)
 
         scope = {

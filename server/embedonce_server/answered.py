@@ -13,7 +13,8 @@ from .models import Model
 class Embeddings(NamedTuple):
     """The answer to a request, and what it took."""
 
-    body: bytes
+    parts: list[bytes]
+    """The parts of the body. Their bytes are taken from the memory for answers, and must be given back to it."""
     headers: list[tuple[bytes, bytes]]
     model: Model
     hits: int

@@ -61,6 +61,7 @@ class App:
     async def _answer(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
         path: str = scope["path"]
+        answer = b""
         tenant: Tenant | None = None
         found: Embeddings | None = None
         model = ""
@@ -88,7 +89,7 @@ class App:
                 found = await embed(self._service, generation, tenant, headers.get(b"cache-control"), body)
             finally:
                 self._service.body_bytes -= len(body)
-            status, answer, pairs = 200, found.body, found.headers
+            status, pairs = 200, found.headers
         except ApiError as error:
             model = error.model
             status, answer, pairs = render(error)
@@ -103,8 +104,12 @@ class App:
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
             )
         pairs.append((b"x-request-id", request_id))
-        await send({"type": "http.response.start", "status": status, "headers": pairs})
-        await send({"type": "http.response.body", "body": answer})
+        start_message = {"type": "http.response.start", "status": status, "headers": pairs}
+        if found is None:
+            await send(start_message)
+            await send({"type": "http.response.body", "body": answer})
+        else:
+            await self._send_parts(start_message, found.parts, send)
         if path != EMBEDDINGS:
             self._finish_other(scope, status, start, request_id)
             return
@@ -113,6 +118,22 @@ class App:
         self._service.counters.count_embeddings(tenant, found, status, seconds, model)
         if access_log.is_on:
             access_log.write(scope, status, seconds, tenant=tenant, found=found, request_id=request_id)
+
+    async def _send_parts(self, start: Message, parts: list[bytes], send: Send) -> None:
+        """Send an answer, and give back the memory of each part when it is sent.
+
+        ``send`` waits until the client has read most of the part before. So a slow client holds little memory beside
+        the parts that are counted.
+        """
+        memory = self._service.answers
+        parts.reverse()
+        try:
+            await send(start)
+            while parts:
+                await send({"type": "http.response.body", "body": parts[-1], "more_body": len(parts) > 1})
+                memory.give(len(parts.pop()))
+        finally:
+            memory.give(sum(map(len, parts)))
 
     def _finish_other(self, scope: Scope, status: int, start: float, request_id: bytes) -> None:
         """Count and log a request to another path. Requests of other workers are part of a request to one of them."""

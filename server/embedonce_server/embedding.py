@@ -10,6 +10,7 @@ from typing import Any
 from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
+from .answer_memory import PART_BYTES
 from .answered import Embeddings
 from .api_errors import ApiError, explain_failures
 from .budgets import BudgetExceeded, fetch_within_budget
@@ -21,7 +22,10 @@ from .service import Generation, Service
 ROWS_AT_ONCE = 64
 """Number of vectors that are encoded before other requests get their turn."""
 
-_BEFORE_ROW = [b'{"object":"embedding","index":%d,"embedding":' % i for i in range(MAX_INPUTS)]
+_BEFORE_ROW = [b'%b{"object":"embedding","index":%d,"embedding":' % (b"," * (i > 0), i) for i in range(MAX_INPUTS)]
+
+_AROUND_ROW = 64
+"""Bytes that an answer has for each vector, beside the vector."""
 
 
 def find_model(generation: Generation, tenant: Tenant | None, name: Any) -> Model:
@@ -88,17 +92,17 @@ async def _embed(
     else:
         tiers = {str(source): number for source, number in Counter(sources).items() if source != "provider"}
     hits = sum(tiers.values())
-    answer = await _encode(service, request, model, fetched)
+    parts = await _encode(service, request, model, fetched)
     state = b"hit" if hits == count else b"partial" if hits else b"miss"
     headers = [
         (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(answer)),
+        (b"content-length", b"%d" % sum(map(len, parts))),
         (b"x-embedonce-cache", state),
         (b"x-embedonce-hits", b"%d" % hits),
         (b"x-embedonce-computed", b"%d" % (count - hits)),
         (b"x-embedonce-saved-tokens", b"%d" % fetched.saved.tokens),
     ]
-    return Embeddings(answer, headers, model, hits, count, fetched, tiers)
+    return Embeddings(parts, headers, model, hits, count, fetched, tiers)
 
 
 async def _fetch(
@@ -132,25 +136,37 @@ def _check_result(fetched: Fetched) -> None:
         raise explain_failures(fetched.failed, len(fetched.rows))
 
 
-async def _encode(service: Service, request: EmbeddingRequest, model: Model, fetched: Fetched) -> bytes:
-    """Return the body of the answer."""
+async def _encode(service: Service, request: EmbeddingRequest, model: Model, fetched: Fetched) -> list[bytes]:
+    """Return the parts of the body of the answer. Their bytes are taken from the memory for answers.
+
+    Raises:
+        ApiError: the answer is too large, or there is no memory for it at the moment.
+    """
     encode = service.encoded[request.encoding].encode
+    memory = service.answers
     rows: Sequence[Any] = fetched.rows
-    tokens = fetched.computed.tokens
-    if len(rows) == 1:
-        items = b'{"object":"embedding","index":0,"embedding":%b}' % encode(rows[0])
-    else:
+    first = encode(rows[0])
+    # All vectors have the same dimensions, so the others are about as long as the first one.
+    taken = len(rows) * (len(first) + _AROUND_ROW)
+    await memory.take(taken)
+    try:
         parts: list[bytes] = []
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            if start:
+        part = [b'{"object":"list","data":[', _BEFORE_ROW[0], first, b"}"]
+        size = len(first)
+        for i in range(1, len(rows)):
+            if i % ROWS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-            for i, row in enumerate(rows[start : start + ROWS_AT_ONCE], start):
-                parts += (_BEFORE_ROW[i], encode(row), b"},")
-        parts[-1] = b"}"
-        items = b"".join(parts)
-    return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        items,
-        model.json_name,
-        tokens,
-        tokens,
-    )
+            if size >= PART_BYTES:
+                parts.append(b"".join(part))
+                part, size = [], 0
+            encoded = encode(rows[i])
+            size += len(encoded)
+            part += (_BEFORE_ROW[i], encoded, b"}")
+        tokens = fetched.computed.tokens
+        part.append(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (model.json_name, tokens, tokens))
+        parts.append(b"".join(part))
+    except BaseException:
+        memory.give(taken)
+        raise
+    memory.give(taken - sum(map(len, parts)))
+    return parts

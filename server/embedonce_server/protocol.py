@@ -126,6 +126,12 @@ class _Flow(FlowControl):
     """Flow control of a connection that can be held. While it is held, no call of the application resumes reading."""
 
     is_held = False
+    has_resumed = False
+    """Whether the client has read so much that the application may write again, since the last check."""
+
+    def resume_writing(self) -> None:
+        self.has_resumed = True
+        super().resume_writing()
 
     def hold(self) -> None:
         if not self.is_held:
@@ -441,7 +447,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Drop the connection if something takes too long. ``passed`` are the seconds since the last check."""
         limits = self._limits
         unread = self.transport.get_write_buffer_size()
-        if unread and self._unread and unread >= self._unread:
+        # An answer may be written in parts. Then the buffer may be as full as before, although the client reads.
+        has_resumed, self._flow.has_resumed = self._flow.has_resumed, False
+        if unread and self._unread and unread >= self._unread and not has_resumed:
             if now - self._unread_since > limits.unread_seconds:
                 self._state.refused["unread_answer"] += 1
                 self.transport.abort()

@@ -13,6 +13,7 @@ from embedonce import Cache, ConfigError
 from embedonce.config import Config, compose
 from embedonce.events import Stats
 
+from .answer_memory import AnswerMemory
 from .budgets import Budgets
 from .counters import Counters
 from .encoding import EncodedVectors
@@ -94,6 +95,7 @@ class Service:
         self.counters = Counters()
         self.body_bytes = 0
         """Bytes of the bodies that are in memory."""
+        self.answers = AnswerMemory()
         self._retired: dict[asyncio.Task[None], Generation] = {}
         """The earlier generations that requests may still use, by the tasks that close them."""
 

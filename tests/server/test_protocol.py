@@ -403,6 +403,16 @@ def test_a_client_that_reads_slowly_keeps_its_connection() -> None:
         connection.check_time(20.0 * second, 20.0)
         assert not transport.is_aborted or second == 8
     assert transport.is_aborted, "it has read nothing for 40 seconds"
+    transport.is_aborted, transport.unread = False, 500
+    for second in range(10, 20):  # the answer comes in parts, and the client reads each of them
+        connection.pause_writing()
+        connection.resume_writing()
+        connection.check_time(20.0 * second, 20.0)
+    assert not transport.is_aborted
+    connection.pause_writing()
+    for second in range(20, 23):
+        connection.check_time(20.0 * second, 20.0)
+    assert transport.is_aborted
     loop.close()
 
 
