@@ -100,6 +100,11 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
 
+def make_stopping() -> ApiError:
+    """Return the answer to a request that the server cannot answer, because it stops."""
+    return ApiError(503, "the server is stopping", kind="server_error", code="stopping", retry_after=1)
+
+
 def list_positions(positions: list[int]) -> str:
     """Return positions for a message, such as ``0, 4 and 7``. A long list is cut."""
     shown = [str(position) for position in positions[:_MAX_POSITIONS]]
@@ -162,7 +167,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
         message = f"a tier of the cache failed, and its on_error is raise: {error.tier or 'unknown'}"
         return ApiError(503, message, kind="server_error", code="tier_error", retry_after=1)
     if isinstance(error, CacheClosed):
-        return ApiError(503, "the server is stopping", kind="server_error", code="stopping", retry_after=1)
+        return make_stopping()
     message = f"the model could not be called for {where} ({type(error).__name__}).{kept}"
     return ApiError(502, message, kind=UPSTREAM)
 

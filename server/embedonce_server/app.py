@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -14,7 +15,7 @@ from embedonce.config import Tenant
 
 from . import access_log
 from .answered import Embeddings
-from .api_errors import ApiError, render
+from .api_errors import ApiError, make_stopping, render
 from .embedding import embed
 from .guards import check_json, check_origin, find_tenant, read_headers
 from .incoming import ClientGone, read_body
@@ -55,6 +56,10 @@ class App:
             await self._answer(generation, scope, receive, send)
         except ClientGone:
             pass
+        except asyncio.CancelledError:
+            # The answer has begun, so it cannot become an error. uvicorn closes the connection.
+            if self._service.state != "draining":
+                raise
         finally:
             generation.active -= 1
 
@@ -95,7 +100,11 @@ class App:
             status, answer, pairs = render(error)
         except ClientGone:
             raise
-        except Exception as error:
+        except asyncio.CancelledError:
+            if self._service.state != "draining":
+                raise
+            status, answer, pairs = render(make_stopping())  # the request has taken longer than drain_timeout
+        except Exception as error:  # noqa: BLE001
             # The message of an unexpected error may have a text, so the log has only its class and its place.
             place = "".join(traceback.format_tb(error.__traceback__))
             endpoint = EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
@@ -110,7 +111,7 @@ class Operations:
         send: Send,
         request_id: bytes,
     ) -> int:
-        """Answer a request, and return the status.
+        """Answer a request, and return the status. It may be cut off while the server stops, after it has begun.
 
         Raises:
             ApiError: the request is answered with an error. Nothing has been sent.
@@ -126,7 +127,11 @@ class Operations:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        await self._router(scope, receive, send_with_id)
+        try:
+            await self._router(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if not status or self._service.state != "draining":
+                raise
         return status
 
 

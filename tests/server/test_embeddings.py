@@ -407,6 +407,21 @@ async def test_replay_mode_names_what_is_missing(api: OpenAIServer, tmp_path: Pa
         assert (answer.status, answer.error["positions"]) == (404, [0, 1])
 
 
+async def test_a_request_that_is_cut_off_by_a_drain_is_told_so(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        for is_draining in (False, True):
+            api.misbehave("hang")
+            task = asyncio.create_task(server.embed(f"{is_draining}"))
+            await asyncio.to_thread(api.until_hanging)
+            server.service.state = "draining" if is_draining else "ready"
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() is not is_draining
+            api.heal()
+        answer = task.result()
+        assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "stopping", "1")
+
+
 # --- requests that are refused before anything is sent --------------------------------------------
 
 

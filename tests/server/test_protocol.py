@@ -19,6 +19,8 @@ from patience import wait_until
 from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
 from uvicorn import Config
 
+from embedonce_server.answer_memory import MAX_ANSWERS, WAIT_SECONDS
+from embedonce_server.incoming import MAX_BODIES
 from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
 
 SHORT = 0.05
@@ -306,6 +308,8 @@ def test_the_page_has_the_limits() -> None:
         f"| time without progress while a client does not read its answer | {limits.unread_seconds:g} s |",
         f"| time between two requests on a connection | {limits.idle_seconds:g} s |",
         f"| bytes of a chunked body between two parts of its content | {limits.head // 1024} KiB |",
+        f"| bytes of bodies in memory per worker | {MAX_BODIES >> 20} MiB |",
+        f"{MAX_ANSWERS >> 20} MiB; an answer waits up to {WAIT_SECONDS:g} s |",
     ):
         assert row in page
 
