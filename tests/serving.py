@@ -136,5 +136,5 @@ async def serve(settings: Mapping[str, Any], folder: Path) -> AsyncIterator[Serv
         service.state = "ready"
         yield served
     finally:
-        served.app.metrics.close()
         await service.close(1.0)
+        served.app.metrics.close()

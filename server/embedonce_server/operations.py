@@ -99,8 +99,7 @@ class Operations:
     @asynccontextmanager
     async def _live(self, app: object) -> AsyncIterator[None]:
         self.metrics.start()
-        yield
-        self.metrics.close()
+        yield  # the worker closes the metrics after its last writes, which count too
 
     async def serve(
         self,

@@ -52,8 +52,9 @@ class Worker:
         self.service = Service(config, run=launch.folder, worker=launch.worker)
         self._sockets = list(sockets)
         self._signals: list[int] = []
+        self._app = App(self.service)
         self._server = WorkerServer(
-            App(self.service),
+            self._app,
             limits=choose_limits(),
             private=launch.folder.get_socket(launch.worker),
             on_start=self._be_ready,
@@ -124,7 +125,10 @@ class Worker:
             self.service.state = "draining"
             beside.cancel()
             await asyncio.wait([beside])
-            await self.service.close(max(self._server.deadline - time.monotonic(), 0.0))
+            try:
+                await self.service.close(max(self._server.deadline - time.monotonic(), 0.0))
+            finally:
+                self._app.metrics.close()
 
     async def _watch(self) -> None:
         try:

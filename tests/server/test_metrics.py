@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from patience import wait_until_async
+from prometheus_client.exposition import generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import CollectorRegistry
 from serving import ADMIN_KEY, KEY, Served, serve
 
 from embedonce import config
 from embedonce.testing.servers.openai import OpenAIServer
 from embedonce_server.counters import BUCKETS
+from embedonce_server.launch import Launch, Source
+from embedonce_server.listening import Address, bind_addresses
+from embedonce_server.service import Service
+from embedonce_server.worker import Worker
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 TENANT = {"authorization": f"Bearer {KEY}"}
@@ -214,6 +222,32 @@ async def test_a_worker_that_starts_again_adds_to_its_predecessor(api: OpenAISer
         async with serve(settings, tmp_path) as server:
             await server.embed("a", headers=TENANT)
             assert (await scrape(server))("requests_total", status="200") == count
+
+
+def test_what_a_worker_counts_at_its_end_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Service.close
+
+    async def close_and_count(service: Service, timeout: float) -> None:
+        await close(service, timeout)
+        service.counters.count_other("last", 200, 0.0)
+
+    class ShortWorker(Worker):
+        def on_ready(self) -> None:
+            self.drain()
+
+        def _give_up(self) -> None:
+            pass  # it would end the process of the tests
+
+    monkeypatch.setattr(Service, "close", close_and_count)
+    settings = config.load({"provider": {"type": "ngram"}, "tiers": [], "serve": {"drain_timeout": "0.1s"}})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    launch = Launch(source=Source(), run=str(folder), state=str(tmp_path))
+    ShortWorker(launch, settings, bind_addresses([Address(socket.AF_INET, ("127.0.0.1", 0))], 0)).run()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(launch.folder.metrics))  # type: ignore[no-untyped-call]
+    value = Scrape(generate_latest(registry).decode())
+    assert value("request_seconds_bucket", endpoint="last", le="+Inf") == 1
 
 
 async def test_a_folder_that_cannot_be_written_disturbs_no_request(
