@@ -94,6 +94,7 @@ servers:
 
 # -P keeps the current folder off the import path, so that the tests can import only the wheel.
 pytest: wheel servers
+	@./.ci/node $(TEST_BIN)/python
 	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 
 test: lint wheel
@@ -113,4 +114,5 @@ soak:
 	@$(BENCH_VENV)/bin/python benchmarks/soak.py $(SOAK)
 
 clean:
+	rm -rf tests/server/node/node_modules
 	rm -rf $(VENV) $(TEST_VENV) $(LINT_VENV) .venv-quick* $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,8 +13,8 @@ The run fails, with exit code 1, in these cases:
 
 - A vector is not exactly the vector of its text, or an answer does not have one vector for each input.
 - A request takes longer than the sum of the timeouts that may apply to it.
-- A status or a lost connection has no cause: 429 and 500 only while the API answers so, 404 only for ``only-if-cached``,
-  no answer only from the worker that was killed, and nothing refused before SIGTERM.
+- A status or a lost connection has no cause: 429 and 500 come only while the API answers so, 404 only for
+  ``only-if-cached``, no answer only from the worker that was killed, and a refused connection only after SIGTERM.
 - A tenant's text is computed twice without a cause. While Redis is away, each worker may compute it once, because the
   workers share nothing then. The texts of the killed worker's requests under way may be computed once more.
 - The sums in ``/metrics`` are not those of the clients. The killed worker may take its last second with it.
@@ -37,8 +37,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,19 +45,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from serve_clients import DIMENSIONS, MODELS, NO_ANSWER, REFUSED, TENANTS, Key, Report, Sent, run_api, run_clients
+from serve_checks import (
+    FULL_SECONDS,
+    LEASE,
+    MAX_WAIT,
+    PROVIDER_TIMEOUT,
+    RETRIES,
+    TIER_TIMEOUT,
+    WARM_UP,
+    WORKERS,
+    Checks,
+    Observed,
+    Times,
+    name_status,
+)
+from serve_clients import DIMENSIONS, MODELS, REFUSED, TENANTS, Report, run_api, run_clients
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import servers
 
-WORKERS = 4
 CONNECTIONS = 64
 CLIENT_PROCESSES = 2
 THINK = 0.05
 """Mean seconds that a client waits between an answer and its next request."""
-FULL_SECONDS = 60.0
-"""The length of the run that the times of the faults below are for. They shrink with it."""
-
 REDIS_KILLED, REDIS_STARTED = 15.0, 25.0
 LIMITED, UNLIMITED = 30.0, 35.0
 """The API answers 429 between these times."""
@@ -66,19 +75,7 @@ FAILING, HEALED = 38.0, 42.0
 """The API answers 500 between these times."""
 WORKER_KILLED = 45.0
 
-TIER_TIMEOUT, LEASE, MAX_WAIT = 0.25, 2.5, 10.0
-PROVIDER_TIMEOUT, RETRIES, LONGEST_PAUSE = 2.0, 2, 8.0
 DRAIN_TIMEOUT = 10.0
-
-BOUND = LEASE + PROVIDER_TIMEOUT + 4 * TIER_TIMEOUT
-"""Most seconds of a request while the API works: it waits for the lease of a worker that was killed, and computes."""
-FAULT_BOUND = BOUND + MAX_WAIT + RETRIES * LONGEST_PAUSE
-"""Most seconds of a request while the API fails: it waits for the call of another request, and then repeats its own."""
-
-COPY_SECONDS = 1.5
-"""A worker copies its counters each second, or a little later if it has much to do."""
-UNDER_WAY = 1.0
-"""Seconds around a change of a tier in which a call may have begun before the change."""
 
 CONFIGURATION = """\
 [cache]
@@ -118,8 +115,6 @@ keys = ["{south}"]
 requests_per_minute = 1_000_000
 """
 ADMIN_KEY = "key-of-the-administrator"
-
-Span = tuple[float, float]
 
 
 class Phase(NamedTuple):
@@ -229,39 +224,16 @@ class Server:
 # --- the run --------------------------------------------------------------------------------------
 
 
-class Times:
-    """When something happened, on ``time.monotonic``."""
-
-    def __init__(self, seconds: float) -> None:
-        self.begin = time.monotonic()
-        self.scale = seconds / FULL_SECONDS
-        self.redis: Span = (0.0, 0.0)
-        self.limited: Span = (0.0, 0.0)
-        self.failing: Span = (0.0, 0.0)
-        self.killed = 0.0
-        self.quiet: Span = (0.0, 0.0)
-        self.terminated = 0.0
-        self.ended = 0.0
-
-    def sleep_until(self, second: float) -> float:
-        """Sleep until a second of a full run, and return the time."""
-        time.sleep(max(self.begin + second * self.scale - time.monotonic(), 0.0))
-        return time.monotonic()
-
-
 class Run:
-    """One run: what happened, and what is wrong."""
+    """One run."""
 
     def __init__(self, seconds: float, seed: int) -> None:
         self.seconds = seconds
         self.seed = seed
         self.faults: Counter[str] = Counter()
-        self.notes: list[str] = []
-        self.metrics: dict[tuple[str, ...], float] = {}
-        self.before_quiet = 0
-        """Number of requests that were answered before the metrics were read."""
 
-    def run(self) -> None:
+    def run(self) -> Observed:
+        """Do everything, and return what was noted."""
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             redis = stack.enter_context(servers.RedisServer())
@@ -283,11 +255,12 @@ class Run:
                 child.pipe.send("resume")
             self.times = Times(self.seconds)
             self._disturb(redis, api)
-            self._read_metrics(clients)
+            metrics = self._read_metrics(clients)
             self._terminate(clients)
             reports: list[Report] = [child.pipe.recv() for child in clients]
-            self.calls, self.failures, self.computed = api.ask("end")
-        self.report = _merge(reports)
+            calls, failures, computed = api.ask("end")
+        report = _merge(reports)
+        return Observed(self.times, report, self.server.log, metrics, calls, failures, computed, self.faults)
 
     def _disturb(self, redis: servers.RedisServer, api: Child) -> None:
         times = self.times
@@ -312,20 +285,22 @@ class Run:
         os.kill(victim, signal.SIGKILL)
         times.sleep_until(FULL_SECONDS)
 
-    def _read_metrics(self, clients: Sequence[Child]) -> None:
+    def _read_metrics(self, clients: Sequence[Child]) -> dict[tuple[str, ...], float]:
         """Let the clients wait for their answers and send nothing, and read the metrics."""
         start = time.monotonic()
         for child in clients:
             child.pipe.send("pause")
         for child in clients:
             child.pipe.recv()
+        metrics: dict[tuple[str, ...], float] = {}
         try:
-            self.metrics = self.server.read_metrics()
+            metrics = self.server.read_metrics()
         except OSError as error:
             self.faults[f"/metrics cannot be read ({error})"] += 1
         self.times.quiet = (start, time.monotonic())
         for child in clients:
             child.pipe.send("resume")
+        return metrics
 
     def _terminate(self, clients: Sequence[Child]) -> None:
         time.sleep(min(2.0, self.seconds / 10))
@@ -341,217 +316,40 @@ class Run:
         for child in clients:
             child.pipe.send("end")
 
-    # --- checks -------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        self.faults.update(self.report.faults)
-        self._check_durations()
-        self._check_statuses()
-        self._check_workers()
-        self._check_computed()
-        self._check_metrics()
-        for _, line in self.server.log:
-            if "ERROR" in line and "was ended by SIGKILL" not in line:
-                self.faults[f"the server logged: {line}"] += 1
+# --- results --------------------------------------------------------------------------------------
 
-    def _may_meet_fault(self, sent: Sent) -> bool:
-        """Return whether the API failed during a request, or had failed just before, so that its calls paused."""
-        spans = (self.times.limited, self.times.failing)
-        return any(start <= sent.end and sent.start <= end + LONGEST_PAUSE for start, end in spans)
 
-    def _check_durations(self) -> None:
-        for sent in self.report.sent:
-            bound = FAULT_BOUND if self._may_meet_fault(sent) else BOUND
-            if sent.seconds > bound:
-                self.faults[f"a request took longer than its bound of {bound:g} s"] += 1
-        longest = max(self.report.sent, key=lambda sent: sent.seconds)
-        self.notes.append(f"slowest request: {longest.seconds:.2f} s, status {longest.status}")
+def summarize(observed: Observed) -> list[dict[str, Any]]:
+    """Return one row for each phase, and one for the whole run."""
+    times = observed.times
+    edges = [times.begin - WARM_UP, *(times.begin + phase.start * times.scale for phase in PHASES[:-1])]
+    edges += [times.terminated, times.ended]
+    names = [f"{WARM_UP:g} s of warm-up", *(phase.name for phase in PHASES)]
+    rows = [_summarize(observed, name, *span) for name, span in zip(names, itertools.pairwise(edges), strict=True)]
+    return [*rows, _summarize(observed, "the whole run", edges[1], edges[-1])]
 
-    def _check_statuses(self) -> None:
-        times = self.times
-        for sent in self.report.sent:
-            match sent.status:
-                case 200:
-                    is_right = True
-                case 404:
-                    is_right = sent.kind == "only-if-cached"
-                case 429:
-                    is_right = times.limited[0] <= sent.end and sent.start <= times.limited[1]
-                case 500:
-                    is_right = times.failing[0] <= sent.end and sent.start <= times.failing[1]
-                case 0:
-                    is_right = sent.start <= times.killed <= sent.end or sent.start >= times.terminated
-                case -1:
-                    is_right = sent.end >= times.terminated
-                case _:
-                    is_right = False
-            if not is_right:
-                second = (sent.start - times.begin) / times.scale
-                self.faults[f"status {_name_status(sent.status)} without a cause, at second {second:.0f}"] += 1
 
-    def _check_workers(self) -> None:
-        """Check that the worker that was killed is the only one that lost requests, and that another has replaced it."""
-        answers = [sent for sent in self.report.sent if sent.worker]
-        first: dict[str, float] = {}
-        last: dict[str, float] = {}
-        for sent in sorted(answers, key=lambda sent: sent.end):
-            first.setdefault(sent.worker, sent.end)
-            last[sent.worker] = sent.end
-        killed = self.times.killed
-        dead = [worker for worker, end in last.items() if end <= killed + UNDER_WAY and first[worker] <= killed]
-        born = [worker for worker, start in first.items() if start > killed]
-        if len(first) != WORKERS + 1 or len(dead) != 1 or len(born) != 1:
-            self.faults[f"of {len(first)} workers, {len(dead)} ended and {len(born)} started; expected 5, 1 and 1"] += 1
-        self.dead = set(dead)
-        lost = [sent for sent in self.report.sent if sent.status == NO_ANSWER and sent.start < self.times.terminated]
-        self.notes.append(f"requests that the killed worker did not answer: {len(lost)}")
-        if born:
-            self.notes.append(f"its successor answered after {first[born[0]] - killed:.2f} s")
-        shares = Counter(sent.worker for sent in answers)
-        self.notes.append(f"answers by worker: {', '.join(f'{count:,}' for _, count in shares.most_common())}")
-
-    def _check_computed(self) -> None:
-        """Check how often each vector was computed."""
-        report, away = self.report, self._find_spans_without_redis()
-        starts = [start for start, _ in away]
-        by_key: dict[Key, list[float]] = defaultdict(list)
-        for moment, key in self.computed:
-            by_key[key].append(moment)
-        excess: Counter[str] = Counter()
-        for key, moments in by_key.items():
-            if key in report.unasked:
-                self.faults["only-if-cached has sent a text to the API"] += 1
-                continue
-            if key in report.repeated:
-                if len(moments) > report.repeated[key] + WORKERS:
-                    self.faults["a text was computed more often than it was asked for with no-cache or no-store"] += 1
-                continue
-            allowed = len(report.asked[key])
-            outside: Counter[int] = Counter()
-            for moment in moments:
-                place = bisect_right(starts, moment) - 1
-                if place < 0 or moment > away[place][1]:
-                    outside[place] += 1
-            lost = report.lost[key]
-            for count in outside.values():
-                if count > allowed + lost:
-                    self.faults["a text was computed twice while Redis worked"] += 1
-            if len(moments) > (WORKERS + 1) * allowed + lost:
-                self.faults["a text was computed more than once by a worker"] += 1
-            if len(moments) > allowed:
-                excess["texts that were computed again because of the faults"] += 1
-                excess["computations of these texts beyond the first"] += len(moments) - allowed
-        for key, tenants in report.answered.items():
-            if len(by_key.get(key, ())) < len(tenants):
-                self.faults["a tenant got the vector of another tenant"] += 1
-        self.notes += [f"{what}: {count:,}" for what, count in sorted(excess.items())]
-
-    def _find_spans_without_redis(self) -> list[Span]:
-        """Return the spans in which a worker may have skipped Redis. Outside of them, all workers share it."""
-        opened: dict[str, float] = {}
-        spans = [(self.times.redis[0] - UNDER_WAY, self.times.redis[1] + UNDER_WAY)]
-        for moment, line in self.server.log:
-            if (found := re.search(r"(worker \d+): .*tier 'redis': (read|write)s (.*)", line)) is None:
-                continue
-            breaker = f"{found[1]} {found[2]}"
-            if "work again" in found[3]:
-                start = opened.pop(breaker, None)
-                if start is not None:
-                    spans.append((start - UNDER_WAY, moment + UNDER_WAY))
-            else:
-                opened.setdefault(breaker, moment)
-                if not self.times.redis[0] <= moment <= self.times.redis[1]:
-                    self.notes.append(f"at second {(moment - self.times.begin) / self.times.scale:.1f}: {line}")
-        ends = [end for _, end in spans]
-        spans += [(start - UNDER_WAY, self.times.killed) for start in opened.values()]
-        self.notes.append(
-            f"all workers used Redis again {max(ends) - UNDER_WAY - self.times.redis[1]:.1f} s after its start"
-        )
-        merged: list[Span] = []
-        for start, end in sorted(spans):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-            else:
-                merged.append((start, end))
-        return merged
-
-    def _check_metrics(self) -> None:
-        """Compare the sums of the metrics with those of the clients."""
-        seen: Counter[tuple[str, ...]] = Counter()
-        last: Counter[tuple[str, ...]] = Counter()
-        """What the killed worker may not have copied."""
-        lost: Counter[tuple[str, ...]] = Counter()
-        """What it may have counted although the client got no answer."""
-        for sent in self.report.sent:
-            if sent.start >= self.times.quiet[1]:
-                continue
-            values = {("requests", sent.tenant, str(sent.status)): 1}
-            if sent.status in (200, NO_ANSWER):
-                for name in ("hits", "computed"):
-                    most = sent.inputs if sent.status == NO_ANSWER else getattr(sent, name)
-                    values[name, sent.tenant, sent.model] = most
-            if sent.status == 200:
-                values["computed_tokens", sent.tenant, sent.model] = sent.tokens
-                values["saved_tokens", sent.tenant, sent.model] = sent.saved
-            if sent.status == NO_ANSWER:
-                values = {(*key[:2], "200") if key[0] == "requests" else key: value for key, value in values.items()}
-                lost.update(values)
-                continue
-            seen.update(values)
-            if sent.worker in self.dead and sent.end > self.times.killed - COPY_SECONDS:
-                last.update(values)
-        counted: Counter[tuple[str, ...]] = Counter()
-        for (name, *labels), value in self.metrics.items():
-            # The labels are in alphabetical order: model, status, tenant, tier.
-            match name.removeprefix("embed_serve_").removesuffix("_total"), labels:
-                case "requests", [_, status, tenant]:
-                    counted["requests", tenant, status] += int(value)
-                case "hits" | "computed" | "computed_tokens" | "saved_tokens" as short, [model, tenant, *_]:
-                    counted[short, tenant, model] += int(value)
-        missing = 0
-        for key in seen | counted:
-            difference = seen[key] - counted[key]
-            missing += abs(difference) * (key[0] == "requests")
-            if key[0].endswith("tokens") and self.report.lost:
-                continue
-            if not -lost[key] <= difference <= last[key]:
-                self.faults[f"/metrics counts {counted[key]:,} {' '.join(key)}, and the clients {seen[key]:,}"] += 1
-        self.notes.append(
-            f"requests that /metrics does not count: {missing} (answers of the killed worker in its last second: "
-            f"{sum(count for key, count in last.items() if key[0] == 'requests')})"
-        )
-
-    # --- results ------------------------------------------------------------------------------
-
-    def summarize(self) -> list[dict[str, Any]]:
-        """Return one row for each phase, and one for the whole run."""
-        begin, scale = self.times.begin, self.times.scale
-        edges = [begin + phase.start * scale for phase in PHASES[:-1]]
-        edges += [self.times.terminated, self.times.ended]
-        spans = list(itertools.pairwise(edges))
-        rows = [self._summarize(phase.name, *span) for phase, span in zip(PHASES, spans, strict=True)]
-        return [*rows, self._summarize("the whole run", edges[0], edges[-1])]
-
-    def _summarize(self, name: str, start: float, end: float) -> dict[str, Any]:
-        sent = [one for one in self.report.sent if start <= one.start < end and one.status != REFUSED]
-        seconds = [one.seconds for one in sent if one.status > 0] or [0.0]
-        p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1000
-        inputs = sum(one.hits + one.computed for one in sent)
-        statuses = Counter(_name_status(one.status) for one in sent)
-        return {
-            "phase": name,
-            "seconds": round(end - start, 2),
-            "requests": len(sent),
-            "requests_per_second": round(len(sent) / (end - start)),
-            "p50_ms": round(p50, 1),
-            "p95_ms": round(p95, 1),
-            "p99_ms": round(p99, 1),
-            "max_ms": round(max(seconds) * 1000, 1),
-            "hit_rate": round(sum(one.hits for one in sent) / inputs, 4) if inputs else None,
-            "statuses": dict(sorted(statuses.items())),
-            "calls": sum(start <= moment < end for moment in self.calls),
-            "failed_calls": sum(start <= moment < end for moment in self.failures),
-        }
+def _summarize(observed: Observed, name: str, start: float, end: float) -> dict[str, Any]:
+    sent = [one for one in observed.report.sent if start <= one.start < end and one.status != REFUSED]
+    seconds = [one.seconds for one in sent if one.status > 0] or [0.0]
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1000
+    inputs = sum(one.hits + one.computed for one in sent)
+    statuses = Counter(name_status(one.status) for one in sent)
+    return {
+        "phase": name,
+        "seconds": round(end - start, 2),
+        "requests": len(sent),
+        "requests_per_second": round(len(sent) / (end - start)),
+        "p50_ms": round(p50, 1),
+        "p95_ms": round(p95, 1),
+        "p99_ms": round(p99, 1),
+        "max_ms": round(max(seconds) * 1000, 1),
+        "hit_rate": round(sum(one.hits for one in sent) / inputs, 4) if inputs else None,
+        "statuses": dict(sorted(statuses.items())),
+        "calls": sum(start <= moment < end for moment in observed.calls),
+        "failed_calls": sum(start <= moment < end for moment in observed.failures),
+    }
 
 
 def _make_configuration(redis: str, api: str, folder: Path) -> str:
@@ -585,10 +383,6 @@ def _merge(reports: Sequence[Report]) -> Report:
     return whole
 
 
-def _name_status(status: int) -> str:
-    return {NO_ANSWER: "no answer", REFUSED: "refused"}.get(status) or str(status)
-
-
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows as a table in Markdown."""
     print("| phase | requests/s | p50 | p95 | p99 | max | hit rate | statuses | calls of the API |")
@@ -613,21 +407,22 @@ def main() -> int:
     parser.add_argument("--log", action="store_true", help="print what the server has logged")
     options = parser.parse_args()
     run = Run(10.0 if options.quick else options.seconds, options.seed)
-    run.run()
-    run.check()
-    rows = run.summarize()
+    observed = run.run()
+    Checks(observed).check()
+    rows, notes, faults = summarize(observed), observed.notes, observed.faults
+    notes.append(f"load of the machine (1, 5 and 15 minutes): {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
     if options.log:
-        for moment, line in run.server.log:
-            print(f"{(moment - run.times.begin) / run.times.scale:6.2f} {line}", file=sys.stderr)
+        for moment, line in observed.log:
+            print(f"{observed.times.convert(moment):6.2f} {line}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"phases": rows, "notes": run.notes, "faults": dict(run.faults)}, indent=2))
+        print(json.dumps({"phases": rows, "notes": notes, "faults": dict(faults)}, indent=2))
     else:
         print_table(rows)
-        print("\n".join(["", *run.notes]))
-        for fault, count in run.faults.most_common():
+        print("\n".join(["", *notes]))
+        for fault, count in faults.most_common():
             print(f"FAULT, {count:,} times: {fault}")
-        print("nothing is wrong" if not run.faults else "the run found faults")
-    return 1 if run.faults else 0
+        print("nothing is wrong" if not faults else "the run found faults")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from embedonce import config
-from embedonce_server.app import create_app
+from embedonce_server.app import App
 from embedonce_server.run_folder import RunFolder
 from embedonce_server.service import Service
 
@@ -64,7 +64,7 @@ class Served:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.app = create_app(service)
+        self.app = App(service)
 
     async def embed(self, input: Any, *, headers: Mapping[str, str] = {}, **fields: Any) -> Answer:
         """Ask for vectors. The model is the first one, unless it is given."""
@@ -118,8 +118,10 @@ class Served:
 async def serve(settings: Mapping[str, Any], folder: Path) -> AsyncIterator[Served]:
     """Serve a configuration in this process, and close it afterwards."""
     service = Service(config.load(settings), run=RunFolder(folder / "run", folder))
+    served = Served(service)
     try:
         service.state = "ready"
-        yield Served(service)
+        yield served
     finally:
+        served.app.metrics.close()
         await service.close(1.0)

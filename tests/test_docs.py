@@ -8,7 +8,8 @@ Each page runs on its own, from top to bottom, in one folder with a copy of READ
 - ```` ```toml ````: The block must be valid. A configuration (with ``[cache]``, ``[key]``, ``[provider]``,
   ``[[tiers]]`` or ``[tool.embedonce]``) must load.
 - ```` ```console ````: The commands after ``$`` are executed, and their output is compared, ignoring figures (except
-  0, which stays 0).
+  0, which stays 0). A server that `embedonce serve` starts runs until the end of the page. The port 8080 stands for a
+  free port.
 - ```` ```sh ````: The block is executed, and its output is compared with a ```` ```text ```` block that comes next.
   Set-up commands (pip, make, git, ...) are not executed.
 - A block of any language whose first line is only ``# NAME.EXT`` is first written to that file. Python in a folder is
@@ -29,6 +30,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tokenize
@@ -41,6 +43,7 @@ from typing import Any, NamedTuple
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from servers import find_free_port, wait_until
 
 import embedonce
 from embedonce import config
@@ -137,9 +140,12 @@ class Page:
         self.not_run = 0
         self._printed: str | None = None
         self._is_loose = False
+        self._port = find_free_port()
+        self._servers: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        for fence in parse_fences(self.path):
+        for written in parse_fences(self.path):
+            fence = written._replace(content=written.content.replace(":8080", f":{self._port}"))
             printed, self._printed = self._printed, None
             if fence.not_run:
                 self.not_run += 1
@@ -158,6 +164,9 @@ class Page:
         for value in self.names.values():
             if isinstance(value, embedonce.Cache):
                 value.close()
+        for server in self._servers:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
 
     def _run_fence(self, fence: Fence) -> None:
         if fence.file:
@@ -232,7 +241,9 @@ class Page:
 
     def _run_console(self, fence: Fence) -> None:
         for command, shown in _split_console(fence.content):
-            if not _is_set_up(command):
+            if command.startswith("embedonce serve"):
+                self._start_server(command, shown)
+            elif not _is_set_up(command):
                 self._run_command(command, shown)
 
     def _run_shell(self, fence: Fence) -> None:
@@ -241,11 +252,29 @@ class Page:
         if commands.strip():
             self._printed, self._is_loose = self._run_command(commands, None), True
 
-    def _run_command(self, command: str, shown: str | None) -> str:
+    def _start_server(self, command: str, shown: str) -> None:
+        """Start a server, and compare what it prints until it answers."""
+        log = Path(f"serve-{self._port}.log")
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                ["bash", "-c", f"exec {command} --port {self._port}"],
+                env=self._make_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._servers.append(server)
+        wait_until(lambda: server.poll() is not None or "base_url:" in log.read_text(), "the server answers")
+        compare(shown, log.read_text(), is_loose=True)
+
+    def _make_environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return {**os.environ, "PATH": path}
+
+    def _run_command(self, command: str, shown: str | None) -> str:
         done = subprocess.run(
             ["bash", "-c", command],
-            env={**os.environ, "PATH": path},
+            env=self._make_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -337,6 +366,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "README.md", folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the pages embed the same texts
     runner = Page(page)
     try:
         runner.run()

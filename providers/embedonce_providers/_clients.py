@@ -28,8 +28,8 @@ CLOSE_SECONDS = 2.0
 """Maximum number of seconds that ``close`` waits until an event loop in another thread has closed its client."""
 
 _imported: set[str] = set()
-"""The modules whose import has ended. A module is in ``sys.modules`` already while it is being imported. An import in the
-event loop would then wait for the end of the other import, and no other task would run meanwhile."""
+"""The modules whose import has ended. A module is in ``sys.modules`` already while another thread imports it. An import
+in the event loop would then wait for that thread, and no other task would run meanwhile."""
 
 
 def require_package(package: str) -> None:

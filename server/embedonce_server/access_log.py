@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from embedonce.config import Tenant
 
-from .embedding import Embeddings
+from .answered import Embeddings
 
 log = logging.getLogger("embedonce.access")
 

@@ -22,13 +22,13 @@ from embedonce.keys import extend_namespace
 from .admin_counts import add_counts, describe_stats
 from .api_errors import ApiError
 from .budgets import BudgetsUnavailable
+from .calls import Call
 from .models import PLAIN, Model, Variation
 from .request_body import read_dimensions, read_inputs
 from .siblings import PREFIX, SiblingAnswer
 from .task_names import read_task
 
 if TYPE_CHECKING:
-    from .operations import Call
     from .service import Generation, Service
 
 T = TypeVar("T")
@@ -126,8 +126,8 @@ async def show_own_stats(call: Call) -> dict[str, Any]:
         "pid": os.getpid(),
         "status": service.state,
         "uptime_seconds": round(time.time() - service.started, 3),
-        **service.metrics.read_gauges(),
-        "counts": describe_stats(service.metrics.stats()),
+        **service.read_gauges(),
+        "counts": describe_stats(service.stats()),
     }
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 from embedonce.config import Tenant
 
 from . import access_log
+from .answered import Embeddings
 from .api_errors import ApiError, render
-from .embedding import Embeddings, embed
+from .embedding import embed
 from .guards import check_json, check_origin, find_tenant, read_headers
 from .incoming import ClientGone, read_body
 from .operations import Operations, name_endpoint
@@ -32,15 +33,13 @@ EMBEDDINGS = "/v1/embeddings"
 HEALTH = "/health/"
 
 
-def create_app(service: Service) -> Application:
-    """Return the application that serves a service."""
-    return _App(service)
+class App:
+    """The application that serves a service."""
 
-
-class _App:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._others = Operations(service)
+        self.metrics = self._others.metrics
         prefix = secrets.token_hex(6)
         self._ids: Iterator[bytes] = (b"%b-%x" % (prefix.encode(), number) for number in count(1))
 
@@ -79,7 +78,7 @@ class _App:
                 raise ApiError(
                     405, "send a POST request to this path", code="method_not_allowed", headers={"allow": "POST"}
                 )
-            tenant = find_tenant(generation, headers)
+            tenant = find_tenant(generation.keyring, headers)
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
                 check_rate(self._service, tenant)
@@ -107,7 +106,7 @@ class _App:
             return
         seconds = time.perf_counter() - start
         # Nothing is awaited between the last message and this line, so a scrape that follows the answer shows it.
-        self._service.metrics.count_embeddings(tenant, found, status, seconds, model)
+        self._service.counters.count_embeddings(tenant, found, status, seconds, model)
         if access_log.is_on:
             access_log.write(scope, status, seconds, tenant=tenant, found=found, request_id=request_id)
 
@@ -116,7 +115,7 @@ class _App:
         if self._service.siblings.has_sent(scope):
             return
         seconds = time.perf_counter() - start
-        self._service.metrics.count_other(name_endpoint(scope["path"]), status, seconds)
+        self._service.counters.count_other(name_endpoint(scope["path"]), status, seconds)
         if access_log.is_on:
             access_log.write(scope, status, seconds, tenant=None, found=None, request_id=request_id)
 
@@ -129,6 +128,6 @@ def check_rate(service: Service, tenant: Tenant) -> None:
     """
     seconds = service.rates.admit(tenant)
     if seconds > 0:
-        service.metrics.count_refused(tenant, "rate")
+        service.counters.count_refused(tenant, "rate")
         message = f"more than {tenant.requests_per_minute:g} requests per minute; try again in {seconds:.1f} s"
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=seconds)

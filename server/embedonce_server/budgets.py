@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from embedonce import Cache, Fetched
 from embedonce.config import Tenant
 from embedonce.contracts import Task
-from embedonce.errors import ErrorInAnswer, ProviderError, TextRefused
+from embedonce.errors import DriftError, ErrorInAnswer, ProviderError, TextRefused
 from embedonce.provider_errors import read_status
 
 from .api_errors import ApiError
@@ -39,6 +39,8 @@ FIRST_PAUSE, MAX_PAUSE = 0.01, 0.2
 """Seconds between two looks at the file while a request waits."""
 RETRY_SOON = 5.0
 """Seconds after which a refused request is to be repeated, if only calls under way hold the rest of the budget."""
+_STATUSES_OF_TEXTS = frozenset({400, 413, 422, 500})
+"""Statuses that one of the texts may have caused."""
 LOG_SECONDS = 60.0
 """Minimum number of seconds between two log lines about a file that cannot be used."""
 
@@ -294,8 +296,8 @@ class _Job:
             count = len(fetched.rows)
             parts.append(Part(texts[:count], fetched))
             texts, loads = texts[count:], loads[count:]
-            if texts and len(fetched.failed) == count:
-                # The provider fails, so the other texts are not sent. The cache does the same within one call.
+            if texts and len(fetched.failed) == count and all(map(_is_about_all_texts, fetched.failed.values())):
+                # The other texts are not sent. The cache does the same within one call.
                 parts.append(fail_rest(texts, fetched))
                 break
         answer = combine(len(self._texts), self._found, parts, places)
@@ -360,9 +362,11 @@ class _Job:
             if isinstance(outcome, Reservation):
                 await self._budgets.settle(Settlement(outcome, 0, is_measured=False))
             raise asyncio.CancelledError
+        if isinstance(outcome, Reservation):
+            return outcome
         if outcome == "refused":
             raise self._refuse(outcome)
-        return outcome if isinstance(outcome, Reservation) else None
+        return None
 
     def _refuse(self, outcome: Literal["wait", "refused"]) -> BudgetExceeded:
         is_final = outcome == "refused"
@@ -425,6 +429,17 @@ def _may_be_charged(error: Exception) -> bool:
     if isinstance(error, TextRefused | ErrorInAnswer) or read_status(error) is not None:
         return False
     # Clients of HTTP have timeouts of their own. One that could not connect has sent nothing.
-    names = [kind.__name__ for kind in type(error).__mro__]
-    is_timeout = any("Timeout" in name for name in names) and not any("Connect" in name for name in names[:1])
+    is_timeout = _has_name(error, "Timeout") and "Connect" not in type(error).__name__
     return isinstance(error, ProviderError) or is_timeout
+
+
+def _is_about_all_texts(error: Exception) -> bool:
+    """Return whether any other text would fail too, for example because the provider cannot be reached."""
+    status = read_status(error)
+    if status is not None:
+        return status not in _STATUSES_OF_TEXTS
+    return isinstance(error, OSError | DriftError) or _has_name(error, "Timeout") or _has_name(error, "Connect")
+
+
+def _has_name(error: Exception, part: str) -> bool:
+    return any(part in kind.__name__ for kind in type(error).__mro__)

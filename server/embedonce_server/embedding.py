@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
+from .answered import Embeddings
 from .api_errors import ApiError, explain_failures
 from .budgets import BudgetExceeded, fetch_within_budget
 from .cache_control import CacheControl, read_cache_control
@@ -21,21 +22,6 @@ ROWS_AT_ONCE = 64
 """Number of vectors that are encoded before other requests get their turn."""
 
 _BEFORE_ROW = [b'{"object":"embedding","index":%d,"embedding":' % i for i in range(MAX_INPUTS)]
-
-
-class Embeddings(NamedTuple):
-    """The answer to a request, and what it took."""
-
-    body: bytes
-    headers: list[tuple[bytes, bytes]]
-    model: Model
-    hits: int
-    """Number of inputs that a tier had."""
-    inputs: int
-    """Number of inputs."""
-    fetched: Fetched
-    tiers: Mapping[str, int]
-    """Number of inputs by the tier that had them."""
 
 
 def find_model(generation: Generation, tenant: Tenant | None, name: Any) -> Model:
@@ -134,7 +120,7 @@ async def _fetch(
                     service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
                 )
             except BudgetExceeded:
-                service.metrics.count_refused(tenant, "budget")
+                service.counters.count_refused(tenant, "budget")
                 raise
         return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
     except SpaceError as error:  # the provider does not know the task

@@ -14,7 +14,7 @@ def read_health(service: Service) -> dict[str, Any]:
     A tier or a provider that fails does not make the worker unready, because hits of other tiers are still answered.
     The result has no secret, no URL, and no name of a tenant or a model, because everybody may read it.
     """
-    stats = service.metrics.stats()
+    stats = service.stats()
     return {
         "status": service.state,
         "tiers": {

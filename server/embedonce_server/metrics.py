@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
@@ -24,35 +22,22 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
 from embedonce import __version__
-from embedonce.config import Tenant
-from embedonce.events import Stats
 from embedonce.metrics import CacheCollector
-from embedonce.prices import Price
 
 from .budget_file import Usage
 from .budgets import BudgetsUnavailable
+from .counters import BUCKETS, Sample
+from .service import Service
+from .siblings import SiblingAnswer
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-    from .embedding import Embeddings
-    from .models import Model
-    from .service import Service
-    from .siblings import SiblingAnswer
 
 log = logging.getLogger("embedonce.serve")
 
 COPY_SECONDS: Final = 1.0
 """Seconds between two copies of a worker's counters."""
-
-BUCKETS: Final = (
-    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
-    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
-"""Upper bounds of the buckets of durations, in seconds."""
-
-NO_TENANT: Final = ""
-NO_MODEL: Final = ""
 
 _LATENCY: Final = "embed_serve_request_seconds"
 _ABOUT: Final = "Seconds from the request to the answer."
@@ -77,107 +62,7 @@ _FAMILIES: Final = (
     _Family("refused", "Requests refused by a limit of the tenant.", ("tenant", "reason")),
 )
 
-_Sample = tuple[str, tuple[str, ...]]
-"""The name of a family, and the values of its labels."""
-
-
-class _Latency:
-    """The durations of the requests to one endpoint with one class of statuses."""
-
-    __slots__ = ("buckets", "seconds")
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.buckets = [0] * (len(BUCKETS) + 1)
-
-    def count(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.buckets[bisect_left(BUCKETS, seconds)] += 1
-
-
-class _Work:
-    """What a tenant's requests to a model took and saved, at one price."""
-
-    __slots__ = ("computed", "computed_tokens", "hits", "price", "saved_tokens")
-
-    def __init__(self, price: Price | None) -> None:
-        self.price = price
-        self.hits: dict[str, int] = {}
-        """Number of inputs by tier."""
-        self.computed = 0
-        self.computed_tokens = 0
-        self.saved_tokens = 0
-
-
-class _Requests:
-    """The requests of one tenant for one model that were answered with one status."""
-
-    __slots__ = ("count", "latency", "work")
-
-    def __init__(self, latency: _Latency) -> None:
-        self.count = 0
-        self.latency = latency
-        self.work: _Work | None = None
-
-
-class _Counters:
-    """The numbers of one worker."""
-
-    def __init__(self) -> None:
-        self._requests: dict[tuple[str, str, int], _Requests] = {}
-        self._latencies: dict[tuple[str, str], _Latency] = {}
-        self._work: dict[tuple[str, str, Price | None], _Work] = {}
-        self._changed: dict[str, int] = {}
-        self._refused: dict[tuple[str, str], int] = {}
-
-    def find_requests(self, tenant: str, model: str, status: int) -> _Requests:
-        requests = self._requests.get((tenant, model, status))
-        if requests is None:
-            requests = _Requests(self.find_latency("/v1/embeddings", status))
-            self._requests[tenant, model, status] = requests
-        return requests
-
-    def find_latency(self, endpoint: str, status: int) -> _Latency:
-        return self._latencies.setdefault((endpoint, f"{status // 100}xx"), _Latency())
-
-    def find_work(self, tenant: str, model: str, price: Price | None) -> _Work:
-        work = self._work.get((tenant, model, price))
-        if work is None:
-            work = self._work[tenant, model, price] = _Work(price)
-        return work
-
-    def add_changed(self, model: str, inputs: int) -> None:
-        self._changed[model] = self._changed.get(model, 0) + inputs
-
-    def add_refused(self, tenant: str, reason: str) -> None:
-        self._refused[tenant, reason] = self._refused.get((tenant, reason), 0) + 1
-
-    def list_samples(self) -> Iterator[tuple[_Sample, float]]:
-        """Yield the value of each counter. Values of the same counter at different prices are added up."""
-        for (tenant, model, status), requests in self._requests.items():
-            yield ("requests", (tenant, model, str(status))), requests.count
-        sums: dict[_Sample, float] = {}
-
-        def add(name: str, labels: tuple[str, ...], value: float) -> None:
-            sums[name, labels] = sums.get((name, labels), 0.0) + value
-
-        for (tenant, model, price), work in self._work.items():
-            for tier, hits in work.hits.items():
-                add("hits", (tier, tenant, model), hits)
-            for name in ("computed", "computed_tokens", "saved_tokens"):
-                add(name, (tenant, model), getattr(work, name))
-            if price is not None:
-                add("computed_money", (tenant, model, price.currency), float(price.of(work.computed_tokens)))
-                add("saved_money", (tenant, model, price.currency), float(price.of(work.saved_tokens)))
-        for model, inputs in self._changed.items():
-            add("changed", (model,), inputs)
-        for (tenant, reason), number in self._refused.items():
-            add("refused", (tenant, reason), number)
-        yield from sums.items()
-
-    def list_latencies(self) -> Iterator[tuple[tuple[str, ...], _Latency]]:
-        """Yield the values of the labels ``endpoint`` and ``status``, and the durations."""
-        yield from self._latencies.items()
+_BY_NAME: Final = {family.name: family for family in _FAMILIES}
 
 
 class Metrics:
@@ -185,15 +70,14 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._counters = _Counters()
-        self._caches = CacheCollector(self)
+        self._caches = CacheCollector(service)
         folder = service.run.metrics
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A worker that is started again gets files of its own, so that the counts of its predecessor stay.
         name = f"{service.worker}-{secrets.token_hex(4)}"
         self._counts = MmapedDict(str(folder / f"counter_{name}.db"))
         self._durations = MmapedDict(str(folder / f"histogram_{name}.db"))
-        self._keys: dict[_Sample, str] = {}
+        self._keys: dict[Sample, str] = {}
         """For each sample, its key in a file."""
         self._is_open = True
         self._has_failed = False
@@ -220,64 +104,20 @@ class Metrics:
             self._counts.close()
             self._durations.close()
 
-    # --- counting -----------------------------------------------------------------------------
-
-    def count_embeddings(
-        self, tenant: Tenant | None, found: Embeddings | None, status: int, seconds: float, model: str = NO_MODEL
-    ) -> None:
-        """Count a request for vectors. ``model`` is the name of the model if there is no answer of it."""
-        owner = NO_TENANT if tenant is None else tenant.name
-        if found is None:
-            requests = self._counters.find_requests(owner, model, status)
-            requests.count += 1
-            requests.latency.count(seconds)
-            return
-        of_model = found.model
-        requests = self._counters.find_requests(owner, of_model.name, status)
-        requests.count += 1
-        requests.latency.count(seconds)
-        fetched = found.fetched
-        price = _choose_price(of_model, found) if of_model.has_fallback else of_model.price
-        work = requests.work
-        if work is None or work.price is not price:
-            work = requests.work = self._counters.find_work(owner, of_model.name, price)
-        hits = work.hits
-        for tier, inputs in found.tiers.items():
-            hits[tier] = hits.get(tier, 0) + inputs
-        work.saved_tokens += fetched.saved.tokens
-        computed = len(fetched.sources) - found.hits
-        if computed:
-            work.computed += computed
-            work.computed_tokens += fetched.computed.tokens
-            if fetched.changed:
-                self._counters.add_changed(of_model.name, len(fetched.changed))
-
-    def count_refused(self, tenant: Tenant, reason: str) -> None:
-        """Count a request that a limit of the tenant has refused: ``"rate"`` or ``"budget"``."""
-        self._counters.add_refused(tenant.name, reason)
-
-    def count_other(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a request to another endpoint. ``endpoint`` is one of few names, never a path that a client chose."""
-        self._counters.find_latency(endpoint, status).count(seconds)
-
-    def stats(self) -> Stats:
-        """Return the counters of all caches of this worker."""
-        service = self._service
-        return replace(service.base.stats(), providers=service.providers.read(service.list_caches()))
-
     # --- copying and showing ------------------------------------------------------------------
 
     def copy(self) -> None:
         """Write the counters to this worker's files. A failure is logged once, and does not disturb requests."""
         if not self._is_open:
             return
+        service = self._service
         try:
-            for (name, labels), value in self._counters.list_samples():
+            for (name, labels), value in service.counters.list_samples():
                 family = _BY_NAME[name]
                 full = f"embed_serve_{name}"
                 self._write(self._counts, full, f"{full}_total", family.labels, labels, family.about, value)
             names: tuple[str, ...] = ("endpoint", "status")
-            for labels, latency in self._counters.list_latencies():
+            for labels, latency in service.counters.list_latencies():
                 self._write(self._durations, _LATENCY, f"{_LATENCY}_sum", names, labels, _ABOUT, latency.seconds)
                 for bound, count in zip(_BOUNDS, latency.buckets, strict=True):
                     bucket = (*labels, bound)
@@ -308,11 +148,6 @@ class Metrics:
             key = self._keys[name, values] = mmap_key(metric, name, list(labels), list(values), about)
         file.write_value(key, float(value), 0.0)
 
-    def read_gauges(self) -> dict[str, float]:
-        """Return what this worker is doing now, without the request that asks for it."""
-        service = self._service
-        return {"requests_in_progress": max(service.count_active() - 1, 0), "body_bytes": service.body_bytes}
-
     async def show(self) -> bytes:
         """Return the metrics of all workers in the text format of Prometheus."""
         service = self._service
@@ -323,18 +158,9 @@ class Metrics:
         except BudgetsUnavailable:  # the budgets' own log line says why
             usage = {}
         registry = CollectorRegistry()
-        registry.register(_Now(service.worker, self.read_gauges(), answers, usage))
+        registry.register(_Now(service.worker, service.read_gauges(), answers, usage))
         MultiProcessCollector(registry, path=str(service.run.metrics))
         return await asyncio.to_thread(generate_latest, registry)
-
-
-_BY_NAME: Final = {family.name: family for family in _FAMILIES}
-
-
-def _choose_price(model: Model, found: Embeddings) -> Price | None:
-    """Return the price of the provider that has answered: the model's own provider, or the fallback."""
-    space = found.fetched.space
-    return model.price if (space.provider, space.model) == model.own_space else model.fallback_price
 
 
 class _Now(Collector):

@@ -190,7 +190,8 @@ class Model:
             except (ValueError, SpaceError) as error:
                 raise ApiError(400, str(error)) from None
         if variation.are_tokens:
-            if "token_inputs" not in self._options:
+            has_prefixes = any((config.options.get("prefixes") or {}).values())
+            if "token_inputs" not in self._options or has_prefixes:
                 message = (
                     "this model accepts texts only, not token numbers; send texts (in LangChain: "
                     "check_embedding_ctx_length=False)"

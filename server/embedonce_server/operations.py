@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -13,53 +13,23 @@ from starlette.routing import Route, Router
 
 from . import admin
 from .api_errors import ApiError
+from .calls import Call, Scope
 from .embedding import find_model, list_models
-from .guards import check_admin, check_json, find_tenant
+from .guards import check_admin, find_tenant
 from .health import read_health
-from .incoming import Receive, read_body
+from .incoming import Receive
+from .metrics import Metrics
+from .models import Model
 from .openapi import make_document
-from .request_body import parse_body
+from .service import Generation, Service
 from .siblings import PREFIX
 
-if TYPE_CHECKING:
-    from .models import Model
-    from .service import Generation, Service
-
-Scope: TypeAlias = MutableMapping[str, Any]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 ADMIN: Final = "/admin"
 MODEL: Final = "/v1/models/{model}"
 OTHER: Final = "other"
 """The name of all paths that do not exist."""
-
-
-class Call(NamedTuple):
-    """A request that may be answered."""
-
-    service: Service
-    generation: Generation
-    scope: Scope
-    headers: dict[bytes, bytes]
-    receive: Receive
-
-    async def read_fields(self, allowed: Collection[str]) -> dict[str, Any]:
-        """Return the JSON object of the body.
-
-        Raises:
-            ApiError: the body is too large, is not a JSON object, or has a field that is not in ``allowed``.
-        """
-        check_json(self.headers)
-        body = await read_body(self.service, self.headers, self.receive, limit=self.generation.settings.max_body)
-        try:
-            fields = parse_body(body)
-        finally:
-            self.service.body_bytes -= len(body)
-        for name in fields:
-            if name not in allowed:
-                known = ", ".join(sorted(allowed))
-                raise ApiError(400, f"the body has an unknown field; the fields are {known}", code="unsupported_field")
-        return fields
 
 
 Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
@@ -90,6 +60,7 @@ class Operations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self.metrics = Metrics(service)
         self._router = Router(
             self.make_routes(make_document()), redirect_slashes=False, default=_refuse_path, lifespan=self._live
         )
@@ -126,8 +97,9 @@ class Operations:
 
     @asynccontextmanager
     async def _live(self, app: object) -> AsyncIterator[None]:
-        self._service.metrics.start()
+        self.metrics.start()
         yield
+        self.metrics.close()
 
     async def serve(
         self,
@@ -144,7 +116,7 @@ class Operations:
             ApiError: the request is answered with an error. Nothing has been sent.
         """
         _check_access(self._service, generation, scope, headers)
-        scope["embedonce.call"] = Call(self._service, generation, scope, headers, receive)
+        scope["embedonce.call"] = Call(self._service, self.metrics, generation, scope, headers, receive)
         status = 0
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
@@ -196,7 +168,7 @@ def _check_access(service: Service, generation: Generation, scope: Scope, header
     if path == ADMIN or path.startswith(f"{ADMIN}/"):
         if generation.settings.admin_key is None:
             raise _make_not_found()
-        check_admin(generation, headers)
+        check_admin(generation.keyring, headers)
 
 
 def _check_metrics(call: Call) -> None:
@@ -205,7 +177,7 @@ def _check_metrics(call: Call) -> None:
     if settings.tenants:
         if settings.admin_key is None:
             raise _make_not_found()
-        check_admin(call.generation, call.headers)
+        check_admin(call.generation.keyring, call.headers)
 
 
 # --- handlers ---------------------------------------------------------------------------------
@@ -244,13 +216,13 @@ async def _show_ready(call: Call) -> Response:
 
 
 async def _list_models(call: Call) -> Response:
-    tenant = find_tenant(call.generation, call.headers)
+    tenant = find_tenant(call.generation.keyring, call.headers)
     models = [find_model(call.generation, tenant, name) for name in list_models(call.generation, tenant)]
     return answer_json({"object": "list", "data": list(map(_describe_model, models))})
 
 
 async def _show_model(call: Call) -> Response:
-    tenant = find_tenant(call.generation, call.headers)
+    tenant = find_tenant(call.generation.keyring, call.headers)
     return answer_json(_describe_model(find_model(call.generation, tenant, call.scope["path_params"]["model"])))
 
 
@@ -259,9 +231,9 @@ def _describe_model(model: Model) -> dict[str, Any]:
 
 
 async def _show_metrics(call: Call) -> Response:
-    return Response(await call.service.metrics.show(), headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(await call.metrics.show(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def _copy_metrics(call: Call) -> Response:
-    call.service.metrics.copy()
-    return answer_json(call.service.metrics.read_gauges())
+    call.metrics.copy()
+    return answer_json(call.service.read_gauges())

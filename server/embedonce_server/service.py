@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from embedonce import Cache, ConfigError
 from embedonce.config import Config, compose
+from embedonce.events import Stats
 
 from .budgets import Budgets
+from .counters import Counters
 from .encoding import EncodedVectors
 from .guards import HostGuard
-from .metrics import Metrics
 from .models import Models
 from .provider_totals import ProviderTotals
 from .rates import Rates
@@ -26,6 +29,9 @@ log = logging.getLogger("embedonce.serve")
 State: TypeAlias = Literal["starting", "ready", "draining"]
 
 CLOSE_POLL_SECONDS = 0.05
+MIN_SETTLE_SECONDS = 0.25
+"""Minimum number of seconds to wait for calls that reserve tokens of a budget. A reservation that is left counts as if
+the call had cost the most that it can cost."""
 
 
 class Generation:
@@ -81,11 +87,11 @@ class Service:
             self.generation = Generation(config, self.base, self.providers)
             self.rates = Rates(run.rates)
             self.budgets = Budgets(run.budgets, worker)
-            self.metrics = Metrics(self)
         except BaseException:
             self.base.close()
             raise
         self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
+        self.counters = Counters()
         self.body_bytes = 0
         """Bytes of the bodies that are in memory."""
         self._retired: dict[asyncio.Task[None], Generation] = {}
@@ -96,6 +102,14 @@ class Service:
         generations = [self.generation, *self._retired.values()]
         roots = [root for generation in generations for model in generation.models for root in model.roots]
         return list(dict.fromkeys([*([self.base] if self.generation.config.provider is not None else []), *roots]))
+
+    def stats(self) -> Stats:
+        """Return the counters of all caches of this worker."""
+        return replace(self.base.stats(), providers=self.providers.read(self.list_caches()))
+
+    def read_gauges(self) -> dict[str, float]:
+        """Return what this worker is doing now, without the request that asks for it."""
+        return {"requests_in_progress": max(self.count_active() - 1, 0), "body_bytes": self.body_bytes}
 
     def count_active(self) -> int:
         """Return the number of requests under way."""
@@ -124,9 +138,11 @@ class Service:
         """Write what is queued, for up to ``timeout`` seconds, and close the caches."""
         for task in list(self._retired):
             task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(timeout, MIN_SETTLE_SECONDS)):
+                await self.budgets.drain()
         if not await self.base.aflush(max(timeout, 0.0)):
             log.warning("some vectors were not written before the end, so they will be computed again")
-        self.metrics.close()
         await self.base.aclose()
         self.budgets.close()
         self.rates.close()

@@ -26,7 +26,7 @@ from embedonce.config import Config
 from embedonce.errors import EmbedonceError
 
 from . import access_log
-from .app import create_app
+from .app import App
 from .http_server import WorkerServer, choose_limits
 from .launch import MAX_MESSAGE, Launch, Source, encode_message, encode_problems
 from .logs import set_up_logging
@@ -53,7 +53,7 @@ class Worker:
         self._sockets = list(sockets)
         self._signals: list[int] = []
         self._server = WorkerServer(
-            create_app(self.service),
+            App(self.service),
             limits=choose_limits(),
             private=launch.folder.get_socket(launch.worker),
             on_start=self._be_ready,

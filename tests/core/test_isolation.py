@@ -303,6 +303,31 @@ def test_two_passing_failures_with_a_success_between_them_limit_no_batch() -> No
     assert [len(request) for request in server.requests] == [100, 50, 50, 100, 100, 50, 50, 100]
 
 
+def test_failures_of_calls_at_the_same_time_limit_no_batch() -> None:
+    """When an outage ends, all calls that were under way look as if they had been too large."""
+
+    class Outage(PickyServer):
+        async def aembed(self, texts: Sequence[str]) -> list[list[float]]:
+            if len(self.requests) in (1, 2):
+                self.requests.append(list(texts))
+                while len(self.requests) < 3:  # both calls have been sent before one of them fails
+                    await asyncio.sleep(0)
+                raise StatusError("internal error", 500)
+            return self.embed(texts)
+
+    server = Outage()
+
+    async def run(cache: Cache) -> None:
+        await cache.aembed("the first call shows the number of dimensions, and other calls wait for that")
+        for fetched in await asyncio.gather(*(cache.afetch([f"{call} {i}" for i in range(100)]) for call in range(2))):
+            assert not fetched.failed
+        await cache.afetch([f"more {i}" for i in range(100)])
+
+    with open_cache(server, asynchronous=True, concurrency=2) as cache:
+        asyncio.run(run(cache))
+    assert [len(request) for request in server.requests] == [1, 100, 100, 50, 50, 50, 50, 100]
+
+
 @pytest.mark.parametrize("row", [None, [float("nan"), 1.0]])
 def test_a_text_that_fails_alone_does_not_bring_in_the_fallback(row: Any) -> None:
     calls: list[list[str]] = []

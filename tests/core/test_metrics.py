@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from embedonce import Cache, Tier
-from embedonce.metrics import register
+from embedonce.events import Stats
+from embedonce.metrics import CacheCollector, register
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_backends.memory import MemoryBackend
@@ -41,6 +42,18 @@ def test_a_scrape_over_http_shows_hits_by_tier_misses_and_errors_by_cause() -> N
     assert samples["embed_cache_errors_total", "OSError", "far"] == 2
     assert samples["embed_cache_provider_tokens_total", "counting"] == len("private a") + 1
     assert "private" not in page
+
+
+def test_a_collector_accepts_any_object_with_stats() -> None:
+    with Cache(CountingProvider(), [MemoryBackend()]) as cache:
+        cache.embed("a")
+
+        class OnlyStats:
+            def stats(self) -> Stats:
+                return cache.stats()
+
+        [misses] = [metric for metric in CacheCollector(OnlyStats()).collect() if metric.name == "embed_cache_misses"]
+        assert [sample.value for sample in misses.samples] == [1]
 
 
 def test_caches_registered_together_are_added_up() -> None:

@@ -57,6 +57,8 @@ class PaidProvider:
         self.charged: list[int] = []
         """Tokens of each call that has ended."""
         self.error: Exception | None = None
+        self.errors: dict[str, Exception] = {}
+        """Error of each text that fails alone."""
         self.served: str | None = None
         """Name of the model according to the answers."""
         self.value = float(len(model))
@@ -76,8 +78,9 @@ class PaidProvider:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             await self.gate.wait()
-            if self.error is not None:
-                raise self.error
+            for error in [self.error, *map(self.errors.get, texts)]:
+                if error is not None:
+                    raise error
         finally:
             self.at_once -= 1
         tokens = [self.charge(text) for text in texts]
@@ -414,6 +417,22 @@ async def test_a_provider_that_is_down_is_asked_once(worker: Budgets) -> None:
         answer = await fetch_within_budget(worker, make_tenant(300), cache, list("abcdefgh"), "document")
     assert sorted(answer.failed) == list(range(8))
     assert provider.calls == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TextRefused("too long", [0]), type("BadRequestError", (Exception,), {"status_code": 400})(), ValueError()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_text_that_fails_alone_does_not_fail_the_texts_of_later_calls(
+    worker: Budgets, error: Exception
+) -> None:
+    provider = PaidProvider(lambda text: 1, max_batch=1)
+    provider.errors["bad"] = error
+    async with open_cache(provider) as cache:
+        answer = await fetch_within_budget(worker, make_tenant(60), cache, ["bad", "a", "b"], "document")
+    assert list(answer.failed) == [0]
+    assert answer.sources == [None, "provider", "provider"]
 
 
 async def test_calls_stay_within_the_limits_of_the_provider(worker: Budgets) -> None:

@@ -197,6 +197,14 @@ async def test_a_model_without_token_numbers_says_what_to_do(tmp_path: Path) -> 
         assert "check_embedding_ctx_length" in answer.error["message"]
 
 
+async def test_a_model_with_prefixes_takes_texts_only(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api, prefixes={"query": "query: "}), tmp_path) as server:
+        answer = await server.embed([[1, 2, 3]])
+        assert (answer.status, answer.error["param"]) == (400, "input")
+        assert "check_embedding_ctx_length=False" in answer.error["message"]
+        assert not api.requests
+
+
 async def test_an_unknown_model_is_answered_with_the_list(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api), tmp_path) as server:
         answer = await server.embed("a", model="private text")

@@ -14,7 +14,7 @@ from serving import ADMIN_KEY, KEY, Served, serve
 
 from embedonce import config
 from embedonce.testing.servers.openai import OpenAIServer
-from embedonce_server.metrics import BUCKETS
+from embedonce_server.counters import BUCKETS
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 TENANT = {"authorization": f"Bearer {KEY}"}
@@ -121,7 +121,7 @@ async def test_other_paths_are_counted_under_few_names(api: OpenAIServer, tmp_pa
 async def test_durations_fall_into_buckets(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api), tmp_path) as server:
         for seconds in (BUCKETS[0], BUCKETS[0] * 1.01, BUCKETS[-1], BUCKETS[-1] * 2):
-            server.service.metrics.count_other("/health/live", 200, seconds)
+            server.service.counters.count_other("/health/live", 200, seconds)
         value = await scrape(server)
         buckets = {le: value("request_seconds_bucket", endpoint="/health/live", le=le) for le in ("0.0001", "0.00025")}
         assert buckets == {"0.0001": 1, "0.00025": 2}
@@ -226,7 +226,7 @@ async def test_a_folder_that_cannot_be_written_disturbs_no_request(
         monkeypatch.setattr("prometheus_client.mmap_dict.MmapedDict.write_value", fail)
         for _ in range(2):
             assert (await server.embed("a", headers=TENANT)).status == 200
-            server.service.metrics.copy()
+            server.app.metrics.copy()
         assert caplog.text.count("metrics cannot be written (OSError)") == 1
         monkeypatch.undo()
         assert (await scrape(server))("requests_total") == 2

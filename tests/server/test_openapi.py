@@ -50,8 +50,8 @@ bearer = "{ADMIN_KEY}"
 
 
 def test_the_stored_document_is_up_to_date() -> None:
-    stored = json.loads((ROOT / "docs/openapi.json").read_text())
-    assert stored == make_document(), "run: python -m embedonce_server.openapi > docs/openapi.json"
+    stored = json.loads((ROOT / "server/openapi.json").read_text())
+    assert stored == make_document(), "run: python -m embedonce_server.openapi > server/openapi.json"
 
 
 def list_references(value: Any) -> Iterator[str]:

@@ -248,7 +248,7 @@ async def test_a_fault_is_an_answer_with_status_500(
         raise RuntimeError("broken")
 
     async with serve(configure(), tmp_path) as server:
-        monkeypatch.setattr(type(server.service.metrics), "show", fail)
+        monkeypatch.setattr(type(server.app.metrics), "show", fail)
         answer = await server.call("GET", "/metrics")
         assert (answer.status, answer.error["code"]) == (500, "internal_error")
         assert "broken" not in answer.error["message"]

@@ -30,6 +30,8 @@ def refuse(forward: tuple[str, ...] = (), **fields: Any) -> ApiError:
         (["a", "b", "a"], ["a", "b", "a"], False),
         ([1, 2, 3], ["[1,2,3]"], True),
         ([[1, 2], [3]], ["[1,2]", "[3]"], True),
+        ([1.0, 2], ["[1,2]"], True),  # for JSON, 1.0 is a whole number
+        ([[1e3]], ["[1000]"], True),
         (" ", [" "], False),
     ],
 )
@@ -90,7 +92,7 @@ def test_too_many_inputs_are_refused_but_one_list_of_tokens_may_be_long() -> Non
         ({"encoding_format": ["float"]}, "encoding_format"),
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": True}, "dimensions"),
-        ({"dimensions": 1.0}, "dimensions"),
+        ({"dimensions": 1.5}, "dimensions"),
         ({"dimensions": "256"}, "dimensions"),
         ({"dimensions": 10**9}, "dimensions"),
         ({"user": 5}, "user"),

@@ -76,14 +76,14 @@ async def test_a_worker_copies_its_counters_without_a_scrape(tmp_path: Path, mon
     async with serve_workers(settings(tmp_path), tmp_path) as (first, second):
         await second.embed("a")
         copies = 0
-        copy = second.service.metrics.copy
+        copy = second.app.metrics.copy
 
         def count_copy() -> None:
             nonlocal copies
             copy()
             copies += 1
 
-        monkeypatch.setattr(second.service.metrics, "copy", count_copy)
+        monkeypatch.setattr(second.app.metrics, "copy", count_copy)
         while not copies:
             await asyncio.sleep(0.001)
         await second.stop_listening()

@@ -43,20 +43,28 @@ class BatchSizes:
         self._bytes = _Bounds()
         self._doubtful: int | None = None
         """Number of texts of the request that failed and may have been too large."""
+        self.doubts = 0
+        """Number of times so far that a failure may have been a passing one."""
         self.has_limit = False
         self.is_reported = False
         """Whether the limit has been logged."""
 
-    def learn(self, refused: Sequence[str], worked: Sequence[str], *, is_sure: bool, by_size: bool) -> None:
+    def learn(
+        self, refused: Sequence[str], worked: Sequence[str], *, is_sure: bool, by_size: bool, doubts: int
+    ) -> None:
         """Note a request that failed although all of its parts worked, and the largest of these parts.
 
         ``is_sure``: the server refused the request, so it would fail again. Otherwise the failure may have been a
         passing one. It counts only if there was an earlier one, and no request of that size has worked since.
-        ``by_size``: the error speaks of the size of the texts.
+        ``by_size``: the error speaks of the size of the texts. ``doubts`` is what
+        :attr:`doubts` was before the request was sent. If the earlier failure was not yet known then, both may have had
+        the same passing reason.
         """
         with self._lock:
-            if not is_sure and self._doubtful is None:
-                self._doubtful = len(refused)
+            if not is_sure and (self._doubtful is None or doubts < self.doubts):
+                if self._doubtful is None:
+                    self._doubtful = len(refused)
+                    self.doubts += 1
                 return
             self._doubtful = None
             texts = _Bounds(len(refused) if by_size else len(worked), len(refused))

@@ -102,12 +102,13 @@ async def embed_chunk(
     ``is_retried`` says whether ``request`` repeats a request that is answered with status 429.
     """
     error: Exception | None = None
+    doubts = batches.doubts
     if patience.final_error is None and not batches.is_in_doubt:
         error = await request(keys)
         if error is None:
             patience.note_success()
             return {}, {}
-    search = _Search(keys, texts, request, pause, batches, patience, is_retried)
+    search = _Search(keys, texts, request, pause, batches, doubts, patience, is_retried)
     try:
         await search.send_all(error)
     except _Stop as stop:
@@ -125,6 +126,7 @@ class _Search:
         request: Request,
         pause: Pause,
         batches: BatchSizes,
+        doubts: int,
         patience: Patience,
         is_retried: bool,
     ) -> None:
@@ -135,6 +137,8 @@ class _Search:
         self._request = request
         self._pause = pause
         self._batches = batches
+        self._doubts = doubts
+        """``doubts`` of ``batches`` before the last request that failed."""
         self._patience = patience
         self._is_retried = is_retried
         self._is_single = len(keys) == 1
@@ -218,7 +222,10 @@ class _Search:
             if error is None:
                 if self._patience.final_error is not None:
                     raise _Stop(self._patience.final_error)
+                doubts = self._batches.doubts
                 error = await self._request(part)
+                if error is not None:
+                    self._doubts = doubts
             if error is None:
                 self._note_success(part)
                 return None
@@ -265,6 +272,7 @@ class _Search:
             self._list_texts(worked),
             is_sure=is_refusal(error, texts),
             by_size=speaks_of_size(error, texts),
+            doubts=self._doubts,
         )
 
     def _list_texts(self, keys: Iterable[str]) -> list[str]:

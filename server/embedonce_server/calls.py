@@ -1,0 +1,44 @@
+"""A request to one of the small endpoints, and the fields of its body."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, MutableMapping
+from typing import Any, NamedTuple, TypeAlias
+
+from .api_errors import ApiError
+from .guards import check_json
+from .incoming import Receive, read_body
+from .metrics import Metrics
+from .request_body import parse_body
+from .service import Generation, Service
+
+Scope: TypeAlias = MutableMapping[str, Any]
+
+
+class Call(NamedTuple):
+    """A request that may be answered."""
+
+    service: Service
+    metrics: Metrics
+    generation: Generation
+    scope: Scope
+    headers: dict[bytes, bytes]
+    receive: Receive
+
+    async def read_fields(self, allowed: Collection[str]) -> dict[str, Any]:
+        """Return the JSON object of the body.
+
+        Raises:
+            ApiError: the body is too large, is not a JSON object, or has a field that is not in ``allowed``.
+        """
+        check_json(self.headers)
+        body = await read_body(self.service, self.headers, self.receive, limit=self.generation.settings.max_body)
+        try:
+            fields = parse_body(body)
+        finally:
+            self.service.body_bytes -= len(body)
+        for name in fields:
+            if name not in allowed:
+                known = ", ".join(sorted(allowed))
+                raise ApiError(400, f"the body has an unknown field; the fields are {known}", code="unsupported_field")
+        return fields
