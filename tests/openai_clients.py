@@ -265,7 +265,7 @@ def start_node() -> Iterator[Child]:
 def start_litellm() -> Iterator[Child]:
     """Start a program with LiteLLM, which downloads no table of prices, and in which ``max_retries=0`` means 0."""
     environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DEFAULT_MAX_RETRIES": "0", "PYTHONWARNINGS": "ignore"}
-    child = Child([sys.executable, LITELLM], **environment)
+    child = Child([sys.executable, "-P", LITELLM], **environment)
     try:
         yield child
     finally:

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
         return self.headers["x-request-id"].partition("-")[0]
 
 
-class Served:
+class ServeProcess:
     """A running ``embedonce serve``."""
 
     def __init__(self, *arguments: str | Path, folder: Path, **options: Any) -> None:
@@ -133,7 +133,7 @@ class Served:
             self.process.send_signal(signal.SIGTERM)
         self.wait()
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> ServeProcess:
         self.wait_until_ready()
         return self
 
