@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from openai_clients import (
     start_litellm,
     start_node,
 )
-from served_process import ServerProcess
+from serve_process import ServeProcess
 
 from embedonce.testing.servers.openai import OpenAIMisbehaviour, OpenAIServer
 
@@ -87,16 +88,21 @@ def reset(api: OpenAIServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(shared_api: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(shared_api: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     configuration = SERVED.format(provider=describe_provider(shared_api))
-    with ServerProcess(tmp_path_factory.mktemp("served"), configuration) as server:
+    with start(configuration, tmp_path_factory.mktemp("served")) as server:
         yield server
+
+
+def start(configuration: str, folder: Path, *arguments: str) -> ServeProcess:
+    (folder / "embedonce.toml").write_text(configuration)
+    return ServeProcess("--config", "embedonce.toml", "--access-log", *arguments, folder=folder)
 
 
 class Client:
     """One of the clients, which asks the server for vectors."""
 
-    def __init__(self, name: str, program: Program, server: ServerProcess) -> None:
+    def __init__(self, name: str, program: Program, server: ServeProcess) -> None:
         self.name = name
         self._program = program
         self._base_url = server.base_url
@@ -107,7 +113,7 @@ class Client:
 
 # The scope groups the tests by client, so that few processes of pytest-xdist import the same one.
 @pytest.fixture(scope="module", params=["node", *PROGRAMS])
-def embed(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
+def embed(request: pytest.FixtureRequest, server: ServeProcess) -> Iterator[Client]:
     if request.param == "node":
         with start_node() as child:
             yield Client("node", make_node_program(child), server)
@@ -224,7 +230,7 @@ FAULTS: dict[str, tuple[OpenAIMisbehaviour, int]] = {**TEMPORARY, "400": ("bad_r
 @pytest.mark.parametrize(("options", "status", "code"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_request_is_not_repeated(
     embed: Client,
-    server: ServerProcess,
+    server: ServeProcess,
     api: OpenAIServer,
     texts: list[str],
     options: dict[str, Any],
@@ -250,7 +256,7 @@ def test_an_error_of_the_api_is_the_clients_error(
 @pytest.mark.parametrize(("fault", "status"), TEMPORARY.values(), ids=TEMPORARY)
 def test_a_client_tries_again_until_the_api_is_well(
     embed: Client,
-    server: ServerProcess,
+    server: ServeProcess,
     api: OpenAIServer,
     texts: list[str],
     fault: OpenAIMisbehaviour,
@@ -264,7 +270,7 @@ def test_a_client_tries_again_until_the_api_is_well(
     assert server.count_answers(status) == before + 1
 
 
-def test_a_limited_tenant_is_told_when_to_try_again(server: ServerProcess, api: OpenAIServer) -> None:
+def test_a_limited_tenant_is_told_when_to_try_again(server: ServeProcess, api: OpenAIServer) -> None:
     embed = Client("openai", PROGRAMS["openai"], server)
     embed("one request of the slow team", key=SLOW_KEY)
     refused = embed("two requests of the slow team", key=SLOW_KEY)
@@ -274,7 +280,7 @@ def test_a_limited_tenant_is_told_when_to_try_again(server: ServerProcess, api: 
 
 
 @pytest.mark.timeout(300)  # its import takes a minute on a very busy machine
-def test_litellm_behaves_as_the_other_clients(server: ServerProcess, api: OpenAIServer) -> None:
+def test_litellm_behaves_as_the_other_clients(server: ServeProcess, api: OpenAIServer) -> None:
     """All of the above in one test, because each process of pytest-xdist would import LiteLLM for seconds."""
     with start_litellm() as child:
         embed = Client("litellm", make_litellm_program(child), server)
@@ -324,7 +330,7 @@ TOKEN_PROGRAMS: dict[str, Program] = {
 @pytest.mark.usefixtures("vocabulary")
 @pytest.mark.parametrize("program", TOKEN_PROGRAMS.values(), ids=TOKEN_PROGRAMS)
 def test_langchain_sends_token_numbers(
-    server: ServerProcess, api: OpenAIServer, texts: list[str], program: Program
+    server: ServeProcess, api: OpenAIServer, texts: list[str], program: Program
 ) -> None:
     import tiktoken
 
@@ -338,7 +344,7 @@ def test_langchain_sends_token_numbers(
 
 @pytest.mark.usefixtures("vocabulary")
 def test_langchain_is_told_to_send_texts_if_a_model_has_no_token_numbers(
-    server: ServerProcess, api: OpenAIServer, texts: list[str]
+    server: ServeProcess, api: OpenAIServer, texts: list[str]
 ) -> None:
     answer = Client("langchain", TOKEN_PROGRAMS["blocking"], server)(*texts, model="tasks")
     assert_refused(answer, 400)
@@ -346,7 +352,7 @@ def test_langchain_is_told_to_send_texts_if_a_model_has_no_token_numbers(
     assert not api.requests
 
 
-def test_clients_list_the_models(server: ServerProcess) -> None:
+def test_clients_list_the_models(server: ServeProcess) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key=KEY) as client:
         assert [model.id for model in client.models.list()] == [MODEL, "tasks"]
         assert client.models.retrieve(MODEL).id == MODEL
@@ -403,9 +409,9 @@ def test_sixteen_clients_of_four_workers_compute_a_thousand_cold_texts_once(
     api: OpenAIServer, tmp_path: Path, redis_server: Any
 ) -> None:
     configuration = SHARED.format(provider=describe_provider(api), redis=redis_server.url)
-    with ServerProcess(tmp_path, configuration, "--workers", "4") as server:
+    with start(configuration, tmp_path, "--workers", "4") as server:
         found = asyncio.run(ask_with_clients(server.base_url, 16))
-        workers = set(server.read_workers())
+        workers = set(re.findall(r" worker (\d+): .* POST /v1/embeddings ", server.log))
     expected = np.array([api.vector_of(text) for text in COLD])
     assert all(np.array_equal(np.float32(rows), expected) for rows in found)
     assert api.count == Counter(COLD)
