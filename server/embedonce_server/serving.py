@@ -104,7 +104,7 @@ def serve(
             from .lone_worker import LoneWorker
 
             worker: Any = LoneWorker(launch, config, sockets, reloads, announce_models)
-            number = worker.run()
+            signals = worker.run()
         else:
             from prometheus_client.multiprocess import mark_process_dead
 
@@ -118,8 +118,9 @@ def serve(
             supervisor = Supervisor(
                 launch, config, sockets, reloads, announce_models, variables=variables, on_exit=clean_up
             )
-            number = supervisor.run()
-    return 0 if number in (0, signal.SIGTERM, signal.SIGHUP) else 128 + number
+            signals = supervisor.run()
+    is_ordered = len(signals) == 1 and signals[0] in (signal.SIGTERM, signal.SIGHUP)
+    return 0 if is_ordered else 128 + signals[-1] if signals else 1
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -79,15 +79,16 @@ class Supervisor:
         self._hung_up = asyncio.Event()
         self._terminal = Terminal()
 
-    def run(self) -> int:
-        """Serve until a signal ends that. Return the number of the signal.
+    def run(self) -> Sequence[int]:
+        """Serve until a signal ends that. Return the numbers of the signals; a second one ends the server at once.
 
         Raises:
             ConfigError: a worker could not start, for example because a tier refuses its options.
         """
-        return asyncio.run(self._run())
+        asyncio.run(self._run())
+        return self._signals
 
-    async def _run(self) -> int:
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._handle_stop, number)
@@ -106,7 +107,6 @@ class Supervisor:
             if reloader is not None:
                 reloader.cancel()
             await self._end_all(keepers)
-        return self._signals[0]
 
     def _handle_stop(self, number: int) -> None:
         if self._signals:
@@ -168,20 +168,29 @@ class Supervisor:
             self._report_exit(process, code)
             if self._stop.is_set():
                 return
-            pause = 0.0 if process.age > SOON else min(max(2 * pause, FIRST_PAUSE), LAST_PAUSE)
-            log.error(
-                "worker %d (process %d) %s; starting it again%s",
-                number, process.pid, WorkerExit(number, process.pid, code), f" in {pause:g} s" if pause else "",
-            )  # fmt: skip
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause or 0.001)
-            if self._stop.is_set():
-                return
-            try:
-                await self._start(number)
-            except ConfigError as error:
-                for problem in error.problems:
-                    log.error("worker %d cannot start: %s", number, problem)
+            end = f"worker {number} (process {process.pid}) {WorkerExit(number, process.pid, code)}"
+            pause = 0.0 if process.age > SOON else _lengthen(pause)
+            log.error("%s; starting it again%s", end, f" in {pause:g} s" if pause else "")
+            while not await self._restart(number, pause):
+                if self._stop.is_set():
+                    return
+                pause = _lengthen(pause)
+
+    async def _restart(self, number: int, pause: float) -> bool:
+        """Start a worker after a pause, and return whether there is a process, even if it cannot serve."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), max(pause, 0.001))
+        if self._stop.is_set():
+            return False
+        try:
+            await self._start(number)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("worker %d cannot start: %s", number, problem)
+        except OSError as error:  # the system has no memory or no processes left
+            log.error("worker %d cannot start: %s", number, error.strerror)
+            return False
+        return True
 
     def _report_exit(self, process: _Process, code: int) -> None:
         try:
@@ -332,6 +341,10 @@ class _Process:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _lengthen(pause: float) -> float:
+    return min(max(2 * pause, FIRST_PAUSE), LAST_PAUSE)
 
 
 def _list_flags() -> list[str]:

@@ -59,11 +59,11 @@ class Worker:
             on_start=self._be_ready,
         )
 
-    def run(self) -> int:
-        """Serve until a signal or the end of the supervisor. Return the number of the signal, or 0."""
+    def run(self) -> Sequence[int]:
+        """Serve until a signal or the end of the supervisor. Return the numbers of the signals."""
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve())
-        return self._signals[0] if self._signals else 0
+        return self._signals
 
     def drain(self, number: int = 0) -> None:
         """Stop within the drain timeout because of a signal. A second signal ends the process at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any
 
 import optional
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from patience import wait_until
 
 pytestmark = [optional.needs("uvicorn"), optional.needs("uvloop"), optional.needs("httptools")]
@@ -21,7 +24,7 @@ if not optional.QUICK or optional._is_installed("uvicorn"):
     from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
     from uvicorn import Config
 
-    from embedonce_server.protocol import BoundedProtocol, Phase, WorkerState
+    from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
 
 SHORT = 0.05
 """Seconds of a time limit that a test waits for."""
@@ -79,6 +82,29 @@ def test_pipelined_requests_are_answered_in_order(client: Client) -> None:
     requests = b"".join(make_request("POST", "/echo", "content-length: 6", body=b"%06d" % i) for i in range(count))
     client.send(requests)
     assert [client.read_answer()[2] for _ in range(count)] == [b"%06d" % i for i in range(count)]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_requests_are_understood_however_their_bytes_arrive(shared: ThreadedServer, data: st.DataObject) -> None:
+    bodies = data.draw(
+        st.lists(st.binary(max_size=40) | st.binary(min_size=9000, max_size=9000), min_size=1, max_size=5)
+    )
+    upgrade = ("connection: upgrade", "upgrade: h2c")
+    requests = b""
+    for content in bodies:
+        extra = upgrade if data.draw(st.booleans()) else ()
+        if data.draw(st.booleans()):
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (content[:7], content[7:]) if part)
+            requests += make_request("POST", "/echo", "transfer-encoding: chunked", *extra, body=chunks + b"0\r\n\r\n")
+        else:
+            requests += make_request("POST", "/echo", f"content-length: {len(content)}", *extra, body=content)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(requests)), max_size=6)))
+    with shared.connect() as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in zip([0, *cuts], [*cuts, len(requests)], strict=True):
+            client.send(requests[start:end])
+        assert [client.read_answer()[2] for _ in bodies] == bodies
 
 
 def test_few_pipelined_requests_are_in_memory_while_the_first_is_answered(shared: ThreadedServer) -> None:
@@ -270,6 +296,23 @@ def test_a_body_with_much_that_is_not_content_is_refused(client: Client, flood: 
     """Names of chunks and trailers have no place in the size of the body, which the application bounds."""
     client.send(make_request("POST", "/echo", "transfer-encoding: chunked") + flood)
     assert read_error(client) == (400, "overhead_too_large")
+
+
+def test_the_page_has_the_limits() -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text().partition("### Limits of connections")[2]
+    limits = Limits()
+    for row in (
+        f"| connections per worker | {limits.connections:,} |",
+        f"| path and query | {limits.target // 1024} KiB |",
+        f"| headers | {limits.head // 1024} KiB in all, {limits.headers} headers |",
+        f"| time until the headers are complete | {limits.head_seconds:g} s |",
+        f"| time until the body is complete | {limits.body_seconds:g} s |",
+        f"| pause in a body | {limits.pause_seconds:g} s |",
+        f"| time without progress while a client does not read its answer | {limits.unread_seconds:g} s |",
+        f"| time between two requests on a connection | {limits.idle_seconds:g} s |",
+        f"| bytes of a chunked body between two parts of its content | {limits.head // 1024} KiB |",
+    ):
+        assert row in page
 
 
 # --- time ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ again, with its models and tenants. SIGTERM and Ctrl-C end the server after the 
 drain_timeout; a second signal ends it at once.
 
 Exit codes: 0 ended by SIGTERM, 1 the address or the port cannot be used, 2 invalid usage or configuration, 130 ended by
-Ctrl-C.
+Ctrl-C, 143 ended at once by a second signal.
 """
 
 
