@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,21 +28,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if QUICK 
 
 PATIENT = 60.0
 """Timeout in seconds of tiers for which a test sets no timeout. It is far longer than a busy machine needs."""
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Exclude what the collection of tests leaves behind from garbage collection.
-
-    The frameworks and the tests are over a million objects that live until pytest ends. Each ``gc.collect()`` in a test
-    would take half a second to go through them. What tests create is collected as usual.
-    """
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

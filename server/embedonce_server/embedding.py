@@ -152,7 +152,7 @@ async def _encode(service: Service, request: EmbeddingRequest, model: Model, fet
         items = b"".join(parts)
     return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
         items,
-        model.json_name,
+        model.json_name if not model.has_fallback else model.get_json_name(fetched.space),
         tokens,
         tokens,
     )

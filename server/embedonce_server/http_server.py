@@ -77,11 +77,15 @@ class WorkerServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         loop = asyncio.get_running_loop()
+        private = []
         if self._private is not None:
-            server = await loop.create_unix_server(self._make_private_connection, sock=_bind_private(self._private))
-            self.servers.append(server)
+            # This comes first, so that the other workers can reach each worker that answers requests. Otherwise an
+            # erasure could leave out a memory tier that has an entry already.
+            listener = _bind_private(self._private)
+            private.append(await loop.create_unix_server(self._make_private_connection, sock=listener))
+        await super().startup(sockets)
+        self.servers += private
         self._sweep_at(loop, loop.time())
         self._on_start()
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from embedonce import Cache, EmbedonceError, SpaceError
+from embedonce import Cache, ConfigError, EmbedonceError, SpaceError, VectorSpace
 from embedonce.batch_settings import refuse_batch_settings
 from embedonce.config import Config, ProviderConfig, ServedModel, list_options, make_provider
 from embedonce.prices import Price
@@ -24,7 +24,8 @@ from .provider_totals import ProviderTotals
 from .request_body import MAX_SHOWN, show_field
 
 MAX_SPACES: Final = 64
-"""Number of combinations of ``dimensions``, forwarded fields and kind of input for each model."""
+"""Number of combinations of ``dimensions``, forwarded fields and kind of input that each model has open. The one used
+longest ago is closed when another one is needed; its entries stay in the tiers."""
 
 MAX_FORWARDED: Final = 4096
 """Maximum size of all forwarded fields of a request as JSON, in bytes."""
@@ -77,12 +78,17 @@ class Model:
         self.own_space = (space.provider, space.model)
         """The names of the provider and of the model, which tell its vectors from those of the fallback."""
         self._roots: dict[Variation, Cache] = {PLAIN: self._plain}
-        """The cache of each variation, which owns the variation's provider."""
+        """The cache of each variation, which owns the variation's provider. The one used last is at the end."""
         self._caches: dict[tuple[Variation, str], Cache] = {}
         self._active: Counter[Variation] = Counter()
         """Number of requests that use each variation now."""
         self._useful: set[Variation] = {PLAIN}
         """Variations that have given vectors."""
+
+    def get_json_name(self, space: VectorSpace) -> bytes:
+        """Return the name of the model for an answer, as JSON. A fallback answers under the name of its own model."""
+        own = (space.provider, space.model) == self.own_space
+        return self.json_name if own else orjson.dumps(space.model)
 
     def get_cache(self, namespace: str, variation: Variation = PLAIN) -> Cache:
         """Return the cache of a namespace. ``""`` is the namespace of the configuration.
@@ -94,16 +100,26 @@ class Model:
         if cache is None:
             root = self._roots.get(variation)
             if root is None:
-                if len(self._roots) >= MAX_SPACES:
-                    message = (
-                        f"this model already has {MAX_SPACES} combinations of dimensions and forwarded fields, the "
-                        "maximum; use one of them"
-                    )
-                    raise ApiError(400, message, code="too_many_spaces")
+                self._make_room()
                 root = self._roots[variation] = self._open(variation)
             cache = root.for_namespace(namespace) if namespace else root
             self._caches[variation, namespace] = cache
         return cache
+
+    def _make_room(self) -> None:
+        """Close the idle variation that was used longest ago, if there are as many as there may be.
+
+        Raises:
+            ApiError: all of them are in use.
+        """
+        if len(self._roots) < MAX_SPACES:
+            return
+        idle = next((one for one in self._roots if one != PLAIN and not self._active[one]), None)
+        if idle is None:
+            message = f"this model is in use with {MAX_SPACES} combinations of dimensions and other fields; try again"
+            raise ApiError(503, message, kind="server_error", code="too_many_spaces", retry_after=1)
+        self._useful.discard(idle)
+        self._drop(idle)
 
     def find_variation(
         self, dimensions: int | None, forwarded: Mapping[str, Any], *, are_tokens: bool = False
@@ -162,6 +178,8 @@ class Model:
     def look_at(self, variation: Variation) -> Iterator[None]:
         """Use a variation in the ``with`` block, which computes no vectors."""
         self._active[variation] += 1
+        if variation in self._roots:
+            self._roots[variation] = self._roots.pop(variation)
         try:
             yield
         finally:
@@ -246,27 +264,33 @@ def _is_deep(value: Any, depth: int = 0) -> bool:
 
 
 class Models:
-    """The models of one generation of settings, by name."""
+    """The models of one generation of settings, by name.
+
+    Raises:
+        ConfigError: a provider cannot be created, or there is no model.
+    """
 
     def __init__(self, base: Cache, config: Config, totals: ProviderTotals, earlier: Models | None = None) -> None:
         self._models: dict[str, Model] = {}
-        self._served: dict[str, ServedModel] = {}
-        kept = {} if earlier is None else earlier._models
+        self._served = {served.name: served for served in config.serve.models}
+        """The configuration of each model. The model of ``[provider]`` has none."""
         try:
-            for served in config.serve.models:
-                before = None if earlier is None else earlier._served.get(served.name)
-                self._served[served.name] = served
-                self._models[served.name] = (
-                    kept[served.name]
-                    if before == served
-                    else Model(base, config, served.name, served.provider, served.forward, totals)
-                )
-            if not config.serve.models and config.provider is not None:
+            for name, served in self._served.items():
+                kept = None if earlier is None else earlier._find_kept(name, served)
+                self._models[name] = kept or Model(base, config, name, served.provider, served.forward, totals)
+            if not self._served and config.provider is not None:
                 name = base.provider.space("document").model or config.provider.type
-                self._models[name] = kept.get(name) or Model(base, config, name, config.provider, (), totals)
+                kept = None if earlier is None else earlier._find_kept(name, None)
+                self._models[name] = kept or Model(base, config, name, config.provider, (), totals)
+            if not self._models:
+                raise ConfigError("there is no model to serve; add a [[serve.models]], or add [provider] and restart")
         except BaseException:
-            self.close(keep=earlier)
+            self.close(keep=() if earlier is None else earlier)
             raise
+
+    def _find_kept(self, name: str, served: ServedModel | None) -> Model | None:
+        """Return the model of this name, if it has the same configuration; None stands for ``[provider]``."""
+        return self._models.get(name) if self._served.get(name) == served else None
 
     @property
     def names(self) -> list[str]:
@@ -278,9 +302,9 @@ class Models:
     def find(self, name: str) -> Model | None:
         return self._models.get(name)
 
-    def close(self, keep: Models | None = None) -> None:
-        """Close the models, except those that other settings use too."""
-        used = set() if keep is None else set(map(id, keep._models.values()))
+    def close(self, keep: Iterable[Model] = ()) -> None:
+        """Close the models, except those that are in use elsewhere."""
+        used = set(map(id, keep))
         for model in self._models.values():
             if id(model) not in used:
                 model.close()

@@ -83,9 +83,6 @@ def test_ctrl_c_on_a_line_of_a_batch_leaves_no_deadline(tmp_path: Path, monkeypa
         # The call may go on after an interrupt, because Python ignores an exception in ``__del__``.
         if lines[0] < line:
             break
-    # An interrupt before the end of a ``with`` statement leaves a lock of a disk backend to this thread. Collect
-    # these backends here: closing one in another thread, which happens to collect garbage in a later test, would hang.
-    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -88,7 +88,7 @@ def test_equality(place):
 def test_a_failed_assertion_of_pytest_shows_no_text(tmp_path: Path) -> None:
     file = tmp_path / "test_failing.py"
     file.write_text(FAILING.replace("FOLDER", repr(str(Path(__file__).parent))))
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-n0", "-c", os.devnull, str(file)]
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-c", os.devnull, str(file)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1, run.stdout + run.stderr

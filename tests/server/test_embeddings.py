@@ -180,11 +180,26 @@ async def test_the_number_of_spaces_is_bounded_and_invalid_ones_do_not_count(
     async with serve(configure(api), tmp_path) as server:
         for dimensions in range(100, 106):
             assert (await server.embed("a", dimensions=dimensions)).status == 400
-        assert [(await server.embed("a", dimensions=d)).status for d in (1, 2, 3)] == [200] * 3
-        answer = await server.embed("a", dimensions=4)
-        assert (answer.status, answer.error["code"]) == (400, "too_many_spaces")
-        assert (await server.embed("a", dimensions=3)).cache[0] == "hit"
+        assert [(await server.embed("a", dimensions=d)).status for d in (1, 2, 3, 4, 5)] == [200] * 5
+        assert len(server.service.generation.models.find(MODEL).roots) == 4
+        # A space that was closed is opened again, and its entries are still there.
+        assert [(await server.embed("a", dimensions=d)).cache[0] for d in (1, 5, 2)] == ["hit"] * 3
         assert (await server.embed("a")).status == 200
+
+
+async def test_a_space_in_use_is_not_closed_for_another_one(
+    api: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedonce_server.models.MAX_SPACES", 2)
+    async with serve(configure(api), tmp_path) as server:
+        api.misbehave("hang")
+        task = asyncio.create_task(server.embed("a", dimensions=1))
+        await wait_until_async(lambda: len(api.requests) == 1)
+        answer = await server.embed("a", dimensions=2)
+        assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "too_many_spaces", "1")
+        api.heal()
+        assert (await task).status == 200
+        assert (await server.embed("a", dimensions=2)).status == 200
 
 
 async def test_token_numbers_are_sent_as_such_and_cached(api: OpenAIServer, tmp_path: Path) -> None:
@@ -476,6 +491,59 @@ async def test_a_request_under_way_is_answered_by_the_settings_with_which_it_beg
         api.heal()
         assert (await task).status == 200
         await wait_until_async(lambda: not server.service._retired)
+
+
+async def test_a_model_of_the_same_name_from_another_table_is_another_model(api: OpenAIServer, tmp_path: Path) -> None:
+    served = {"models": [{"name": MODEL, "provider": provider(api, model="big-model")}]}
+    async with serve(configure(api, served), tmp_path) as server:
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a", model="big-model"))
+        await reload(server, configure(api))
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a"))
+        await reload(server, configure(api, served))
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a", model="big-model"))
+
+
+async def test_a_request_survives_two_reloads(api: OpenAIServer, tmp_path: Path) -> None:
+    one = {"name": "one", "provider": provider(api, model="one")}
+    two = {"name": "two", "provider": provider(api, model="two")}
+    async with serve({"tiers": [], "serve": {"models": [one, two]}}, tmp_path) as server:
+        api.misbehave("hang")
+        task = asyncio.create_task(server.embed("a", model="one"))
+        await wait_until_async(lambda: len(api.requests) == 1)
+        await reload(server, {"tiers": [], "serve": {"models": [one, two], "max_body": "1 MiB"}})
+        await reload(server, {"tiers": [], "serve": {"models": [two]}})
+        await wait_until_async(lambda: len(server.service._retired) == 1)
+        api.heal()
+        assert (await task).status == 200
+        await wait_until_async(lambda: not server.service._retired)
+
+
+async def test_the_provider_of_the_start_is_served_until_a_restart(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        await reload(server, configure(api, model="another"))
+        assert server.service.generation.models.names == [MODEL]
+        assert equal((await server.embed("a", dimensions=4)).vectors[0], api.vector_of("a", dimensions=4))
+
+
+# --- fallbacks ------------------------------------------------------------------------------------
+
+
+async def test_a_fallback_answers_under_its_own_name(api: OpenAIServer, tmp_path: Path) -> None:
+    fallback = {"type": "ngram", "dimensions": 16}
+    async with serve(configure(api, dimensions=16, fallback=fallback), tmp_path) as server:
+        assert (await server.embed("a")).json["model"] == MODEL
+        api.misbehave("server_error", times=None)
+        answer = await server.embed(["a", "b"])
+        assert (answer.status, answer.json["model"]) == (200, "char-ngram")
+        api.heal()
+        assert (await server.embed(["a", "b"])).json["model"] == MODEL
+
+
+async def test_a_fallback_for_fetch_alone_is_not_used(api: OpenAIServer, tmp_path: Path) -> None:
+    fallback = {"type": "ngram", "dimensions": 64, "fetch_only": True}
+    async with serve(configure(api, fallback=fallback), tmp_path) as server:
+        api.misbehave("server_error", times=None)
+        assert (await server.embed("a")).status == 500
 
 
 async def test_an_invalid_reload_changes_nothing(api: OpenAIServer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_rows_of_a_matrix_and_reversed_rows_are_encoded_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_a_kept_form_is_that_of_the_same_array(encoding: str) -> None:
+def test_a_kept_form_is_that_of_the_same_array(encoding: Literal["float", "base64"]) -> None:
     encoded = EncodedVectors(encoding)  # type: ignore[arg-type]
     for i in range(2000):  # each array is freed, so later arrays get the identities of earlier ones
         vector = freeze(np.full(3, i, np.float32))

@@ -10,15 +10,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import optional
 import pytest
 from patience import wait_until
-from served import Served, read_answer, write_config
+from serve_process import ServeProcess, read_answer, write_config
 
 from embedonce import config
 from embedonce.testing.servers.openai import OpenAIServer
-
-pytestmark = [optional.needs("uvicorn"), optional.needs("uvloop"), optional.needs("openai")]
 
 KEYS = [f"key-of-the-search-team-{number}" for number in range(3)]
 
@@ -54,7 +51,7 @@ def list_run_folders(file: Path) -> list[Path]:
 def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: OpenAIServer) -> None:
     state = 'state_dir = "state"'
     write_config(file, upstream.base_url, tenants=[("search", KEYS[0])], serve=state)
-    with Served("--config", file, "--access-log", folder=file.parent) as server:
+    with ServeProcess("--config", file, "--access-log", folder=file.parent) as server:
         assert "1 tenant; each request needs a key" in server.log
         assert server.embed("a", key=KEYS[0]).status == 200
         assert "tenant=search" in server.wait_for_log(r".* 200 .*")[0]
@@ -113,7 +110,7 @@ def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: Open
 
 
 def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, upstream: OpenAIServer) -> None:
-    with Served("--config", file, "--workers", "2", folder=file.parent) as server:
+    with ServeProcess("--config", file, "--workers", "2", folder=file.parent) as server:
         assert "2 workers" in server.log
         assert "tenants:  none; no key needed" in server.log
         server.embed("a")
@@ -175,7 +172,7 @@ def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, u
 
 
 def test_workers_end_if_their_supervisor_is_killed(file: Path, upstream: OpenAIServer) -> None:
-    with Served("--config", file, "--workers", "2", folder=file.parent) as server:
+    with ServeProcess("--config", file, "--workers", "2", folder=file.parent) as server:
         upstream.misbehave("hang")
         waiting = server.embed_later("k")
         upstream.until_hanging()
@@ -190,7 +187,7 @@ def test_workers_end_if_their_supervisor_is_killed(file: Path, upstream: OpenAIS
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_signal_ends_the_server_at_once(file: Path, upstream: OpenAIServer, workers: int) -> None:
-    with Served("--config", file, "--workers", str(workers), folder=file.parent) as server:
+    with ServeProcess("--config", file, "--workers", str(workers), folder=file.parent) as server:
         upstream.misbehave("hang")
         waiting = server.embed_later(f"second signal {workers}")
         upstream.until_hanging()
@@ -205,7 +202,7 @@ def test_a_second_signal_ends_the_server_at_once(file: Path, upstream: OpenAISer
 
 def test_requests_are_cut_off_at_the_drain_timeout(file: Path, upstream: OpenAIServer) -> None:
     write_config(file, upstream.base_url, serve='drain_timeout = "0.1s"')
-    with Served("--config", file, folder=file.parent) as server:
+    with ServeProcess("--config", file, folder=file.parent) as server:
         upstream.misbehave("hang")
         waiting = server.embed_later("cut off")
         upstream.until_hanging()
@@ -218,7 +215,7 @@ def test_requests_are_cut_off_at_the_drain_timeout(file: Path, upstream: OpenAIS
 
 def test_the_server_ends_with_its_terminal(file: Path) -> None:
     ours, theirs = pty.openpty()
-    server = Served("--config", file, folder=file.parent, stdin=theirs)
+    server = ServeProcess("--config", file, folder=file.parent, stdin=theirs)
     os.close(theirs)
     with server:
         os.close(ours)
@@ -229,7 +226,7 @@ def test_the_server_ends_with_its_terminal(file: Path) -> None:
 
 def test_one_error_ends_the_start_of_several_workers(file: Path, upstream: OpenAIServer) -> None:
     (file.parent / "vectors").write_text("not a folder")
-    server = Served("--config", file, "--workers", "3", folder=file.parent)
+    server = ServeProcess("--config", file, "--workers", "3", folder=file.parent)
     assert server.wait() == 2
     assert server.log.count("error: ") == 1
     assert "vectors" in server.log
@@ -239,14 +236,14 @@ def test_one_error_ends_the_start_of_several_workers(file: Path, upstream: OpenA
 
 def test_tenants_of_two_servers_need_two_state_folders(file: Path, upstream: OpenAIServer) -> None:
     write_config(file, upstream.base_url, tenants=[("search", KEYS[0])], serve='state_dir = "state"')
-    with Served("--config", file, folder=file.parent):
-        other = Served("--config", file, folder=file.parent)
+    with ServeProcess("--config", file, folder=file.parent):
+        other = ServeProcess("--config", file, folder=file.parent)
         assert other.wait() == 1
         assert "set another state_dir" in other.log
 
 
 def test_the_default_configuration_is_served_without_a_file(tmp_path: Path) -> None:
-    with Served(folder=tmp_path) as server:
+    with ServeProcess(folder=tmp_path) as server:
         assert "No configuration found: using a memory tier, a disk tier in your cache folder," in server.log
         connection = server.connect()
         body = json.dumps({"model": "char-ngram", "input": "a"})

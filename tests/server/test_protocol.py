@@ -12,19 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optional
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patience import wait_until
+from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
+from uvicorn import Config
 
-pytestmark = [optional.needs("uvicorn"), optional.needs("uvloop"), optional.needs("httptools")]
-
-if not optional.QUICK or optional._is_installed("uvicorn"):
-    from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
-    from uvicorn import Config
-
-    from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
+from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
 
 SHORT = 0.05
 """Seconds of a time limit that a test waits for."""

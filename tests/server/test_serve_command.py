@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-import optional
 import pytest
 from typer.testing import CliRunner
 
@@ -13,8 +12,6 @@ from embedonce import config
 from embedonce.cli import app
 from embedonce.cli.serve import choose_base_url, describe_server
 from embedonce.errors import ConfigError
-
-pytestmark = [optional.needs("uvicorn"), optional.needs("uvloop")]
 
 KEY = "key-of-the-search-team"
 TENANT = f'[[serve.tenants]]\nname = "search"\nkeys = ["{KEY}"]\n'

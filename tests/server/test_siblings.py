@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import wait_until_async
+import served as processes
+import uvicorn
+from patience import wait_until, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ADMIN_KEY, Answer, Served
 from worker_pairs import Worker, serve_workers
 
 from embedonce_server import admin
+from embedonce_server.http_server import WorkerServer
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -183,6 +188,56 @@ async def test_an_answer_that_is_cut_off_is_an_error(pair: list[Worker], answer:
         [found] = await first.service.siblings.call("POST", "/siblings/metrics", timeout=10.0)
     assert found.error is not None
     assert found.error.startswith("it could not be reached")
+
+
+def test_counts_of_real_workers_survive_one_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "embedonce.toml").write_text('[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n')
+    options = ("--config", "embedonce.toml", "--workers", "2")
+    with processes.Served(*options, folder=tmp_path) as server:
+
+        def request(method: str, path: str, body: Any = None) -> processes.Answer:
+            connection = server.connect()
+            try:
+                connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
+                answer = connection.getresponse()
+                return processes.Answer(answer.status, dict(answer.getheaders()), answer.read())
+            finally:
+                connection.close()
+
+        def count(name: str, **labels: str) -> float:
+            answer = request("GET", "/metrics")
+            return read_metric(Answer(answer.status, answer.headers, answer.body), name, **labels)
+
+        asked: list[str] = []
+
+        def ask() -> None:
+            answer = request("POST", "/v1/embeddings", {"model": "char-ngram", "input": "a"})
+            assert answer.status == 200
+            asked.append(answer.worker)
+
+        wait_until(lambda: ask() or len(set(asked)) == 2)
+        # Each scrape is answered by one of the workers, and shows the requests to both.
+        assert [count("embed_serve_requests_total") for _ in range(8)] == [len(asked)] * 8
+        server.send_signal(signal.SIGKILL, server.workers[1])
+        server.wait_for_log(r"worker 1 \(process \d+\) is ready", times=2)
+        ask()
+        assert count("embed_serve_requests_total") == len(asked)
+        assert count("embed_serve_worker_up") == 2
+        assert count("embed_cache_hits_total") + count("embed_cache_misses_total") == len(asked)
+
+
+async def test_a_worker_can_be_reached_by_others_before_it_answers_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen, seen = uvicorn.Server.startup, []
+
+    async def listen_for_clients(self: WorkerServer, sockets: Any = None) -> None:
+        seen.append(self._private is not None and self._private.exists())
+        await listen(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "startup", listen_for_clients)
+    async with serve_workers(settings(tmp_path), tmp_path):
+        assert seen == [True, True]
 
 
 # --- who is trusted ---------------------------------------------------------------------------

@@ -139,8 +139,9 @@ async def call_at_rate(
     while True:
         if not source.rate.is_open():
             await _wait_for_turn(call.port, source, texts)
+        pauses = source.rate.pauses
         try:
-            return await send(call, texts)
+            answer = await send(call, texts)
         except Exception as error:
             if find_cause(error) == "rate":
                 is_repeated = _pause_calls(source, error, retries)
@@ -149,6 +150,9 @@ async def call_at_rate(
                 is_repeated = is_repeated and await pause_after_failure(call, error, retries)
             if not is_repeated:
                 raise
+        else:
+            source.rate.note_success(pauses)
+            return answer
         retries += 1
 
 

@@ -23,9 +23,11 @@ MAX_GUESSED_PAUSE = 60.0
 """Longest pause in seconds after an error that names no time."""
 
 STEP = 0.1
-"""Seconds between two calls that waited for the same pause.
+"""Seconds between the first two calls that waited for the same pause.
 
 The server may still be limited when the pause ends. The first call then finds this out, and the others pause again.
+With each call that works instead, the calls that still wait begin faster: after the first one, twice as fast, then
+three times, and so on. Otherwise new calls could join the line faster than it moves, and it would never end.
 """
 
 
@@ -53,6 +55,8 @@ class Turn:
     tokens: float
     pause: int
     """How many pauses had begun when the time was reserved."""
+    is_in_line: bool = False
+    """Whether the call waits in the line after a pause. Then ``start`` is a time on the clock of the line."""
 
 
 class CallRate:
@@ -66,26 +70,37 @@ class CallRate:
         self._tokens = limits.tokens_per_minute
         self._turns: deque[Turn] = deque()  # the turns of the last minute and the reserved ones, by their start
         self._paused_until = -float("inf")
-        self._pauses = 0
-        self._resume_at = -float("inf")  # when the next call that waits for the pause begins
+        self.pauses = 0
+        """How many pauses have begun so far."""
+        # The calls that wait for a pause stand in a line. The clock of the line is the real one at first. It runs
+        # faster with each call that works, so that the line moves faster.
+        self._resume_at = -float("inf")  # when the next call that joins the line begins, on the clock of the line
+        self._line = 0.0, 0.0, 1.0  # a time on the clock of the line, the same time on the real clock, and the speed
         self.is_limited = per_minute is not None or self._tokens is not None
         self.counts_tokens = self._tokens is not None
 
     def is_open(self) -> bool:
         """Return whether calls may begin at once, without a turn."""
-        return not self.is_limited and time.monotonic() >= self._resume_at
+        return not self.is_limited and self._read_line(time.monotonic()) >= self._resume_at
+
+    def _read_line(self, now: float) -> float:
+        """Return the time on the clock of the line."""
+        at, since, speed = self._line
+        return at + (now - since) * speed
 
     def reserve(self, tokens: float) -> Turn:
         """Reserve the next time at which a call with this number of tokens may begin."""
         with self._lock:
             now = time.monotonic()
-            start = now
-            if self._resume_at > now:
-                start = self._resume_at
+            turn = Turn(now, tokens, self.pauses)
+            line = self._read_line(now)
+            if self._resume_at > line:
+                turn.start, turn.is_in_line = self._resume_at, True
                 self._resume_at += STEP
-            turn = Turn(start, tokens, self._pauses)
             if self.is_limited:
-                turn.start = self._find_start(now, start, tokens)
+                if turn.is_in_line:
+                    turn.start, turn.is_in_line = now + (turn.start - line) / self._line[2], False
+                turn.start = self._find_start(now, turn.start, tokens)
                 self._turns.append(turn)
             return turn
 
@@ -108,16 +123,22 @@ class CallRate:
         return start
 
     def time_left(self, turn: Turn) -> float:
-        """Return the seconds until a turn begins; 0 if it begins now. After a new pause, the turn begins later."""
+        """Return the seconds after which to ask again; 0 if the turn begins now.
+
+        After a new pause, the turn begins later. If calls work after a pause, the turn may begin earlier.
+        """
         with self._lock:
             now = time.monotonic()
-            if turn.pause != self._pauses and now < self._paused_until:
+            if turn.pause != self.pauses and (turn.is_in_line or now < self._paused_until):
                 self.give_back(turn)
                 later = self.reserve(turn.tokens)
-                turn.start, turn.pause = later.start, later.pause
+                turn.start, turn.pause, turn.is_in_line = later.start, later.pause, later.is_in_line
                 if self.is_limited:
                     self._turns[-1] = turn
-            return max(0.0, turn.start - now)
+            if not turn.is_in_line:
+                return max(0.0, turn.start - now)
+            left = (turn.start - self._read_line(now)) / self._line[2]
+            return min(max(0.0, left), max(0.0, self._paused_until - now) + STEP)
 
     def give_back(self, turn: Turn) -> None:
         """Remove a turn that no call will use."""
@@ -132,5 +153,15 @@ class CallRate:
             is_new = now >= self._paused_until
             if now + seconds > self._paused_until:
                 self._paused_until = self._resume_at = now + seconds
-                self._pauses += 1
+                self._line = now, now, 1.0
+                self.pauses += 1
             return is_new
+
+    def note_success(self, pauses: int) -> None:
+        """Let the line move faster after a call that worked. ``pauses`` is the number of pauses when it began."""
+        if self._read_line(time.monotonic()) >= self._resume_at:
+            return  # nobody waits
+        with self._lock:
+            now = time.monotonic()
+            if pauses == self.pauses and now >= self._paused_until:
+                self._line = self._read_line(now), now, self._line[2] + 1
