@@ -94,7 +94,8 @@ class App:
         except ClientGone:
             raise
         except Exception as error:
-            log.exception("a request to %s failed", EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path))
+            endpoint = EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path)
+            log.exception("a request to %s failed (id=%s)", endpoint, request_id.decode())
             status, answer, pairs = render(
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
             )

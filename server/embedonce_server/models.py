@@ -21,6 +21,7 @@ from embedonce.prices import Price
 
 from .api_errors import ApiError
 from .provider_totals import ProviderTotals
+from .request_body import MAX_SHOWN, show_field
 
 MAX_SPACES: Final = 64
 """Number of combinations of ``dimensions``, forwarded fields and kind of input that each model has open. The one used
@@ -149,6 +150,11 @@ class Model:
         return list(self._roots.values())
 
     @property
+    def can_forward(self) -> bool:
+        """Whether fields of a request can be sent to the model, if its ``forward`` lists them."""
+        return "extra_body" in self._options
+
+    @property
     def accepts_tokens(self) -> bool:
         """Whether inputs may be token numbers."""
         return "token_inputs" in self._options
@@ -221,7 +227,7 @@ class Model:
         except EmbedonceError as error:
             if variation == PLAIN:
                 raise
-            raise ApiError(400, "the model does not accept these fields") from error
+            raise _explain_variation(variation) from error
         return self._base.for_provider(provider, price=config.price, coalesce=config.coalesce)
 
     def close(self) -> None:
@@ -230,6 +236,18 @@ class Model:
             if cache is not self._base:
                 self._totals.count(cache)
                 cache.close()
+
+
+def _explain_variation(variation: Variation) -> ApiError:
+    """Return the answer to a request whose fields the provider refuses."""
+    if variation == Variation(are_tokens=True):
+        return ApiError(400, "the model does not accept token numbers; send texts", param="input")
+    if not variation.forwarded:
+        message = f"the model does not accept dimensions = {variation.dimensions}"
+        return ApiError(400, message, param="dimensions")
+    names = [*(["dimensions"] if variation.dimensions is not None else []), *orjson.loads(variation.forwarded)]
+    message = f"the model does not accept these values: {', '.join(show_field(name) for name in names)}"
+    return ApiError(400, message, param=names[0][:MAX_SHOWN] if len(names) == 1 else None)
 
 
 def _read_price(provider: ProviderConfig | None) -> Price | None:

@@ -16,6 +16,7 @@ from embedonce.events import Stats
 from .budgets import Budgets
 from .counters import Counters
 from .encoding import EncodedVectors
+from .failure_log import FailureLog
 from .guards import HostGuard
 from .models import Models
 from .provider_totals import ProviderTotals
@@ -93,6 +94,7 @@ class Service:
             raise
         self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
         self.counters = Counters()
+        self.failures = FailureLog()
         self.body_bytes = 0
         """Bytes of the bodies that are in memory."""
         self._retired: dict[asyncio.Task[None], Generation] = {}

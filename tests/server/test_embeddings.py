@@ -15,6 +15,7 @@ from patience import wait_until_async
 from serving import KEY, Served, serve
 
 from embedonce.testing.servers.openai import OpenAIServer
+from embedonce_server.failure_log import FailureLog
 
 MODEL = "text-embedding-3-small"
 
@@ -148,7 +149,14 @@ async def test_forwarded_fields_are_sent_and_are_part_of_the_space(api: OpenAISe
         assert answer.cache[0] == "hit"
         assert (await server.embed("a", style={"a": [2], "b": 1}, truncate="END")).cache[0] == "hit"
         assert (await server.embed("a", truncate="START")).cache[0] == "miss"
-        assert (await server.embed("a", padding=True)).error["code"] == "unsupported_field"
+        refused = await server.embed("a", padding=True)
+        assert refused.error["code"] == "unsupported_field"
+        assert "list it in forward" in refused.error["message"]
+        refused = await server.embed("a", late_chunking=True)
+        assert "depends on the other inputs; remove it. The model accepts" in refused.error["message"]
+    async with serve({"provider": {"type": "ngram"}, "tiers": []}, tmp_path) as server:
+        refused = await server.embed("a", padding=True)
+        assert refused.error["message"].endswith("it may change the vectors; remove it")
 
 
 async def test_settings_that_tie_vectors_to_their_batch_are_refused(api: OpenAIServer, tmp_path: Path) -> None:
@@ -293,6 +301,45 @@ async def test_failures_of_the_endpoint_have_its_status(
         assert ("retry-after" in answer.headers) == (kind == "rate_limit")
         api.heal()
         assert (await server.embed("private text")).status == 200
+
+
+async def test_a_refused_key_of_the_server_is_not_mistaken_for_the_key_of_the_client(
+    api: OpenAIServer, tmp_path: Path
+) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        api.misbehave("unauthorized")
+        answer = await server.embed("a")
+        assert (answer.status, answer.error["type"], answer.error["code"]) == (
+            *(401, "upstream_error"),
+            "upstream_unauthorized",
+        )
+        assert "refused the server's own key with status 401" in answer.error["message"]
+        api.heal()
+
+
+async def test_a_model_that_fails_is_logged_once_a_minute_without_texts(
+    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        now = 0.0
+        server.service.failures = FailureLog(lambda: now)
+        api.misbehave("unauthorized", times=None)
+        for _ in range(3):
+            await server.embed(["private text", "another private text"])
+        now = 61.0
+        await server.embed("private text")
+        api.heal()
+        api.misbehave("disconnect")
+        await server.embed("private text")
+        await server.embed("x " * 10_000)  # too long, which is not a failure of the model
+    lines = [record.getMessage() for record in caplog.records if record.name == "embedonce.serve"]
+    refused = f'model "{MODEL}": the endpoint answered with status 401; check api_key of the model'
+    assert lines == [
+        f"{refused} (1 request)",
+        f"{refused} (3 requests since the last line like this)",
+        f'model "{MODEL}": the endpoint cannot be reached (APIConnectionError); check base_url of the model\'s '
+        "provider (1 request)",
+    ]
 
 
 async def test_one_text_that_fails_is_named_and_the_others_are_stored(api: OpenAIServer, tmp_path: Path) -> None:
