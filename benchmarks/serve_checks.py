@@ -205,25 +205,30 @@ class Checks:
         A call that skipped Redis when it looked a text up does not write to it either, so a span ends with the requests
         that were under way.
         """
-        opened: dict[str, float] = {}
+        opened: dict[tuple[str, str], float] = {}
+        """When a worker began to skip the reads or the writes."""
         spans = [(self.times.redis[0] - UNDER_WAY, self.times.redis[1] + UNDER_WAY)]
+
+        def close(breaker: tuple[str, str], moment: float) -> None:
+            if (start := opened.pop(breaker, None)) is not None:
+                spans.append((start - UNDER_WAY, moment + UNDER_WAY))
+
         for moment, line in self.observed.log:
-            if (found := re.search(r"(worker \d+): .*tier 'redis': (read|write)s (.*)", line)) is None:
-                continue
-            breaker = f"{found[1]} {found[2]}"
-            if "work again" in found[3]:
-                start = opened.pop(breaker, None)
-                if start is not None:
-                    spans.append((start - UNDER_WAY, moment + UNDER_WAY))
-            else:
+            if found := re.search(r"(worker \d+) .* was ended by SIGKILL", line):
+                close((found[1], "read"), moment)
+                close((found[1], "write"), moment)
+            elif found := re.search(r"(worker \d+): .*tier 'redis': (read|write)s (.*)", line):
+                breaker = found[1], found[2]
+                if "work again" in found[3]:
+                    close(breaker, moment)
+                    continue
                 opened.setdefault(breaker, moment)
                 if not self.times.redis[0] <= moment <= self.times.redis[1]:
                     self.notes.append(f"at second {self.times.convert(moment):.1f}: {line}")
-        ends = [end for _, end in spans]
-        spans += [(start - UNDER_WAY, self.times.killed) for start in opened.values()]
-        self.notes.append(
-            f"all workers used Redis again {max(ends) - UNDER_WAY - self.times.redis[1]:.1f} s after its start"
-        )
+        for breaker in list(opened):
+            close(breaker, self.times.terminated)
+        seconds = max(end for _, end in spans) - UNDER_WAY - self.times.redis[1]
+        self.notes.append(f"all workers used Redis again {seconds:.1f} s after its start")
         merged: list[Span] = []
         for start, end in sorted(spans):
             if merged and start <= merged[-1][1]:

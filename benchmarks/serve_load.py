@@ -4,10 +4,13 @@
     python benchmarks/serve_load.py --quick      # ten seconds
     python benchmarks/serve_load.py --json
 
-It requires ``redis-server`` and ``pip install 'embedonce[serve,openai,redis]'``. 64 connections of two processes send
-requests of two tenants for two models: 1 to 32 texts from Zipf's distribution or new ones, float and base64, two
-numbers of dimensions, and some with ``Cache-Control``. The API of the models is a loopback server. Redis is killed and
-started again, the API answers 429 and then 500, and a worker is killed. At the end, the server gets SIGTERM under load.
+It requires Linux, ``redis-server`` and ``pip install 'embedonce[serve,openai,redis]'``. On a machine that also does
+other work, requests may take longer than their bound.
+
+64 connections of two processes send requests of two tenants for two models: 1 to 32 texts from Zipf's distribution or
+new ones, float and base64, two numbers of dimensions, and some with ``Cache-Control``. The API of the models is a
+loopback server. Redis is killed and started again, the API answers 429 and then 500, and a worker is killed. At the
+end, the server gets SIGTERM under load.
 
 The run fails, with exit code 1, in these cases:
 
@@ -16,7 +19,8 @@ The run fails, with exit code 1, in these cases:
 - A status or a lost connection has no cause: 429 and 500 come only while the API answers so, 404 only for
   ``only-if-cached``, no answer only from the worker that was killed, and a refused connection only after SIGTERM.
 - A tenant's text is computed twice without a cause. While Redis is away, each worker may compute it once, because the
-  workers share nothing then. The texts of the killed worker's requests under way may be computed once more.
+  workers share nothing then. That includes calls that began before a worker used Redis again. The texts of the killed
+  worker's requests under way may be computed once more.
 - The sums in ``/metrics`` are not those of the clients. The killed worker may take its last second with it.
 - After SIGTERM, a request that was sent before it gets no answer, or the exit code is not 0.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -292,11 +293,14 @@ def make_node_program(child: Child) -> Program:
     return send
 
 
-def make_litellm_program(child: Child, *, is_async: bool) -> Program:
+def make_litellm_program(child: Child) -> Program:
+    """Return a program that calls ``embedding`` and ``aembedding`` in turn."""
+    is_async = itertools.cycle([False, True])
+
     def send(call: Call) -> Answer:
         more: dict[str, Any] = {"extra_body": dict(call.body)} if call.body else {}
         return child.read(
-            is_async=is_async,
+            is_async=next(is_async),
             model=f"openai/{call.model}",
             input=list(call.texts),
             api_base=call.base_url,
@@ -319,4 +323,3 @@ PROGRAMS: dict[str, Program] = {
     "llama-index-async": run_async(acall_llama_index),
     "curl": call_curl,
 }
-CHILDREN = ("node", "litellm", "litellm-async")

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,24 @@ class ServeProcess:
 
     def wait_until_ready(self) -> None:
         self.port = int(self.wait_for_log(r"base_url: http://127\.0\.0\.1:(\d+)/v1")[1])
+
+    @property
+    def base_url(self) -> str:
+        """URL for clients, such as ``http://127.0.0.1:12345/v1``."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def count_answers(self, status: int) -> int:
+        """Return the number of requests for vectors that the server has answered with a status.
+
+        The server has one worker and an access log. A request is logged after its answer was sent, so this method first
+        sends one more request and waits until the log has it.
+        """
+        marks = self.log.count("GET /v1/embeddings 405 ")
+        with closing(self.connect()) as connection:
+            connection.request("GET", "/v1/embeddings")
+            connection.getresponse().read()
+            wait_until(lambda: self.log.count("GET /v1/embeddings 405 ") > marks)
+        return self.log.count(f"POST /v1/embeddings {status} ")
 
     @property
     def workers(self) -> dict[int, int]:

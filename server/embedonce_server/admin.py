@@ -69,7 +69,9 @@ def _find_tenant(generation: Generation, fields: Mapping[str, Any]) -> Tenant | 
     for tenant in generation.settings.tenants:
         if tenant.name == name:
             return tenant
-    raise ApiError(404, "there is no such tenant", param="tenant", code="tenant_not_found")
+    known = ", ".join(tenant.name for tenant in generation.settings.tenants) or "none"
+    message = f"the tenant does not exist; the tenants are: {known}"
+    raise ApiError(404, message, param="tenant", code="tenant_not_found")
 
 
 def _find_models(generation: Generation, fields: Mapping[str, Any]) -> list[Model]:
@@ -80,9 +82,7 @@ def _find_models(generation: Generation, fields: Mapping[str, Any]) -> list[Mode
     model = generation.models.find(name)
     if model is None:
         known = ", ".join(generation.models.names)
-        raise ApiError(
-            404, f"the model does not exist here; the models are: {known}", param="model", code="model_not_found"
-        )
+        raise ApiError(404, f"the model does not exist; the models are: {known}", param="model", code="model_not_found")
     return [model]
 
 

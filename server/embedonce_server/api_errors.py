@@ -141,6 +141,13 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
     if isinstance(error, SpaceError):
         return ApiError(400, f"{error}", param="input_type")
     status = read_status(error)
+    if status in (401, 403):
+        message = (
+            f"the endpoint of the model refused the server's own key with status {status}; the administrator of this "
+            f"server must correct api_key of the model.{kept}"
+        )
+        wait = _read_wait(error, status)
+        return ApiError(status, message, kind=UPSTREAM, code="upstream_unauthorized", retry_after=wait)
     if status is not None:
         return ApiError(
             status,
@@ -149,7 +156,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
             code=_read_code(error),
             retry_after=_read_wait(error, status),
         )
-    if isinstance(error, TimeoutError) or any("Timeout" in kind.__name__ for kind in type(error).__mro__):
+    if is_timeout(error):
         return ApiError(504, f"the model did not answer in time for {where}.{kept}", kind=UPSTREAM, code="timeout")
     if isinstance(error, DriftError):
         message = "the model has changed: it no longer returns the vectors that are stored; tell the administrator"
@@ -164,12 +171,31 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
         message = f"the model's answer for {where} was refused: {_describe_invalid_answer(error)}.{kept}"
         return ApiError(502, message, kind=UPSTREAM)
     if isinstance(error, TierError):
-        message = f"a tier of the cache failed, and its on_error is raise: {error.tier or 'unknown'}"
+        tier = "a tier" if error.tier is None else f'tier "{error.tier}"'
+        message = f'{tier} failed, and its on_error is "raise"'
         return ApiError(503, message, kind="server_error", code="tier_error", retry_after=1)
     if isinstance(error, CacheClosed):
         return make_stopping()
-    message = f"the model could not be called for {where} ({type(error).__name__}).{kept}"
+    name = type(error).__name__
+    if is_connection_error(error):
+        message = f"the server cannot reach the endpoint of the model ({name}); try again later.{kept}"
+    else:
+        message = f"the model could not be called for {where} ({name}).{kept}"
     return ApiError(502, message, kind=UPSTREAM)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Return whether a call of a provider took too long. Clients of HTTP have timeouts of their own."""
+    return isinstance(error, TimeoutError) or _has_name(error, "Timeout")
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Return whether a provider's endpoint could not be reached."""
+    return isinstance(error, ConnectionError) or _has_name(error, "Connect")
+
+
+def _has_name(error: Exception, part: str) -> bool:
+    return any(part in kind.__name__ for kind in type(error).__mro__)
 
 
 def _describe(error: TextRefused) -> str:

@@ -108,7 +108,9 @@ class App:
             # The message of an unexpected error may have a text, so the log has only its class and its place.
             place = "".join(traceback.format_tb(error.__traceback__))
             endpoint = EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path)
-            log.error("a request to %s failed (%s)\n%s", endpoint, type(error).__name__, place)
+            log.error(
+                "a request to %s failed (id=%s): %s\n%s", endpoint, request_id.decode(), type(error).__name__, place
+            )
             status, answer, pairs = render(
                 ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
             )

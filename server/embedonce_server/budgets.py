@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from embedonce import Cache, Fetched
 from embedonce.config import Tenant
@@ -48,12 +48,14 @@ LOG_SECONDS = 60.0
 class BudgetExceeded(ApiError):
     """The tenant's tokens of this day are used up, or are held for calls under way."""
 
-    def __init__(self, tenant: str, retry_after: float, *, is_final: bool) -> None:
-        hint = "texts that are in the cache are still answered"
-        if is_final:
-            what = f"the rest of the tokens of tenant {tenant!r} for this day (UTC) is too small for this request"
+    def __init__(self, tenant: str, retry_after: float, *, is_final: bool, limit: int, left: int = 0) -> None:
+        hint = "cached texts are still answered"
+        if not limit:
+            what, hint = f"tenant {tenant!r} may use only cached texts (tokens_per_day = 0)", "ask for such texts"
+        elif is_final:
+            what = f"tenant {tenant!r} has {left:,} tokens left today (UTC), fewer than this request needs"
         else:
-            what = f"calls under way may need the rest of the tokens of tenant {tenant!r} for this day (UTC)"
+            what = f"current requests may need the tokens that tenant {tenant!r} has left today (UTC)"
         # OpenAI's clients repeat a request with status 429, unless this header says that it is of no use.
         headers = {"x-should-retry": "false"} if is_final else None
         super().__init__(
@@ -186,7 +188,8 @@ class Budgets:
             self._logged_at = now
             log.error(
                 "%s: the budgets of the tenants cannot be used (%s: %s); misses of tenants with tokens_per_day are "
-                "answered with status 503 until the file can be used again",
+                "answered with status 503 until the file can be used again. Check its permissions, the free space of "
+                "the disk, and that no other program locks it. If it is damaged, delete it with its -wal and -shm",
                 os.fspath(self._path),
                 type(error).__name__,
                 error,
@@ -316,7 +319,7 @@ class _Job:
             async with asyncio.timeout_at(deadline):
                 await self._turn.lock.acquire()
         except TimeoutError:
-            raise self._refuse("wait") from None
+            raise self._refuse_for_now() from None
         try:
             reservation = await self._wait_for_tokens(whole, part, deadline)
             texts = texts if reservation.is_whole else texts[:end]
@@ -336,7 +339,7 @@ class _Job:
         try:
             while (reservation := await self._reserve(whole, part, has_turn=True)) is None:
                 if asyncio.get_running_loop().time() >= deadline:
-                    raise self._refuse("wait")
+                    raise self._refuse_for_now()
                 self._turn.is_waiting = True
                 # Other workers may have to end their calls first, and they send no message.
                 await asyncio.sleep(pause)
@@ -365,13 +368,19 @@ class _Job:
         if isinstance(outcome, Reservation):
             return outcome
         if outcome == "refused":
-            raise self._refuse(outcome)
+            raise await self._refuse_for_today()
         return None
 
-    def _refuse(self, outcome: Literal["wait", "refused"]) -> BudgetExceeded:
-        is_final = outcome == "refused"
-        seconds = self._budgets.compute_seconds_left() if is_final else RETRY_SOON
-        return BudgetExceeded(self._tenant.name, seconds, is_final=is_final)
+    async def _refuse_for_today(self) -> BudgetExceeded:
+        """Return the error for a request that does not fit into the rest of this day's tokens."""
+        name, limit = self._tenant.name, self._tenant.tokens_per_day or 0
+        left = limit - (await self._budgets.read_usage([self._tenant]))[name].used if limit else 0
+        seconds = self._budgets.compute_seconds_left()
+        return BudgetExceeded(name, seconds, is_final=True, limit=limit, left=max(left, 0))
+
+    def _refuse_for_now(self) -> BudgetExceeded:
+        """Return the error for a request that current requests leave no tokens for."""
+        return BudgetExceeded(self._tenant.name, RETRY_SOON, is_final=False, limit=self._tenant.tokens_per_day or 0)
 
     async def _compute(self, reservation: Reservation, texts: Sequence[str]) -> Fetched:
         """Fetch texts for which tokens are reserved, and settle the reservation.
@@ -405,7 +414,7 @@ class _Job:
         whole = add_loads(await measure_texts(self._cache, list(dict.fromkeys(self._texts)), self._task))
         reservation = await self._reserve(whole, whole, has_turn=False)
         if reservation is None:
-            raise self._refuse("wait")
+            raise self._refuse_for_now()
         fetched = await self._compute(reservation, self._texts)
         earlier = [part.fetched.computed for part in parts]
         return replace(fetched, computed=sum(earlier, fetched.computed))

@@ -9,7 +9,7 @@ from .api_errors import ApiError
 from .guards import check_json
 from .incoming import Receive, read_body
 from .metrics import Metrics
-from .request_body import parse_body
+from .request_body import MAX_SHOWN, parse_body, show_field
 from .service import Generation, Service
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -40,5 +40,6 @@ class Call(NamedTuple):
         for name in fields:
             if name not in allowed:
                 known = ", ".join(sorted(allowed))
-                raise ApiError(400, f"the body has an unknown field; the fields are {known}", code="unsupported_field")
+                message = f"{show_field(name)} is unknown; the fields are {known}"
+                raise ApiError(400, message, param=name[:MAX_SHOWN], code="unsupported_field")
         return fields

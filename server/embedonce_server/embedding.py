@@ -41,7 +41,8 @@ def find_model(generation: Generation, tenant: Tenant | None, name: Any) -> Mode
     model = generation.models.find(name)
     if model is None or (tenant is not None and tenant.models is not None and name not in tenant.models):
         known = ", ".join(list_models(generation, tenant))
-        message = f"the model does not exist here; the models are: {known}"
+        or_hidden = "" if tenant is None else ", or this tenant may not use it"
+        message = f"the model does not exist{or_hidden}; available: {known}"
         raise ApiError(404, message, param="model", code="model_not_found")
     return model
 
@@ -73,16 +74,16 @@ async def _embed(
     service: Service, model: Model, tenant: Tenant | None, cache_control: bytes | None, data: Mapping[str, Any]
 ) -> Embeddings:
     control = read_cache_control(cache_control)
-    request = read_request(data, model.forward)
+    request = read_request(data, model.forward, can_forward=model.can_forward)
     namespace = "" if tenant is None else tenant.namespace
     if request.dimensions is None and not request.forwarded and not request.are_tokens:
         fetched = await _fetch(service, tenant, model.get_cache(namespace), request, control)
-        _check_result(fetched)
+        _check_result(service, model, fetched)
     else:
         variation = model.find_variation(request.dimensions, request.forwarded, are_tokens=request.are_tokens)
         with model.use(variation):
             fetched = await _fetch(service, tenant, model.get_cache(namespace, variation), request, control)
-            _check_result(fetched)
+            _check_result(service, model, fetched)
     sources = fetched.sources
     count = len(sources)
     first = sources[0]
@@ -131,8 +132,9 @@ async def _fetch(
         raise ApiError(400, str(error), param="input_type") from None
 
 
-def _check_result(fetched: Fetched) -> None:
+def _check_result(service: Service, model: Model, fetched: Fetched) -> None:
     if fetched.failed:
+        service.failures.record(model.name, fetched.failed.values())
         raise explain_failures(fetched.failed, len(fetched.rows))
 
 
@@ -163,7 +165,8 @@ async def _encode(service: Service, request: EmbeddingRequest, model: Model, fet
             size += len(encoded)
             part += (_BEFORE_ROW[i], encoded, b"}")
         tokens = fetched.computed.tokens
-        part.append(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (model.json_name, tokens, tokens))
+        name = model.json_name if not model.has_fallback else model.get_json_name(fetched.space)
+        part.append(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (name, tokens, tokens))
         parts.append(b"".join(part))
     except BaseException:
         memory.give(taken)

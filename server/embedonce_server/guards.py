@@ -17,6 +17,9 @@ from .tenants import Keyring, read_bearer
 
 MAX_MEMO = 256
 
+_SHOWN = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+"""Hosts that a message repeats."""
+
 SINGLE_HEADERS = (b"host", b"origin", b"authorization", b"api-key", b"content-type", b"content-length")
 """Headers that a request must not have twice, because two programs on its way might read different ones."""
 
@@ -61,10 +64,8 @@ class HostGuard:
             return
         name = "" if host is None else split_port(host.decode("latin-1"))
         if not name or not (is_loopback(name) or name in self._allowed):
-            message = (
-                "the request names a host that this server does not serve; add it to allowed_hosts in [serve] "
-                "if it is right"
-            )
+            shown = f'the Host "{name}"' if _SHOWN.fullmatch(name) else "the Host of the request"
+            message = f"{shown} is not in allowed_hosts of [serve]; add it there and reload the server"
             raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
         if host is not None and len(self._admitted) < MAX_MEMO:
             self._admitted[host] = None
@@ -81,7 +82,10 @@ def check_origin(origin: bytes | None, host: bytes | None) -> None:
     scheme, separator, place = origin.decode("latin-1").partition("://")
     own = "" if host is None else host.decode("latin-1").strip().lower()
     if not separator or scheme not in ("http", "https") or place.strip().lower() != own:
-        message = "requests from pages of other sites are refused"
+        message = (
+            "this Origin is not the server's own; send the request from a backend, because cross-site requests of "
+            "browsers are not supported"
+        )
         raise ApiError(403, message, kind="permission_error", code="origin_not_allowed")
 
 
@@ -96,10 +100,11 @@ def check_json(headers: Mapping[bytes, bytes]) -> None:
         parts = [part.strip() for part in (kind or b"").decode("latin-1").lower().split(";")]
         charset = parts[1].replace(" ", "").replace('"', "") if len(parts) > 1 else "charset=utf-8"
         if parts[0] != "application/json" or len(parts) > 2 or charset not in ("charset=utf-8", ""):
-            raise ApiError(415, "the body must be application/json in UTF-8", code="unsupported_media_type")
+            message = "send the header Content-Type: application/json and a body in UTF-8"
+            raise ApiError(415, message, code="unsupported_media_type")
     encoding = headers.get(b"content-encoding")
     if encoding is not None and any(part.strip().lower() not in (b"identity", b"") for part in encoding.split(b",")):
-        raise ApiError(415, "the body must not be compressed", code="unsupported_media_type")
+        raise ApiError(415, "send the body without Content-Encoding", code="unsupported_media_type")
 
 
 def read_headers(pairs: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
@@ -118,7 +123,7 @@ def _join_headers(pairs: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
         if name not in headers:
             headers[name] = value
         elif name in SINGLE_HEADERS:
-            raise ApiError(400, f"the header {name.decode()} is there twice", code="duplicate_header")
+            raise ApiError(400, f"the header {name.decode()} occurs twice; send it once", code="duplicate_header")
         else:
             headers[name] += b", " + value
     return headers
@@ -135,7 +140,9 @@ def find_tenant(keyring: Keyring, headers: Mapping[bytes, bytes]) -> Tenant | No
     key = read_bearer(headers.get(b"authorization", b"")) or headers.get(b"api-key")
     tenant = None if key is None else keyring.find_tenant(key)
     if tenant is None:
-        what = "the request has no key" if key is None else "the key is not valid"
+        if key is not None and keyring.is_admin(key):
+            raise _make_unauthorized("admin_key is only for /admin and /metrics; send the key of a tenant")
+        what = "the request has no key" if key is None else "unknown key"
         raise _make_unauthorized(f"{what}; send a key of this server as Authorization: Bearer …")
     return tenant
 

@@ -110,7 +110,8 @@ class WorkerServer(uvicorn.Server):
         """Log how many requests were refused, at most once per minute, because clients could fill the log."""
         new = self.state.refused - self._reported
         if new and now - self._reported_at >= REPORT_SECONDS:
-            log.warning("refused: %s", ", ".join(f"{count} x {reason}" for reason, count in sorted(new.items())))
+            counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(new.items()))
+            log.warning("refused requests and connections since the last line like this: %s", counts)
             self._reported, self._reported_at = self.state.refused.copy(), now
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -167,6 +168,10 @@ def choose_limits() -> Limits:
     limits = Limits()
     if soft != resource.RLIM_INFINITY and soft < 2 * limits.connections + OTHER_DESCRIPTORS:
         connections = max((soft - OTHER_DESCRIPTORS) // 2, 16)
-        log.warning("the system allows %d open files, so a worker has at most %d connections", soft, connections)
+        log.warning(
+            "the system allows %d open files, so a worker has at most %d connections; raise the limit with ulimit -n",
+            soft,
+            connections,
+        )
         return Limits(connections=connections)
     return limits

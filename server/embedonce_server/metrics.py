@@ -131,7 +131,11 @@ class Metrics:
         except Exception as error:  # noqa: BLE001  (a full disk must not make requests fail)
             if not self._has_failed:
                 self._has_failed = True
-                log.warning("metrics cannot be written (%s)", type(error).__name__)
+                log.warning(
+                    "metrics cannot be written to the folder %s (%s), so /metrics is incomplete; check its free space",
+                    service.run.metrics,
+                    type(error).__name__,
+                )
 
     def _write(
         self,

@@ -14,16 +14,18 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from embedonce import Cache, EmbedonceError, SpaceError
+from embedonce import Cache, ConfigError, EmbedonceError, SpaceError, VectorSpace
 from embedonce.batch_settings import refuse_batch_settings
 from embedonce.config import Config, ProviderConfig, ServedModel, list_options, make_provider
 from embedonce.prices import Price
 
 from .api_errors import ApiError
 from .provider_totals import ProviderTotals
+from .request_body import MAX_SHOWN, show_field
 
 MAX_SPACES: Final = 64
-"""Number of combinations of ``dimensions``, forwarded fields and kind of input for each model."""
+"""Number of combinations of ``dimensions``, forwarded fields and kind of input that each model has open. The one used
+longest ago is closed when another one is needed; its entries stay in the tiers."""
 
 MAX_FORWARDED: Final = 4096
 """Maximum size of all forwarded fields of a request as JSON, in bytes."""
@@ -76,12 +78,17 @@ class Model:
         self.own_space = (space.provider, space.model)
         """The names of the provider and of the model, which tell its vectors from those of the fallback."""
         self._roots: dict[Variation, Cache] = {PLAIN: self._plain}
-        """The cache of each variation, which owns the variation's provider."""
+        """The cache of each variation, which owns the variation's provider. The one used last is at the end."""
         self._caches: dict[tuple[Variation, str], Cache] = {}
         self._active: Counter[Variation] = Counter()
         """Number of requests that use each variation now."""
         self._useful: set[Variation] = {PLAIN}
         """Variations that have given vectors."""
+
+    def get_json_name(self, space: VectorSpace) -> bytes:
+        """Return the name of the model for an answer, as JSON. A fallback answers under the name of its own model."""
+        own = (space.provider, space.model) == self.own_space
+        return self.json_name if own else orjson.dumps(space.model)
 
     def get_cache(self, namespace: str, variation: Variation = PLAIN) -> Cache:
         """Return the cache of a namespace. ``""`` is the namespace of the configuration.
@@ -93,16 +100,26 @@ class Model:
         if cache is None:
             root = self._roots.get(variation)
             if root is None:
-                if len(self._roots) >= MAX_SPACES:
-                    message = (
-                        f"too many combinations of dimensions and other fields were used with this model; the most are "
-                        f"{MAX_SPACES}. Use one of the combinations that are in use"
-                    )
-                    raise ApiError(400, message, code="too_many_spaces")
+                self._make_room()
                 root = self._roots[variation] = self._open(variation)
             cache = root.for_namespace(namespace) if namespace else root
             self._caches[variation, namespace] = cache
         return cache
+
+    def _make_room(self) -> None:
+        """Close the idle variation that was used longest ago, if there are as many as there may be.
+
+        Raises:
+            ApiError: all of them are in use.
+        """
+        if len(self._roots) < MAX_SPACES:
+            return
+        idle = next((one for one in self._roots if one != PLAIN and not self._active[one]), None)
+        if idle is None:
+            message = f"this model is in use with {MAX_SPACES} combinations of dimensions and other fields; try again"
+            raise ApiError(503, message, kind="server_error", code="too_many_spaces", retry_after=1)
+        self._useful.discard(idle)
+        self._drop(idle)
 
     def find_variation(
         self, dimensions: int | None, forwarded: Mapping[str, Any], *, are_tokens: bool = False
@@ -133,6 +150,11 @@ class Model:
         return list(self._roots.values())
 
     @property
+    def can_forward(self) -> bool:
+        """Whether fields of a request can be sent to the model, if its ``forward`` lists them."""
+        return "extra_body" in self._options
+
+    @property
     def accepts_tokens(self) -> bool:
         """Whether inputs may be token numbers."""
         return "token_inputs" in self._options
@@ -156,6 +178,8 @@ class Model:
     def look_at(self, variation: Variation) -> Iterator[None]:
         """Use a variation in the ``with`` block, which computes no vectors."""
         self._active[variation] += 1
+        if variation in self._roots:
+            self._roots[variation] = self._roots.pop(variation)
         try:
             yield
         finally:
@@ -203,7 +227,7 @@ class Model:
         except EmbedonceError as error:
             if variation == PLAIN:
                 raise
-            raise ApiError(400, "the model does not accept these fields") from error
+            raise _explain_variation(variation) from error
         return self._base.for_provider(provider, price=config.price, coalesce=config.coalesce)
 
     def close(self) -> None:
@@ -212,6 +236,18 @@ class Model:
             if cache is not self._base:
                 self._totals.count(cache)
                 cache.close()
+
+
+def _explain_variation(variation: Variation) -> ApiError:
+    """Return the answer to a request whose fields the provider refuses."""
+    if variation == Variation(are_tokens=True):
+        return ApiError(400, "the model does not accept token numbers; send texts", param="input")
+    if not variation.forwarded:
+        message = f"the model does not accept dimensions = {variation.dimensions}"
+        return ApiError(400, message, param="dimensions")
+    names = [*(["dimensions"] if variation.dimensions is not None else []), *orjson.loads(variation.forwarded)]
+    message = f"the model does not accept these values: {', '.join(show_field(name) for name in names)}"
+    return ApiError(400, message, param=names[0][:MAX_SHOWN] if len(names) == 1 else None)
 
 
 def _read_price(provider: ProviderConfig | None) -> Price | None:
@@ -228,27 +264,33 @@ def _is_deep(value: Any, depth: int = 0) -> bool:
 
 
 class Models:
-    """The models of one generation of settings, by name."""
+    """The models of one generation of settings, by name.
+
+    Raises:
+        ConfigError: a provider cannot be created, or there is no model.
+    """
 
     def __init__(self, base: Cache, config: Config, totals: ProviderTotals, earlier: Models | None = None) -> None:
         self._models: dict[str, Model] = {}
-        self._served: dict[str, ServedModel] = {}
-        kept = {} if earlier is None else earlier._models
+        self._served = {served.name: served for served in config.serve.models}
+        """The configuration of each model. The model of ``[provider]`` has none."""
         try:
-            for served in config.serve.models:
-                before = None if earlier is None else earlier._served.get(served.name)
-                self._served[served.name] = served
-                self._models[served.name] = (
-                    kept[served.name]
-                    if before == served
-                    else Model(base, config, served.name, served.provider, served.forward, totals)
-                )
-            if not config.serve.models and config.provider is not None:
+            for name, served in self._served.items():
+                kept = None if earlier is None else earlier._find_kept(name, served)
+                self._models[name] = kept or Model(base, config, name, served.provider, served.forward, totals)
+            if not self._served and config.provider is not None:
                 name = base.provider.space("document").model or config.provider.type
-                self._models[name] = kept.get(name) or Model(base, config, name, config.provider, (), totals)
+                kept = None if earlier is None else earlier._find_kept(name, None)
+                self._models[name] = kept or Model(base, config, name, config.provider, (), totals)
+            if not self._models:
+                raise ConfigError("there is no model to serve; add a [[serve.models]], or add [provider] and restart")
         except BaseException:
-            self.close(keep=earlier)
+            self.close(keep=() if earlier is None else earlier)
             raise
+
+    def _find_kept(self, name: str, served: ServedModel | None) -> Model | None:
+        """Return the model of this name, if it has the same configuration; None stands for ``[provider]``."""
+        return self._models.get(name) if self._served.get(name) == served else None
 
     @property
     def names(self) -> list[str]:
@@ -260,9 +302,9 @@ class Models:
     def find(self, name: str) -> Model | None:
         return self._models.get(name)
 
-    def close(self, keep: Models | None = None) -> None:
-        """Close the models, except those that other settings use too."""
-        used = set() if keep is None else set(map(id, keep._models.values()))
+    def close(self, keep: Iterable[Model] = ()) -> None:
+        """Close the models, except those that are in use elsewhere."""
+        used = set(map(id, keep))
         for model in self._models.values():
             if id(model) not in used:
                 model.close()

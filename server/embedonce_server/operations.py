@@ -50,7 +50,7 @@ class _Endpoint:
         handler = self._handlers.get(scope["method"])
         if handler is None:
             allowed = ", ".join(self._handlers)
-            message = f"this path accepts {allowed}"
+            message = f"use {' or '.join(self._handlers)} for this path"
             raise ApiError(405, message, code="method_not_allowed", headers={"allow": allowed})
         response = await handler(call)
         await response(scope, receive, send)
@@ -153,7 +153,8 @@ _NAMES: Final = frozenset(
 
 
 def _make_not_found() -> ApiError:
-    return ApiError(404, "there is nothing at this path", code="not_found")
+    message = "this path does not exist; the endpoint is /v1/embeddings, and /openapi.json lists all paths"
+    return ApiError(404, message, code="not_found")
 
 
 async def _refuse_path(scope: Scope, receive: Receive, send: Send) -> None:

@@ -61,14 +61,17 @@ class Reloads:
         """Log why a configuration cannot be used."""
         for problem in error.problems if isinstance(error, ConfigError) else [error]:
             log.error("%s", problem)
-        log.error("nothing was reloaded; the server keeps its settings")
+        log.error(
+            "the reload failed; the previous settings stay in effect. Correct the configuration and send SIGHUP again"
+        )
 
     def report_success(self, config: Config) -> None:
         """Log that ``[serve]`` is in use, and which other changes are not."""
         log.info("reloaded %s of %s", config.document.table("serve"), config.source)
         changed = self.list_ignored_changes(config)
         if changed:
-            log.warning("%s changed; restart the server to apply that", " and ".join(changed))
+            verb, what = ("has", "the change") if len(changed) == 1 else ("have", "the changes")
+            log.warning("%s %s changed; restart the server to apply %s", " and ".join(changed), verb, what)
 
     def list_ignored_changes(self, config: Config) -> list[str]:
         """Return the names of settings that have changed since the start, and that only a restart applies."""

@@ -10,6 +10,9 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import orjson
 
+from embedonce import SpaceError
+from embedonce.batch_settings import refuse_batch_settings
+
 from .api_errors import ApiError
 from .encoding import Encoding
 from .task_names import TASK_FIELDS, read_task
@@ -17,6 +20,8 @@ from .task_names import TASK_FIELDS, read_task
 MAX_INPUTS = 2048
 """Number of inputs of one request, as for OpenAI's endpoint."""
 MAX_TOKEN_ID = 2**31 - 1
+MAX_SHOWN = 64
+"""Number of characters of a field's name that an answer repeats."""
 MAX_DIMENSIONS = 65_536
 MAX_DEPTH = 900
 """Number of lists and objects inside each other, in a body that orjson does not accept."""
@@ -101,12 +106,12 @@ def _check_values(name: str, value: Any, *, accepts_surrogates: bool) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         if not accepts_surrogates and any(type(item) is str and _SURROGATE.search(item) for item in level):
-            message = f"{_show_field(name)} has a lone surrogate, which is not valid Unicode"
-            raise ApiError(400, message, param=name[:64])
+            message = f"{show_field(name)} has a lone surrogate, which is not valid Unicode"
+            raise ApiError(400, message, param=name[:MAX_SHOWN])
         level = _list_inner(level)
         if not level:
             return
-    raise ApiError(400, f"{_show_field(name)} has too many lists and objects inside each other", param=name[:64])
+    raise ApiError(400, f"{show_field(name)} has too many lists and objects inside each other", param=name[:MAX_SHOWN])
 
 
 def _list_inner(values: list[Any]) -> list[Any]:
@@ -138,8 +143,10 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_request(data: Mapping[str, Any], forward: Collection[str]) -> EmbeddingRequest:
+def read_request(data: Mapping[str, Any], forward: Collection[str], *, can_forward: bool = False) -> EmbeddingRequest:
     """Check the fields of a request. ``forward`` has the names of the fields that are sent to the model.
+
+    ``can_forward`` says whether other fields could be in ``forward``, for the error of an unknown field.
 
     Raises:
         ApiError: a field is invalid, missing or unknown.
@@ -161,7 +168,7 @@ def read_request(data: Mapping[str, Any], forward: Collection[str]) -> Embedding
         forwarded = {name: value for name, value in data.items() if name not in OWN_FIELDS and value is not None}
         for name in forwarded:
             if name not in forward:
-                raise _refuse_field(name, forward)
+                raise _refuse_field(name, forward, can_forward=can_forward)
         for name, value in forwarded.items():
             _check_numbers(name, value)
     return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
@@ -199,22 +206,28 @@ def _check_numbers(name: str, value: Any) -> None:
     level = [value]
     while level:
         if any(type(item) is float and abs(item) >= 2**63 for item in level):
-            message = f"{_show_field(name)} has a number beyond 64 bits, which cannot be passed on exactly"
-            raise ApiError(400, message, param=name[:64])
+            message = f"{show_field(name)} has a number beyond 64 bits, which cannot be passed on exactly"
+            raise ApiError(400, message, param=name[:MAX_SHOWN])
         level = _list_inner(level)
 
 
-def _show_field(name: str) -> str:
-    return f'the field "{name[:64]}"' if name.isprintable() else "a field"
+def show_field(name: str) -> str:
+    """Return how a message names a field of a request."""
+    return f'the field "{name[:MAX_SHOWN]}"' if name.isprintable() else "a field"
 
 
-def _refuse_field(name: str, forward: Collection[str]) -> ApiError:
-    known = f" The model accepts {', '.join(sorted(forward))}." if forward else ""
-    message = (
-        f"{_show_field(name)} is not supported, because it may change the vectors; remove it, or list it in the "
-        f"model's forward.{known}"
-    )
-    return ApiError(400, message, param=name[:64], code="unsupported_field")
+def _refuse_field(name: str, forward: Collection[str], *, can_forward: bool) -> ApiError:
+    why, what = "it may change the vectors", "remove it"
+    try:
+        refuse_batch_settings({name: True})
+    except SpaceError:
+        why = "with it, the vector of a text depends on the other inputs"
+    else:
+        if can_forward:
+            what = "remove it, or list it in forward of the model's [[serve.models]]"
+    known = f". The model accepts {', '.join(sorted(forward))}" if forward else ""
+    message = f"{show_field(name)} is not supported, because {why}; {what}{known}"
+    return ApiError(400, message, param=name[:MAX_SHOWN], code="unsupported_field")
 
 
 def read_inputs(value: Any) -> tuple[list[str], bool]:
@@ -227,7 +240,7 @@ def read_inputs(value: Any) -> tuple[list[str], bool]:
     """
     if type(value) is str:
         if not value:
-            raise ApiError(400, "the input is empty; an empty text has no embedding", param="input")
+            raise ApiError(400, "the input is empty; send a text that is not empty", param="input")
         return [value], False
     if type(value) is not list:
         message = "input must be a text, a list of texts, a list of token numbers, or a list of such lists"
@@ -238,11 +251,13 @@ def read_inputs(value: Any) -> tuple[list[str], bool]:
     if kinds <= {int, float}:
         return [format_tokens(value, "the input")], True
     if len(value) > MAX_INPUTS:
-        raise ApiError(400, f"the request has {len(value):,} inputs; the most are {MAX_INPUTS:,}", param="input")
+        message = f"the request has {len(value):,} inputs; the maximum is {MAX_INPUTS:,}; split the request"
+        raise ApiError(400, message, param="input")
     if kinds == {str}:
         if not all(value):
             empty = value.index("")
-            raise ApiError(400, f"input {empty} is empty; an empty text has no embedding", param="input")
+            message = f"input {empty} is empty; remove it or send a text that is not empty"
+            raise ApiError(400, message, param="input")
         return value, False
     if kinds == {list}:
         return [format_tokens(tokens, f"input {i}") for i, tokens in enumerate(value)], True

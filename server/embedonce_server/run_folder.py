@@ -105,9 +105,12 @@ def _choose_state_folder(config: Config) -> Path:
 def _lock(folder: Path) -> Iterator[int]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoStateFolder(f"cannot create the folder {folder}: {error.strerror}; {_HINT}") from error
+    try:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise NoStateFolder(f"cannot write to {folder}: {error.strerror}; {_HINT}") from error
+        raise NoStateFolder(f"cannot write to the folder {folder}: {error.strerror}; {_HINT}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

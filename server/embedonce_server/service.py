@@ -17,6 +17,7 @@ from .answer_memory import AnswerMemory
 from .budgets import Budgets
 from .counters import Counters
 from .encoding import EncodedVectors
+from .failure_log import FailureLog
 from .guards import HostGuard
 from .models import Models
 from .provider_totals import ProviderTotals
@@ -52,7 +53,7 @@ class Generation:
         try:
             _check_models_of_tenants(config, self.models)
         except ConfigError:
-            self.models.close(keep=None if earlier is None else earlier.models)
+            self.models.close(keep=() if earlier is None else earlier.models)
             raise
 
 
@@ -83,9 +84,10 @@ class Service:
         self.started = time.time()
         self.providers = ProviderTotals()
         self.siblings = Siblings(run, worker)
-        self.base = compose(config)
+        self._started = config
+        self.base = compose(self._adapt(config))
         try:
-            self.generation = Generation(config, self.base, self.providers)
+            self.generation = Generation(self._adapt(config), self.base, self.providers)
             self.rates = Rates(run.rates)
             self.budgets = Budgets(run.budgets, worker)
         except BaseException:
@@ -93,11 +95,22 @@ class Service:
             raise
         self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
         self.counters = Counters()
+        self.failures = FailureLog()
         self.body_bytes = 0
         """Bytes of the bodies that are in memory."""
         self.answers = AnswerMemory()
         self._retired: dict[asyncio.Task[None], Generation] = {}
         """The earlier generations that requests may still use, by the tasks that close them."""
+
+    def _adapt(self, config: Config) -> Config:
+        """Return the configuration as the server can use it.
+
+        ``[provider]`` is that of the start, because only a restart replaces it. A fallback for ``fetch`` alone is left
+        out, because its vectors must not be mixed with others, and a client does not see whose vectors it got.
+        """
+        started = self._started
+        fallback = None if started.fallback_fetch_only else started.fallback
+        return replace(config, provider=started.provider, fallback=fallback)
 
     def list_caches(self) -> list[Cache]:
         """Return each cache that owns a provider."""
@@ -124,7 +137,7 @@ class Service:
             ConfigError: the settings cannot be used. Nothing has changed.
         """
         earlier = self.generation
-        self.generation = Generation(config, self.base, self.providers, earlier)
+        self.generation = Generation(self._adapt(config), self.base, self.providers, earlier)
         task = asyncio.get_running_loop().create_task(self._retire(earlier))
         self._retired[task] = earlier
         task.add_done_callback(self._retired.pop)
@@ -133,8 +146,9 @@ class Service:
         """Close the models that are not served any more, once no request uses them."""
         while earlier.active:
             await asyncio.sleep(CLOSE_POLL_SECONDS)
-        # A later reload may have taken models over from this generation, or may serve them again.
-        await asyncio.to_thread(earlier.models.close, self.generation.models)
+        # Other generations may have taken models over from this one, or this one from them.
+        others = [self.generation, *(one for one in self._retired.values() if one is not earlier)]
+        await asyncio.to_thread(earlier.models.close, [model for other in others for model in other.models])
 
     async def close(self, timeout: float) -> None:
         """Write what is queued, for up to ``timeout`` seconds, and close the caches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from .run_folder import open_run_folder
 
 LIBRARIES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn", "uvloop")
 """What the extra ``serve`` installs."""
+
+log = logging.getLogger("embedonce.serve")
 
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -76,6 +79,8 @@ def serve(
         for listener in sockets:
             stack.callback(listener.close)
         set_up_logging()
+        for warning in list_warnings(config, workers, open_addresses):
+            log.warning("%s", warning)
         previous = signal.signal(signal.SIGTERM, _terminate)
         stack.callback(signal.signal, signal.SIGTERM, previous)
         stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -121,6 +126,24 @@ def serve(
             signals = supervisor.run()
     is_ordered = len(signals) == 1 and signals[0] in (signal.SIGTERM, signal.SIGHUP)
     return 0 if is_ordered else 128 + signals[-1] if signals else 1
+
+
+def list_warnings(config: Config, workers: int, open_addresses: Sequence[str]) -> list[str]:
+    """Return what is probably a mistake in how the server is started, one message each."""
+    found = []
+    scopes = [getattr(getattr(tier.cls, "capabilities", None), "scope", None) for tier in config.tiers]
+    # A class without capabilities may declare them when it is created, so its scope is not known here.
+    if workers > 1 and all(scope in ("process", "single") for scope in scopes):
+        found.append(
+            f"no tier is shared by the {workers} workers, so each worker computes every text itself; add a disk tier "
+            "or a network tier"
+        )
+    if open_addresses and not config.serve.allowed_hosts:
+        found.append(
+            f"other machines can connect, but allowed_hosts in {config.document.table('serve')} is empty, so their "
+            "requests get status 403; add the names and addresses that clients use"
+        )
+    return found
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -241,7 +241,7 @@ class Supervisor:
             number = process.launch.worker
             for problem in decode_problems(answer["problems"]).problems:
                 log.error("worker %d: %s", number, problem)
-            log.error("worker %d cannot reload what others have reloaded, so it is restarted", number)
+            log.error("worker %d could not reload; restarting it", number)
             process.send_signal(signal.SIGTERM)
 
     # --- the end ---

@@ -51,6 +51,8 @@ def read_task(data: Mapping[str, Any]) -> str:
         if not meant:
             raise ApiError(400, f"{field} must be a task such as query or document", param=field)
         if task is not None and meant != task:
-            raise ApiError(400, f"{field} names another task than a field before it; send one of them", param=field)
+            given = [name for name in TASK_FIELDS if data.get(name) is not None]
+            message = f"{' and '.join(given)} name different tasks; send only one of these fields"
+            raise ApiError(400, message, param=field)
         task = meant
     return task or "document"

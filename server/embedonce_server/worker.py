@@ -76,7 +76,7 @@ class Worker:
             return
         self.service.state = "draining"
         timeout = self.service.generation.settings.drain_timeout
-        log.info("stopping: answering the requests under way, for up to %g s", timeout)
+        log.info("stopping: waiting up to %g s for the current requests", timeout)
         self._server.begin_drain(timeout)
         # A thread that hangs, for example in a client of a tier, would keep the process from ending.
         watchdog = threading.Timer(timeout + END_MARGIN, self._give_up)

@@ -158,4 +158,4 @@ def test_an_invalid_list_of_allowed_plugins_is_reported(command: Any, config_fil
     config_file.write_text('tiers = 3\n[plugins]\nallow = "acme"\n')
     done = command("plugins")
     assert done.code == 2
-    assert done.err == 'error: embedonce.toml:3:9: allow = "acme" in [plugins]: must be a list\n'
+    assert done.err == 'error: embedonce.toml:3:9: allow = "acme" in [plugins]: must be a list, such as ["acme"]\n'

@@ -186,10 +186,10 @@ def test_keys_come_from_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_overrides_the_table_but_no_model_and_no_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in {"PORT": "0", "ALLOWED_HOSTS": "a,b", "MAX_BODY": "1 kB", "ADMIN_KEY": KEY}.items():
+    for name, text in {"PORT": "0", "ALLOWED_HOSTS": "a,b", "MAX_BODY": "2 kB", "ADMIN_KEY": KEY}.items():
         monkeypatch.setenv(f"EMBEDONCE__SERVE__{name}", text)
     found = load_text(NGRAM).serve
-    assert (found.port, found.allowed_hosts, found.max_body, found.admin_key) == (0, ("a", "b"), 1000, DIGEST)
+    assert (found.port, found.allowed_hosts, found.max_body, found.admin_key) == (0, ("a", "b"), 2000, DIGEST)
     monkeypatch.setenv("EMBEDONCE__SERVE__ADMIN_KEY", "too short")
     monkeypatch.setenv("EMBEDONCE__SERVE__TENANTS__SEARCH__KEYS", OTHER_KEY)
     monkeypatch.setenv("EMBEDONCE__SERVE__MODELS__SMALL__NAME", "x")
@@ -259,7 +259,7 @@ def test_purge_unused_is_refused_because_the_server_has_scopes_of_its_own(more: 
         ('allowed_hosts = ["a", "b:80"]', '5:23: allowed_hosts[1] = "b:80" in [serve]: must be a host name or an IP'),
         ('allowed_hosts = ["*"]', '5:18: allowed_hosts[0] = "*" in [serve]: must be a host name'),
         ('admin_key = "0123456789abcde"', "5:13: admin_key in [serve]: must have at least 16 characters"),
-        ("max_body = 0", "5:12: max_body = 0 in [serve]: must be greater than 0"),
+        ("max_body = 0", "5:12: max_body = 0 in [serve]: must be at least 1024"),
         ('max_body = "1 zb"', '5:12: max_body = "1 zb" in [serve]: has an unknown unit'),
         ("drain_timeout = -1", "5:17: drain_timeout = -1 in [serve]: must be at least 0"),
         ('state_dir = ""', '5:13: state_dir in [serve]: must not be empty; write "."'),
@@ -355,6 +355,10 @@ def test_fields_that_the_server_reads_are_not_forwarded(sender: ModuleType, fiel
     [
         (f'keys = ["{OTHER_KEY}"]', '11:1: "name" is missing in [[serve.tenants]] number 2; Name of the tenant'),
         ('name = "b"', '11:1: "keys" is missing in [[serve.tenants]] "b"; Keys of the tenant.'),
+        (
+            f'name = "b"\nkeys = "{OTHER_KEY}"',
+            '13:8: keys in [[serve.tenants]] "b": must be a list, such as ["${NAME}"]',
+        ),
         ('name = "b"\nkeys = []', '13:8: keys in [[serve.tenants]] "b": must not be empty'),
         ('name = "b"\nkeys = ["0123456789abcde"]', '13:9: keys[0] in [[serve.tenants]] "b": must have at least 16'),
         ('name = "b"\nkeys = ["0123456789 abcdef"]', '13:9: keys[0] in [[serve.tenants]] "b": must contain only'),
@@ -610,7 +614,8 @@ SAMPLES: list[tuple[str, bool]] = [
     (NGRAM + '[serve]\nhots = "a"', False),
     (NGRAM + '[serve]\nadmin_key = "short"', False),
     (NGRAM + f'[serve]\nadmin_key = "{DIGEST[:-1]}"', False),
-    (NGRAM + "[serve]\nmax_body = 0", False),
+    (NGRAM + "[serve]\nmax_body = 1024", True),
+    (NGRAM + "[serve]\nmax_body = 1023", False),
     (NGRAM + '[serve]\nstate_dir = ""', False),
     (NGRAM + '[[serve.models]]\nname = "a"', False),
     (NGRAM + '[[serve.models]]\nprovider.type = "ngram"', False),

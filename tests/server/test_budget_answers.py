@@ -41,6 +41,7 @@ async def test_beyond_the_budget_the_answer_says_when_to_come_back_and_hits_are_
         )
         assert 1 <= int(refused.headers["retry-after"]) <= 86_400
         assert refused.headers["x-should-retry"] == "false"
+        assert refused.error["message"].startswith("tenant 'search' has 0 tokens left today (UTC), fewer than")
         assert "tea" not in refused.error["message"]
         assert (await server.embed(text, headers=HEADERS)).cache == ("hit", 1, 0)
         fresh = await server.embed(text, headers={**HEADERS, "cache-control": "no-cache"})

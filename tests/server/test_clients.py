@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ import numpy as np
 import openai
 import pytest
 from openai_clients import (
-    CHILDREN,
     PROGRAMS,
     Answer,
     Call,
-    Child,
     Program,
     acall_langchain,
     call_langchain,
@@ -30,13 +28,14 @@ from openai_clients import (
     start_litellm,
     start_node,
 )
-from served_process import ServerProcess
+from serve_process import ServeProcess
 
-from embedonce.testing.servers.openai import OpenAIServer
+from embedonce.testing.servers.openai import OpenAIMisbehaviour, OpenAIServer
 
 MODEL = "text-embedding-3-small"
 KEY = "key-of-the-search-team"
 SLOW_KEY = "key-of-the-slow-team"
+WORDS = ("tea", "water", "milk", "juice", "beer")
 
 SERVED = """
 [serve]
@@ -77,58 +76,55 @@ def shared_api() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def api(shared_api: OpenAIServer) -> Iterator[OpenAIServer]:
     """The API behind the server, which has seen no request and has no fault."""
-    shared_api.requests.clear()
-    shared_api.count.clear()
+    reset(shared_api)
     yield shared_api
     shared_api.heal()
 
 
+def reset(api: OpenAIServer) -> None:
+    api.heal()
+    api.requests.clear()
+    api.count.clear()
+
+
 @pytest.fixture(scope="module")
-def server(shared_api: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(shared_api: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     configuration = SERVED.format(provider=describe_provider(shared_api))
-    with ServerProcess(tmp_path_factory.mktemp("served"), configuration) as server:
+    with start(configuration, tmp_path_factory.mktemp("served")) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[Callable[[str], Child]]:
-    """Start each child process when it is first asked for."""
-    started: dict[str, Child] = {}
-    with ExitStack() as stack:
-
-        def start(name: str) -> Child:
-            if name not in started:
-                started[name] = stack.enter_context(start_node() if name == "node" else start_litellm())
-            return started[name]
-
-        yield start
+def start(configuration: str, folder: Path, *arguments: str) -> ServeProcess:
+    (folder / "embedonce.toml").write_text(configuration)
+    return ServeProcess("--config", "embedonce.toml", "--access-log", *arguments, folder=folder)
 
 
-# The scope groups the tests by client, so that each process of pytest-xdist imports few of them.
-@pytest.fixture(scope="module", params=[*PROGRAMS, *CHILDREN])
-def embed(
-    request: pytest.FixtureRequest, server: ServerProcess, children: Callable[[str], Child]
-) -> Callable[..., Answer]:
-    """Ask for vectors with one of the clients."""
-    if request.param in PROGRAMS:
-        return make_embed(PROGRAMS[request.param], server)
-    kind, _, face = request.param.partition("-")
-    child = children(kind)
-    program = make_node_program(child) if kind == "node" else make_litellm_program(child, is_async=face == "async")
-    return make_embed(program, server)
+class Client:
+    """One of the clients, which asks the server for vectors."""
+
+    def __init__(self, name: str, program: Program, server: ServeProcess) -> None:
+        self.name = name
+        self._program = program
+        self._base_url = server.base_url
+
+    def __call__(self, *texts: str, **options: Any) -> Answer:
+        return self._program(Call(base_url=self._base_url, texts=texts, **{"model": MODEL, "key": KEY, **options}))
 
 
-def make_embed(program: Program, server: ServerProcess) -> Callable[..., Answer]:
-    def embed(*texts: str, **options: Any) -> Answer:
-        return program(Call(base_url=server.base_url, texts=texts, **{"model": MODEL, "key": KEY, **options}))
-
-    return embed
+# The scope groups the tests by client, so that few processes of pytest-xdist import the same one.
+@pytest.fixture(scope="module", params=["node", *PROGRAMS])
+def embed(request: pytest.FixtureRequest, server: ServeProcess) -> Iterator[Client]:
+    if request.param == "node":
+        with start_node() as child:
+            yield Client("node", make_node_program(child), server)
+    else:
+        yield Client(request.param, PROGRAMS[request.param], server)
 
 
 @pytest.fixture
 def texts(request: pytest.FixtureRequest) -> list[str]:
     """Five texts that no other test uses."""
-    return [f"{word} of {request.node.name}" for word in ("tea", "water", "milk", "juice", "beer")]
+    return [f"{word} of {request.node.name}" for word in WORDS]
 
 
 def has_vectors(answer: Answer, api: OpenAIServer, texts: Sequence[str], **space: Any) -> bool:
@@ -151,9 +147,7 @@ def read_cache(answer: Answer) -> tuple[str, int, int] | None:
 # --- vectors ------------------------------------------------------------------------------------
 
 
-def test_the_second_call_is_a_hit_and_says_so(
-    embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]
-) -> None:
+def test_the_second_call_is_a_hit_and_says_so(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     first, second = embed(*texts), embed(*texts)
     assert has_vectors(first, api, texts)
     assert has_vectors(second, api, texts)
@@ -164,19 +158,15 @@ def test_the_second_call_is_a_hit_and_says_so(
     assert second.tokens in (0, None)
 
 
-def test_every_encoding_has_the_same_vectors(
-    request: pytest.FixtureRequest, embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]
-) -> None:
+def test_every_encoding_has_the_same_vectors(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     # LangChain and LlamaIndex do not decode base64 if a program asks for it.
-    is_framework = request.node.callspec.params["embed"].startswith(("langchain", "llama-index"))
+    is_framework = embed.name.startswith(("langchain", "llama-index"))
     for encoding in (None, "float") if is_framework else (None, "float", "base64"):
         assert has_vectors(embed(*texts, encoding=encoding), api, texts)
     assert len(api.requests) == 1
 
 
-def test_hits_and_misses_of_one_call_come_in_order(
-    embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]
-) -> None:
+def test_hits_and_misses_of_one_call_come_in_order(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     a, b, c, d, e = texts
     embed(d, b)
     answer = embed(a, b, c, a, d, e)
@@ -185,20 +175,20 @@ def test_hits_and_misses_of_one_call_come_in_order(
     assert api.count == Counter(texts)
 
 
-def test_dimensions_shorten_the_vectors(embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]) -> None:
+def test_dimensions_shorten_the_vectors(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     for _ in range(2):
         assert has_vectors(embed(*texts, dimensions=4), api, texts, dimensions=4)
     assert len(api.requests) == 1
 
 
-def test_a_query_is_not_a_document(embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]) -> None:
+def test_a_query_is_not_a_document(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     document = embed(*texts, model="tasks")
     query = embed(*texts, model="tasks", body={"input_type": "query"})
     assert has_vectors(document, api, texts, model="tasks")
     assert has_vectors(query, api, [f"query: {text}" for text in texts], model="tasks")
 
 
-def test_only_what_is_cached_is_answered(embed: Callable[..., Answer], api: OpenAIServer, texts: list[str]) -> None:
+def test_only_what_is_cached_is_answered(embed: Client, api: OpenAIServer, texts: list[str]) -> None:
     only = {"Cache-Control": "only-if-cached"}
     embed(*texts[:3])
     assert has_vectors(embed(*texts[:3], headers=only), api, texts[:3])
@@ -227,19 +217,20 @@ def assert_refused(answer: Answer, status: int, code: str | None = None) -> None
         assert answer.code in (code, None)
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "code"),
-    [
-        ({"key": "not-the-key-of-a-team"}, 401, "invalid_api_key"),
-        ({"model": "text-embedding-9"}, 404, "model_not_found"),
-        ({"dimensions": -1}, 400, None),
-        ({"body": {"late_chunking": True}}, 400, "unsupported_field"),
-    ],
-    ids=["key", "model", "dimensions", "field"],
-)
+REFUSED: dict[str, tuple[dict[str, Any], int, str | None]] = {
+    "key": ({"key": "not-the-key-of-a-team"}, 401, "invalid_api_key"),
+    "model": ({"model": "text-embedding-9"}, 404, "model_not_found"),
+    "dimensions": ({"dimensions": -1}, 400, None),
+    "field": ({"body": {"late_chunking": True}}, 400, "unsupported_field"),
+}
+TEMPORARY: dict[str, tuple[OpenAIMisbehaviour, int]] = {"429": ("rate_limit", 429), "500": ("server_error", 500)}
+FAULTS: dict[str, tuple[OpenAIMisbehaviour, int]] = {**TEMPORARY, "400": ("bad_request", 400)}
+
+
+@pytest.mark.parametrize(("options", "status", "code"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_request_is_not_repeated(
-    embed: Callable[..., Answer],
-    server: ServerProcess,
+    embed: Client,
+    server: ServeProcess,
     api: OpenAIServer,
     texts: list[str],
     options: dict[str, Any],
@@ -252,11 +243,9 @@ def test_a_refused_request_is_not_repeated(
     assert not api.requests
 
 
-@pytest.mark.parametrize(
-    ("fault", "status"), [("rate_limit", 429), ("server_error", 500), ("bad_request", 400)], ids=lambda value: value
-)
+@pytest.mark.parametrize(("fault", "status"), FAULTS.values(), ids=FAULTS)
 def test_an_error_of_the_api_is_the_clients_error(
-    embed: Callable[..., Answer], api: OpenAIServer, texts: list[str], fault: Any, status: int
+    embed: Client, api: OpenAIServer, texts: list[str], fault: OpenAIMisbehaviour, status: int
 ) -> None:
     api.misbehave(fault, times=None)
     assert_refused(embed(*texts), status)
@@ -264,13 +253,13 @@ def test_an_error_of_the_api_is_the_clients_error(
     assert has_vectors(embed(*texts), api, texts)
 
 
-@pytest.mark.parametrize(("fault", "status"), [("rate_limit", 429), ("server_error", 500)], ids=["429", "500"])
+@pytest.mark.parametrize(("fault", "status"), TEMPORARY.values(), ids=TEMPORARY)
 def test_a_client_tries_again_until_the_api_is_well(
-    embed: Callable[..., Answer],
-    server: ServerProcess,
+    embed: Client,
+    server: ServeProcess,
     api: OpenAIServer,
     texts: list[str],
-    fault: Any,
+    fault: OpenAIMisbehaviour,
     status: int,
 ) -> None:
     before = server.count_answers(status)
@@ -281,13 +270,43 @@ def test_a_client_tries_again_until_the_api_is_well(
     assert server.count_answers(status) == before + 1
 
 
-def test_a_limited_tenant_is_told_when_to_try_again(server: ServerProcess, api: OpenAIServer) -> None:
-    embed = make_embed(PROGRAMS["openai"], server)
+def test_a_limited_tenant_is_told_when_to_try_again(server: ServeProcess, api: OpenAIServer) -> None:
+    embed = Client("openai", PROGRAMS["openai"], server)
     embed("one request of the slow team", key=SLOW_KEY)
     refused = embed("two requests of the slow team", key=SLOW_KEY)
     assert_refused(refused, 429, "rate_limit_exceeded")
     assert refused.headers is not None
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+
+@pytest.mark.timeout(300)  # its import takes a minute on a very busy machine
+def test_litellm_behaves_as_the_other_clients(server: ServeProcess, api: OpenAIServer) -> None:
+    """All of the above in one test, because each process of pytest-xdist would import LiteLLM for seconds."""
+    with start_litellm() as child:
+        embed = Client("litellm", make_litellm_program(child), server)
+        checks: list[Callable[..., None]] = [
+            test_the_second_call_is_a_hit_and_says_so,
+            test_every_encoding_has_the_same_vectors,
+            test_hits_and_misses_of_one_call_come_in_order,
+            test_dimensions_shorten_the_vectors,
+            test_a_query_is_not_a_document,
+            test_only_what_is_cached_is_answered,
+        ]
+        checks += [
+            partial(test_a_refused_request_is_not_repeated, server=server, options=options, status=status, code=code)
+            for options, status, code in REFUSED.values()
+        ]
+        checks += [
+            partial(test_an_error_of_the_api_is_the_clients_error, fault=fault, status=status)
+            for fault, status in FAULTS.values()
+        ]
+        checks += [
+            partial(test_a_client_tries_again_until_the_api_is_well, server=server, fault=fault, status=status)
+            for fault, status in TEMPORARY.values()
+        ]
+        for number, check in enumerate(checks):
+            reset(api)
+            check(embed=embed, api=api, texts=[f"{word} of LiteLLM's check {number}" for word in WORDS])
 
 
 # --- what only some clients can do ----------------------------------------------------------------
@@ -311,13 +330,13 @@ TOKEN_PROGRAMS: dict[str, Program] = {
 @pytest.mark.usefixtures("vocabulary")
 @pytest.mark.parametrize("program", TOKEN_PROGRAMS.values(), ids=TOKEN_PROGRAMS)
 def test_langchain_sends_token_numbers(
-    server: ServerProcess, api: OpenAIServer, texts: list[str], program: Program
+    server: ServeProcess, api: OpenAIServer, texts: list[str], program: Program
 ) -> None:
     import tiktoken
 
     tokens = [tiktoken.get_encoding("cl100k_base").encode(text) for text in texts]
     for _ in range(2):
-        answer = make_embed(program, server)(*texts)
+        answer = Client("langchain", program, server)(*texts)
         assert all(map(np.array_equal, answer.vectors, map(api.vector_of, tokens)))
         assert len(answer.vectors) == len(tokens)
     assert [request.body["input"] for request in api.requests] == [tokens]
@@ -325,19 +344,20 @@ def test_langchain_sends_token_numbers(
 
 @pytest.mark.usefixtures("vocabulary")
 def test_langchain_is_told_to_send_texts_if_a_model_has_no_token_numbers(
-    server: ServerProcess, api: OpenAIServer, texts: list[str]
+    server: ServeProcess, api: OpenAIServer, texts: list[str]
 ) -> None:
-    answer = make_embed(TOKEN_PROGRAMS["blocking"], server)(*texts, model="tasks")
+    answer = Client("langchain", TOKEN_PROGRAMS["blocking"], server)(*texts, model="tasks")
     assert_refused(answer, 400)
     assert "check_embedding_ctx_length=False" in str(answer.message)
     assert not api.requests
 
 
-def test_clients_list_the_models(server: ServerProcess, children: Callable[[str], Child]) -> None:
+def test_clients_list_the_models(server: ServeProcess) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key=KEY) as client:
         assert [model.id for model in client.models.list()] == [MODEL, "tasks"]
         assert client.models.retrieve(MODEL).id == MODEL
-    assert children("node").ask(baseURL=server.base_url, apiKey=KEY) == {"models": [MODEL, "tasks"]}
+    with start_node() as node:
+        assert node.ask(baseURL=server.base_url, apiKey=KEY) == {"models": [MODEL, "tasks"]}
 
 
 # --- several workers ------------------------------------------------------------------------------
@@ -384,13 +404,14 @@ async def ask_with_clients(base_url: str, count: int) -> list[list[Any]]:
     return await asyncio.gather(*(ask_for_cold_texts(base_url, seed) for seed in range(count)))
 
 
+@pytest.mark.timeout(300)  # four workers and sixteen clients, on a busy machine
 def test_sixteen_clients_of_four_workers_compute_a_thousand_cold_texts_once(
     api: OpenAIServer, tmp_path: Path, redis_server: Any
 ) -> None:
     configuration = SHARED.format(provider=describe_provider(api), redis=redis_server.url)
-    with ServerProcess(tmp_path, configuration, "--workers", "4") as server:
+    with start(configuration, tmp_path, "--workers", "4") as server:
         found = asyncio.run(ask_with_clients(server.base_url, 16))
-        workers = set(server.read_workers())
+        workers = set(re.findall(r" worker (\d+): .* POST /v1/embeddings ", server.log))
     expected = np.array([api.vector_of(text) for text in COLD])
     assert all(np.array_equal(np.float32(rows), expected) for rows in found)
     assert api.count == Counter(COLD)

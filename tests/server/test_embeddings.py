@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from patience import wait_until_async
 from serving import KEY, Served, serve
 
-from embedonce.errors import DriftError, ProviderError, TextRefused
-from embedonce.testing.servers.loopback import Reply
 from embedonce.testing.servers.openai import OpenAIServer
-from embedonce_server.api_errors import explain_failures
+from embedonce_server.failure_log import FailureLog
 
 MODEL = "text-embedding-3-small"
 
@@ -151,7 +149,14 @@ async def test_forwarded_fields_are_sent_and_are_part_of_the_space(api: OpenAISe
         assert answer.cache[0] == "hit"
         assert (await server.embed("a", style={"a": [2], "b": 1}, truncate="END")).cache[0] == "hit"
         assert (await server.embed("a", truncate="START")).cache[0] == "miss"
-        assert (await server.embed("a", padding=True)).error["code"] == "unsupported_field"
+        refused = await server.embed("a", padding=True)
+        assert refused.error["code"] == "unsupported_field"
+        assert "list it in forward" in refused.error["message"]
+        refused = await server.embed("a", late_chunking=True)
+        assert "depends on the other inputs; remove it. The model accepts" in refused.error["message"]
+    async with serve({"provider": {"type": "ngram"}, "tiers": []}, tmp_path) as server:
+        refused = await server.embed("a", padding=True)
+        assert refused.error["message"].endswith("it may change the vectors; remove it")
 
 
 async def test_settings_that_tie_vectors_to_their_batch_are_refused(api: OpenAIServer, tmp_path: Path) -> None:
@@ -175,11 +180,26 @@ async def test_the_number_of_spaces_is_bounded_and_invalid_ones_do_not_count(
     async with serve(configure(api), tmp_path) as server:
         for dimensions in range(100, 106):
             assert (await server.embed("a", dimensions=dimensions)).status == 400
-        assert [(await server.embed("a", dimensions=d)).status for d in (1, 2, 3)] == [200] * 3
-        answer = await server.embed("a", dimensions=4)
-        assert (answer.status, answer.error["code"]) == (400, "too_many_spaces")
-        assert (await server.embed("a", dimensions=3)).cache[0] == "hit"
+        assert [(await server.embed("a", dimensions=d)).status for d in (1, 2, 3, 4, 5)] == [200] * 5
+        assert len(server.service.generation.models.find(MODEL).roots) == 4
+        # A space that was closed is opened again, and its entries are still there.
+        assert [(await server.embed("a", dimensions=d)).cache[0] for d in (1, 5, 2)] == ["hit"] * 3
         assert (await server.embed("a")).status == 200
+
+
+async def test_a_space_in_use_is_not_closed_for_another_one(
+    api: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedonce_server.models.MAX_SPACES", 2)
+    async with serve(configure(api), tmp_path) as server:
+        api.misbehave("hang")
+        task = asyncio.create_task(server.embed("a", dimensions=1))
+        await wait_until_async(lambda: len(api.requests) == 1)
+        answer = await server.embed("a", dimensions=2)
+        assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "too_many_spaces", "1")
+        api.heal()
+        assert (await task).status == 200
+        assert (await server.embed("a", dimensions=2)).status == 200
 
 
 async def test_token_numbers_are_sent_as_such_and_cached(api: OpenAIServer, tmp_path: Path) -> None:
@@ -283,6 +303,45 @@ async def test_failures_of_the_endpoint_have_its_status(
         assert (await server.embed("private text")).status == 200
 
 
+async def test_a_refused_key_of_the_server_is_not_mistaken_for_the_key_of_the_client(
+    api: OpenAIServer, tmp_path: Path
+) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        api.misbehave("unauthorized")
+        answer = await server.embed("a")
+        assert (answer.status, answer.error["type"], answer.error["code"]) == (
+            *(401, "upstream_error"),
+            "upstream_unauthorized",
+        )
+        assert "refused the server's own key with status 401" in answer.error["message"]
+        api.heal()
+
+
+async def test_a_model_that_fails_is_logged_once_a_minute_without_texts(
+    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        now = 0.0
+        server.service.failures = FailureLog(lambda: now)
+        api.misbehave("unauthorized", times=None)
+        for _ in range(3):
+            await server.embed(["private text", "another private text"])
+        now = 61.0
+        await server.embed("private text")
+        api.heal()
+        api.misbehave("disconnect")
+        await server.embed("private text")
+        await server.embed("x " * 10_000)  # too long, which is not a failure of the model
+    lines = [record.getMessage() for record in caplog.records if record.name == "embedonce.serve"]
+    refused = f'model "{MODEL}": the endpoint answered with status 401; check api_key of the model'
+    assert lines == [
+        f"{refused} (1 request)",
+        f"{refused} (3 requests since the last line like this)",
+        f'model "{MODEL}": the endpoint cannot be reached (APIConnectionError); check base_url of the model\'s '
+        "provider (1 request)",
+    ]
+
+
 async def test_one_text_that_fails_is_named_and_the_others_are_stored(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api), tmp_path) as server:
         long = "x " * 10_000
@@ -290,107 +349,6 @@ async def test_one_text_that_fails_is_named_and_the_others_are_stored(api: OpenA
         assert answer.status == 400
         assert "input 1" in answer.error["message"]
         assert (await server.embed(["a", "b"])).cache[0] == "hit"
-
-
-async def test_words_and_addresses_of_the_endpoint_do_not_reach_the_client(
-    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def answer_with(reply: Reply) -> None:
-        api.failure = lambda fault, inputs: reply  # type: ignore[method-assign]
-        api.misbehave("error_as_200", times=None)
-
-    def make_error(code: Any) -> Reply:
-        return Reply(200, {"error": {"message": "bad token 'hunter2' at db.internal", "code": code}})
-
-    private = ("hunter2", "internal")
-    async with serve(configure(api), tmp_path) as server:
-        for reply, words, code in (
-            (make_error(None), "contains an error", None),
-            (make_error("bad_token"), "(code bad_token)", "bad_token"),
-            (make_error("hunter2 at"), "contains an error", None),
-            (Reply(307, "", {"Location": "http://db.internal/hunter2"}), "redirect; the administrator must", None),
-            (Reply(200, b"<p>hunter2"), "not JSON", None),
-            (Reply(400, make_error("bad").content), "status 400", "bad"),
-        ):
-            answer_with(reply)
-            answer = await server.embed("my password is hunter2")
-            assert answer.status in (400, 502)
-            assert words in answer.error["message"]
-            assert answer.error["code"] == code
-            assert not any(word in answer.body.decode() + caplog.text for word in private)
-            api.heal()
-
-
-def test_messages_that_may_have_foreign_words_are_replaced() -> None:
-    for error, words in (
-        (ProviderError("a plugin's words: hunter2"), "it is invalid"),
-        (ProviderError("provider 'hunter2' returned NaN or infinity for this text"), "it has NaN or infinity"),
-        (DriftError("model 'hunter2'"), "the model has changed"),
-        (TextRefused("hunter2 is not allowed"), "the model refuses it"),
-        (TextRefused("a text has more than 512 tokens; hunter2"), "more than 512 tokens"),
-    ):
-        message = str(explain_failures({0: error}, 2))
-        assert words in message
-        assert "hunter2" not in message
-
-
-async def test_an_unexpected_error_is_logged_without_its_message(
-    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(data: Any, *_: Any) -> None:
-        raise KeyError(data["input"])
-
-    monkeypatch.setattr("embedonce_server.embedding.read_request", fail)
-    async with serve(configure(api), tmp_path) as server:
-        answer = await server.embed("hunter2")
-        assert (answer.status, answer.error["code"]) == (500, "internal_error")
-    assert "a request to /v1/embeddings failed (KeyError)" in caplog.text
-    assert "embedding.py" in caplog.text
-    assert "hunter2" not in caplog.text + answer.body.decode()
-
-
-@pytest.mark.parametrize(
-    ("status", "given", "passed_on"),
-    [
-        (500, {"Retry-After": "7"}, "7"),
-        (408, {"Retry-After": "7"}, "7"),
-        (529, {"Retry-After": "1e9"}, "86400"),
-        (403, {"Retry-After": "7"}, "7"),
-        (400, {"Retry-After": "7"}, "7"),
-        (400, {"x-ratelimit-reset-requests": "7s"}, None),
-        (503, {"Retry-After": "nan"}, None),
-        (503, {"Retry-After": "-5"}, None),
-        (503, {"Retry-After": "inf"}, None),
-        (503, {"Retry-After": "soon"}, None),
-        (503, {}, None),
-    ],
-)
-async def test_the_time_to_wait_of_the_endpoint_is_passed_on(
-    api: OpenAIServer, tmp_path: Path, status: int, given: dict[str, str], passed_on: str | None
-) -> None:
-    api.failure = lambda fault, inputs: Reply(status, {"error": {"message": "busy"}}, given)  # type: ignore[method-assign]
-    api.misbehave("server_error", times=None)
-    async with serve(configure(api), tmp_path) as server:
-        answer = await server.embed("a")
-        assert (answer.status, answer.headers.get("retry-after")) == (status, passed_on)
-
-
-async def test_a_text_with_a_lone_surrogate_fails_alone_or_is_repaired(api: OpenAIServer, tmp_path: Path) -> None:
-    tenants = {"tenants": [{"name": "search", "keys": [KEY], "tokens_per_day": 1000}]}
-    texts = ["a", "cut \ud83d", "b"]
-    for serving, headers in (({}, {}), (tenants, authorize(KEY))):
-        async with serve(configure(api, serving), tmp_path) as server:
-            answer = await server.embed(texts, headers=headers)
-            assert (answer.status, answer.error["param"]) == (400, "input")
-            assert "input 1 is not valid Unicode" in answer.error["message"]
-            assert (await server.embed(["a", "b"], headers=headers)).cache[0] == "hit"
-            only = {**headers, "cache-control": "only-if-cached"}
-            assert (await server.embed(texts, headers=only)).status == 400
-        repairing = {**configure(api, serving), "key": {"normalize": ["surrogates"]}}
-        async with serve(repairing, tmp_path) as server:
-            answer = await server.embed(texts, headers=headers)
-            assert equal(answer.vectors[1], api.vector_of("cut \ufffd"))
-            assert (await server.embed("cut \ufffd", headers=headers)).cache[0] == "hit"
 
 
 async def test_an_endpoint_that_hangs_is_a_timeout(api: OpenAIServer, tmp_path: Path) -> None:
@@ -405,21 +363,6 @@ async def test_replay_mode_names_what_is_missing(api: OpenAIServer, tmp_path: Pa
     async with serve({**configure(api), "cache": {"mode": "replay"}}, tmp_path) as server:
         answer = await server.embed(["a", "b"])
         assert (answer.status, answer.error["positions"]) == (404, [0, 1])
-
-
-async def test_a_request_that_is_cut_off_by_a_drain_is_told_so(api: OpenAIServer, tmp_path: Path) -> None:
-    async with serve(configure(api), tmp_path) as server:
-        for is_draining in (False, True):
-            api.misbehave("hang")
-            task = asyncio.create_task(server.embed(f"{is_draining}"))
-            await asyncio.to_thread(api.until_hanging)
-            server.service.state = "draining" if is_draining else "ready"
-            task.cancel()
-            await asyncio.wait([task])
-            assert task.cancelled() is not is_draining
-            api.heal()
-        answer = task.result()
-        assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "stopping", "1")
 
 
 # --- requests that are refused before anything is sent --------------------------------------------
@@ -548,6 +491,59 @@ async def test_a_request_under_way_is_answered_by_the_settings_with_which_it_beg
         api.heal()
         assert (await task).status == 200
         await wait_until_async(lambda: not server.service._retired)
+
+
+async def test_a_model_of_the_same_name_from_another_table_is_another_model(api: OpenAIServer, tmp_path: Path) -> None:
+    served = {"models": [{"name": MODEL, "provider": provider(api, model="big-model")}]}
+    async with serve(configure(api, served), tmp_path) as server:
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a", model="big-model"))
+        await reload(server, configure(api))
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a"))
+        await reload(server, configure(api, served))
+        assert equal((await server.embed("a")).vectors[0], api.vector_of("a", model="big-model"))
+
+
+async def test_a_request_survives_two_reloads(api: OpenAIServer, tmp_path: Path) -> None:
+    one = {"name": "one", "provider": provider(api, model="one")}
+    two = {"name": "two", "provider": provider(api, model="two")}
+    async with serve({"tiers": [], "serve": {"models": [one, two]}}, tmp_path) as server:
+        api.misbehave("hang")
+        task = asyncio.create_task(server.embed("a", model="one"))
+        await wait_until_async(lambda: len(api.requests) == 1)
+        await reload(server, {"tiers": [], "serve": {"models": [one, two], "max_body": "1 MiB"}})
+        await reload(server, {"tiers": [], "serve": {"models": [two]}})
+        await wait_until_async(lambda: len(server.service._retired) == 1)
+        api.heal()
+        assert (await task).status == 200
+        await wait_until_async(lambda: not server.service._retired)
+
+
+async def test_the_provider_of_the_start_is_served_until_a_restart(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        await reload(server, configure(api, model="another"))
+        assert server.service.generation.models.names == [MODEL]
+        assert equal((await server.embed("a", dimensions=4)).vectors[0], api.vector_of("a", dimensions=4))
+
+
+# --- fallbacks ------------------------------------------------------------------------------------
+
+
+async def test_a_fallback_answers_under_its_own_name(api: OpenAIServer, tmp_path: Path) -> None:
+    fallback = {"type": "ngram", "dimensions": 16}
+    async with serve(configure(api, dimensions=16, fallback=fallback), tmp_path) as server:
+        assert (await server.embed("a")).json["model"] == MODEL
+        api.misbehave("server_error", times=None)
+        answer = await server.embed(["a", "b"])
+        assert (answer.status, answer.json["model"]) == (200, "char-ngram")
+        api.heal()
+        assert (await server.embed(["a", "b"])).json["model"] == MODEL
+
+
+async def test_a_fallback_for_fetch_alone_is_not_used(api: OpenAIServer, tmp_path: Path) -> None:
+    fallback = {"type": "ngram", "dimensions": 64, "fetch_only": True}
+    async with serve(configure(api, fallback=fallback), tmp_path) as server:
+        api.misbehave("server_error", times=None)
+        assert (await server.embed("a")).status == 500
 
 
 async def test_an_invalid_reload_changes_nothing(api: OpenAIServer, tmp_path: Path) -> None:

@@ -205,8 +205,9 @@ async def test_counters_never_decrease_when_a_reload_closes_models(api: OpenAISe
 
 async def test_a_fallback_counts_at_its_own_price(api: OpenAIServer, tmp_path: Path) -> None:
     with OpenAIServer() as other:
-        fallback = {**provider(other, model="second", price="5 EUR / 1 token"), "fetch_only": True}
-        settings = {"provider": {**provider(api, price="2 USD / 1 token"), "fallback": fallback}, "tiers": []}
+        fallback = provider(other, model="second", price="5 EUR / 1 token", dimensions=16)
+        own = provider(api, price="2 USD / 1 token", dimensions=16, fallback=fallback)
+        settings = {"provider": own, "tiers": []}
         async with serve({**settings, "serve": {}}, tmp_path) as server:
             await server.embed("a")
             api.misbehave("server_error")
@@ -261,6 +262,7 @@ async def test_a_folder_that_cannot_be_written_disturbs_no_request(
         for _ in range(2):
             assert (await server.embed("a", headers=TENANT)).status == 200
             server.app.metrics.copy()
-        assert caplog.text.count("metrics cannot be written (OSError)") == 1
+        line = f"metrics cannot be written to the folder {server.service.run.metrics} (OSError)"
+        assert caplog.text.count(line) == 1
         monkeypatch.undo()
         assert (await scrape(server))("requests_total") == 2

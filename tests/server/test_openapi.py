@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from api_document import narrow_document
-from served import Served
+from serve_process import ServeProcess
 from serving import ADMIN_KEY, KEY
 
 from embedonce_server.openapi import make_document
@@ -85,7 +85,7 @@ def test_the_document_has_every_path() -> None:
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "embedonce.toml").write_text(CONFIG)
-    with Served("--config", "embedonce.toml", folder=folder) as server:
+    with ServeProcess("--config", "embedonce.toml", folder=folder) as server:
         yield f"http://127.0.0.1:{server.port}"
 
 

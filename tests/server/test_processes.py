@@ -69,7 +69,7 @@ def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: Open
 
         write_config(file, upstream.base_url, tenants=[("search", KEYS[2]), ("search", KEYS[1])], serve="port = -1")
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("nothing was reloaded")
+        server.wait_for_log("the reload failed; the previous settings stay in effect")
         assert f"{file.name}:17:8: port = -1 in [serve]: must be at least 0" in server.log
         assert f"{file.name}:22:8: " in server.log
         assert server.embed("a", key=KEYS[1]).status == 200
@@ -81,7 +81,7 @@ def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: Open
         )  # fmt: skip
         server.send_signal(signal.SIGHUP)
         server.wait_for_log(
-            r"\[\[tiers\]\] and host in \[serve\] and state_dir in \[serve\] changed; restart the server"
+            r"\[\[tiers\]\] and host in \[serve\] and state_dir in \[serve\] have changed; restart the server"
         )
 
         connection = server.connect()
@@ -90,7 +90,7 @@ def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: Open
         waiting = server.embed_later("c", key=KEYS[2])
         upstream.until_hanging()
         server.send_signal(signal.SIGTERM)
-        server.wait_for_log("stopping: answering the requests under way, for up to 60 s")
+        server.wait_for_log("stopping: waiting up to 60 s for the current requests")
         connection.request("GET", "/health/ready")
         ready = read_answer(connection)
         assert (ready.status, ready.body["status"], ready.headers["connection"]) == (503, "draining", "close")
@@ -151,10 +151,10 @@ def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, u
         )  # fmt: skip
         server.send_signal(signal.SIGHUP)
         server.wait_for_log("reloaded")
-        server.wait_for_log(r"\[\[tiers\]\] and state_dir in \[serve\] changed; restart the server")
+        server.wait_for_log(r"\[\[tiers\]\] and state_dir in \[serve\] have changed; restart the server")
         file.write_text("[serve")
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("nothing was reloaded")
+        server.wait_for_log("the reload failed; the previous settings stay in effect")
         server.send_signal(signal.SIGTERM, server.workers[2])
         server.wait_for_log(rf"worker 2 \(process {before[2]}\) ended with exit code 0; starting it again")
         server.wait_for_log(r"worker 2 \(process \d+\) is ready", times=2)

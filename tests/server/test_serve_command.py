@@ -116,6 +116,43 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert messages.strip() == "error: embedonce serve requires no_such_library: pip install 'embedonce[serve]'"
 
 
+# --- warnings at startup --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tiers", "workers", "is_warned"),
+    [
+        ('[[tiers]]\ntype = "memory"\n', 2, True),
+        ("", 2, True),
+        ('[[tiers]]\ntype = "memory"\n', 1, False),
+        ('[[tiers]]\ntype = "memory"\n[[tiers]]\ntype = "disk"\npath = "vectors"\n', 2, False),
+        ('[[tiers]]\ntype = "redis"\nurl = "redis://localhost"\n', 2, False),
+    ],
+)
+def test_several_workers_without_a_shared_tier_are_a_warning(
+    tmp_path: Path, tiers: str, workers: int, is_warned: bool
+) -> None:
+    from embedonce_server.serving import list_warnings
+
+    file = tmp_path / "embedonce.toml"
+    file.write_text(("" if tiers else "tiers = []\n") + '[provider]\ntype = "ngram"\n' + tiers)
+    found = list_warnings(config.load(file), workers, [])
+    assert len(found) == is_warned
+    assert all("no tier is shared by the 2 workers" in warning for warning in found)
+
+
+def test_an_open_address_without_allowed_hosts_is_a_warning(tmp_path: Path) -> None:
+    from embedonce_server.serving import list_warnings
+
+    file = tmp_path / "embedonce.toml"
+    file.write_text(PLAIN + TENANT)
+    (warning,) = list_warnings(config.load(file), 1, ["0.0.0.0"])
+    assert "allowed_hosts in [serve] is empty, so their requests get status 403" in warning
+    assert list_warnings(config.load(file), 1, []) == []
+    file.write_text(PLAIN + '[serve]\nallowed_hosts = ["embeddings.internal"]\n' + TENANT)
+    assert list_warnings(config.load(file), 1, ["0.0.0.0"]) == []
+
+
 # --- texts of configurations, which a supervisor sends to its workers ---------------------------
 
 

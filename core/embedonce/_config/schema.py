@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from embedonce._plugins import loading
 from embedonce._plugins.options import Option, list_annotations, merge_options, options_of, type_adapter
@@ -218,8 +218,12 @@ class _Schema:
 
 
 def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Return the schema ``kind`` with the lower bound that the option's ``Gt`` sets. pydantic omits this bound."""
-    bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
+    """Return the schema ``kind`` with the lower bound of the option's ``Gt`` or ``Ge``. pydantic omits this bound."""
+    annotations = list_annotations(option.hint)
+    least = [part.ge for part in annotations if isinstance(part, Ge)]
+    if least and "minimum" in kind:
+        return {**kind, "minimum": least[0]}
+    bounds = [part.gt for part in annotations if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind
     return {**{name: value for name, value in kind.items() if name != "minimum"}, "exclusiveMinimum": bounds[0]}

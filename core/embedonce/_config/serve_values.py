@@ -49,7 +49,10 @@ def _hash_key(value: object) -> str:
     if not re.fullmatch("[!-~]*", value):
         raise BadValue("must contain only printable ASCII characters, and no spaces")
     if len(value) < MIN_KEY:
-        raise BadValue(f"must have at least {MIN_KEY} characters, so that nobody can guess it")
+        raise BadValue(
+            f"must have at least {MIN_KEY} characters, so that nobody can guess it; create one with: "
+            'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
     return DIGEST + hashlib.sha256(value.encode()).hexdigest()
 
 

@@ -219,7 +219,7 @@ class ServeTable:
             "digest. Without it, these paths do not exist."
         ),
     ] = field(default=None, repr=False)
-    max_body: Annotated[Size, Gt(0), Doc("Refuse requests whose body is larger than this.")] = 16 * 2**20
+    max_body: Annotated[Size, Ge(1024), Doc("Refuse requests whose body is larger than this.")] = 16 * 2**20
     drain_timeout: Annotated[
         Duration, Ge(0), Doc("When the server stops, wait at most this long for requests and queued writes.")
     ] = 20.0

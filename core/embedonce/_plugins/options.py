@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedonce._messages import find_closest, join_words
+from embedonce._messages import find_closest, join_words, quote
 from embedonce.errors import PluginError
 from embedonce.options import BadValue, IsFolderOrName, NotAFolder
 
@@ -328,7 +328,10 @@ def _join_messages(details: Sequence[Any], value: Any, *, hidden: bool) -> str:
 def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in EXPECTED:
-        return f"must be {EXPECTED[kind]}"
+        example = ""
+        if EXPECTED[kind] == "a list" and isinstance(value, str):
+            example = ', such as ["${NAME}"]' if hidden else f", such as [{quote(value)}]"
+        return f"must be {EXPECTED[kind]}{example}"
     if kind in BOUNDS:
         words, name = BOUNDS[kind]
         return f"must be {words} {context[name]}"

@@ -24,12 +24,14 @@ embedonce serve --port 9000 --workers 4
 
 embedonce serve --config embedonce.toml --host 0.0.0.0 --access-log
 
-The server listens on this machine only, unless the configuration has tenants with keys. SIGHUP reads the table serve
-again, with its models and tenants. SIGTERM and Ctrl-C end the server after the requests under way, within
-drain_timeout; a second signal ends it at once.
+The server listens on 127.0.0.1, unless --host or host in \\[serve] is another address. To listen on an address that
+other machines can reach, the configuration must have tenants with keys.
 
-Exit codes: 0 ended by SIGTERM, 1 the address or the port cannot be used, 2 invalid usage or configuration, 130 ended by
-Ctrl-C, 143 ended at once by a second signal.
+SIGHUP reloads \\[serve], its models and its tenants. After SIGTERM or Ctrl-C, the server answers the current requests
+for up to drain_timeout and then exits. A second signal stops it at once.
+
+Exit codes: 0 ended by SIGTERM, 1 the address, the port or the folder state_dir cannot be used, 2 invalid usage or
+configuration, 130 ended by Ctrl-C, 143 ended at once by a second signal.
 """
 
 
@@ -37,9 +39,7 @@ def serve(
     config: ConfigOption = None,
     host: Annotated[
         str | None,
-        typer.Option(
-            "--host", metavar="HOST", help="Address or host name to listen on. Default: host in the table serve."
-        ),
+        typer.Option("--host", metavar="HOST", help="Address or host name to listen on. Default: host in \\[serve]."),
     ] = None,
     port: Annotated[
         int | None,
@@ -48,7 +48,7 @@ def serve(
             metavar="PORT",
             min=0,
             max=65535,
-            help="Port to listen on; 0: any free port. Default: port in the table serve.",
+            help="Port to listen on; 0: any free port. Default: port in \\[serve].",
         ),
     ] = None,
     workers: Annotated[
