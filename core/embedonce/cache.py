@@ -21,7 +21,7 @@ from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
 from .events import Event
 from .functions import wrap
-from .keys import KeyPolicy, VectorSpace, extend_namespace
+from .keys import KeyPolicy, SpaceCard, VectorSpace, extend_namespace
 from .prices import Price
 from .savings import FoundSavings
 from .tasks import TASKS
@@ -277,17 +277,23 @@ class Cache(Requests, Observable):
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata, costs))
 
-    def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
+    def forget(
+        self, texts: Sequence[str], task: Task | None = None, *, where: Callable[[SpaceCard], bool] | None = None
+    ) -> dict[str, SpaceCard]:
         """Remove the vectors of the texts from every tier, for one task or for all tasks.
 
-        The fallback's vectors of these texts are removed too.
+        The fallback's vectors of these texts are removed too. The memory tiers of other processes keep these vectors
+        until the vectors expire.
 
-        The memory tiers of other processes keep these vectors until the vectors expire.
+        With ``where`` and without a task, the texts are removed from every scope in the tiers whose space card
+        satisfies ``where``, whichever model, task, namespace or version it has. The other scopes that hold one of the
+        texts are returned, with their cards.
 
         Raises:
-            EraseIncomplete: some tiers failed or cannot delete; the error names these tiers.
+            EraseIncomplete: some tiers failed, cannot delete, or cannot list their keys, which ``where`` needs; or the
+                keys of a scope are not known. The error names these tiers and scopes.
         """
-        run_blocking(self._forget(self._chain.ports.blocking, texts, task))
+        return run_blocking(self._forget(self._chain.ports.blocking, texts, task, where))
 
     def purge(
         self,
@@ -483,9 +489,11 @@ class Cache(Requests, Observable):
         """Async twin of :meth:`put`."""
         await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata, costs)
 
-    async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
+    async def aforget(
+        self, texts: Sequence[str], task: Task | None = None, *, where: Callable[[SpaceCard], bool] | None = None
+    ) -> dict[str, SpaceCard]:
         """Async twin of :meth:`forget`."""
-        await self._forget(self._chain.ports.get_loop_port(), texts, task)
+        return await self._forget(self._chain.ports.get_loop_port(), texts, task, where)
 
     async def apurge(
         self,
