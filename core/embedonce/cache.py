@@ -302,10 +302,13 @@ class Cache(Requests, Observable):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        where: Callable[[SpaceCard], bool] | None = None,
         unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Remove, from every tier, all entries of the scopes that match all given parts.
+
+        ``where`` is a function that says whether a scope with this space card matches.
 
         With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task, and
         no other open cache over the same tiers (see :meth:`for_provider`) has used it. Entries of other namespaces,
@@ -315,13 +318,8 @@ class Cache(Requests, Observable):
             ValueError: no part was given, or ``unused`` was given and the cache has no provider.
             EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
         """
-        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, unused, dry_run))
-
-    def normalize(self, text: str) -> str:
-        """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
-        for step in self._chain.steps:
-            text = step(text)
-        return text
+        port = self._chain.ports.blocking
+        return run_blocking(self._purge(port, scope, model, version, namespace, where, unused, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
         """Return how the text's key is built, what each tier has for the key, and possible reasons for a miss."""
@@ -502,11 +500,13 @@ class Cache(Requests, Observable):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        where: Callable[[SpaceCard], bool] | None = None,
         unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Async twin of :meth:`purge`."""
-        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, unused, dry_run)
+        port = self._chain.ports.get_loop_port()
+        return await self._purge(port, scope, model, version, namespace, where, unused, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
         """Async twin of :meth:`explain`."""

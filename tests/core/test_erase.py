@@ -252,6 +252,8 @@ def test_purge_selects_scopes_by_their_space_cards() -> None:
     assert list(new.purge(scope=scope).scopes) == [scope]
     assert new.contents()[0].entries == 3
     assert new.purge(version="never").removed == {"t": 0}
+    assert new.purge(version="v2", where=lambda card: card["model"] == "m2", dry_run=True).removed == {"t": 0}
+    assert new.purge(where=lambda card: card["model"] == "m1").removed == {"t": 3}
     for cache in caches.values():
         cache.close()
 

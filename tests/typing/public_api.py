@@ -139,6 +139,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.tiers, Sequence[str])
     assert_type(cache.warnings, Sequence[ChainWarning])
     assert_type(cache.provider, AnyProvider)
+    assert_type(cache.fallback, AnyProvider | None)
     assert_type(cache.closed, bool)
 
 

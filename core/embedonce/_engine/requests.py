@@ -440,14 +440,15 @@ class Requests(HotPath):
         model: str | None,
         version: str | None,
         namespace: str | None,
+        where: Callable[[SpaceCard], bool] | None,
         unused: bool,
         dry_run: bool,
     ) -> Purged:
         self._check_open()
         parts = {"model": model, "version": version, "namespace": namespace}
         wanted = {name: value for name, value in parts.items() if value is not None}
-        if scope is None and not wanted and not unused:
-            raise ValueError("purge requires at least one of scope, model, version, namespace and unused")
+        if scope is None and not wanted and where is None and not unused:
+            raise ValueError("purge requires at least one of scope, model, version, namespace, where and unused")
         upkeep = self._chain.upkeep
         keep = None
         if unused:
@@ -455,7 +456,7 @@ class Requests(HotPath):
                 raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
             keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
             keep |= self._chain.list_scopes_of_caches()
-        return await upkeep.purge(port, scope=scope, wanted=wanted, keep=keep, dry_run=dry_run)
+        return await upkeep.purge(port, scope=scope, wanted=wanted, where=where, keep=keep, dry_run=dry_run)
 
     # --- checking, listing and explaining -----------------------------------------------------
 

@@ -125,12 +125,13 @@ class Upkeep:
         *,
         scope: str | None,
         wanted: Mapping[str, str],
+        where: Callable[[SpaceCard], bool] | None,
         keep: Collection[str] | None,
         dry_run: bool,
     ) -> Purged:
-        """Remove every entry in the scopes that match ``scope`` and ``wanted`` and are not in ``keep``.
+        """Remove every entry in the scopes that match ``scope``, ``wanted`` and ``where`` and are not in ``keep``.
 
-        With ``keep``, a scope without a space card matches too if nothing is wanted. With ``dry_run``, only count
+        With ``keep``, a scope without a space card matches too if nothing else is given. With ``dry_run``, only count
         entries.
 
         Raises:
@@ -139,7 +140,7 @@ class Upkeep:
         failed: dict[str, str] = {}
         kept = () if keep is None else keep
         scopes: dict[str, SpaceCard | None] = {}
-        if scope is not None and not wanted and scope not in kept:
+        if scope is not None and not wanted and where is None and scope not in kept:
             scopes[scope] = self._cards.get(scope)
         for tier in self._tiers:
             try:
@@ -150,7 +151,7 @@ class Upkeep:
                 failed[tier.name] = _describe(error)
             else:
                 matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
-                scopes |= {name: card for name, card in matching.items() if _has_parts(card, wanted)}
+                scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
         removed: dict[str, int] = {}
         if dry_run:
             for tier in self._tiers:
@@ -395,8 +396,10 @@ class Upkeep:
         return reasons
 
 
-def _has_parts(card: SpaceCard | None, wanted: Mapping[str, str]) -> bool:
-    return not wanted or (card is not None and all(card.get(part) == value for part, value in wanted.items()))
+def _matches(card: SpaceCard | None, wanted: Mapping[str, str], where: Callable[[SpaceCard], bool] | None) -> bool:
+    if card is None:
+        return not wanted and where is None
+    return all(card.get(part) == value for part, value in wanted.items()) and (where is None or where(card))
 
 
 def _compare_cards(own: SpaceCard, other: SpaceCard) -> list[str]:
