@@ -453,11 +453,11 @@ def _hide_fingerprint(policy: KeyPolicy, scope: str, fingerprint: bytes) -> byte
     return bytes(a ^ b for a, b in zip(fingerprint, mask, strict=True))
 
 
-def find_keys(policy: KeyPolicy, scope: str, card: Mapping[str, Value], normalized: Sequence[str]) -> list[str] | None:
-    """Return all keys that normalised texts may have in a scope with this space card.
+def read_fingerprint(policy: KeyPolicy, scope: str, card: Mapping[str, Value]) -> bytes | None:
+    """Return the fingerprint (32 bytes) of a scope's vector space, according to the scope's card.
 
-    Return None if the card does not show the keys: an earlier embedonce has written it, or the scope belongs to another
-    secret. A policy with another hash has the same scope, so the keys of both hashes are returned.
+    Return None if the card does not show it: an earlier embedonce has written the card, or the scope belongs to another
+    secret than that of the policy. The policy's namespace and version do not matter.
     """
     hidden, namespace, version = card.get(FINGERPRINT), card.get("namespace"), card.get("version")
     try:
@@ -465,14 +465,21 @@ def find_keys(policy: KeyPolicy, scope: str, card: Mapping[str, Value], normaliz
         is_own = _make_scope(policy, namespace, version, fingerprint) == scope
     except (ValueError, SpaceError):  # another program may have stored anything as a card
         return None
-    if not is_own:
-        return None
+    return fingerprint if is_own else None
+
+
+def make_digests(policy: KeyPolicy, fingerprint: bytes, normalized: Iterable[str]) -> list[str]:
+    """Return the last part of every key that the texts may have in scopes with this fingerprint.
+
+    Policies that differ only in their hash have the same scopes, so there are keys of each hash.
+    """
+    encoded = [text.encode(errors="surrogatepass") for text in normalized]
     digests: list[str] = []
     for name in get_args(Hash):
         if name == "sha256" or len(policy._secret_bytes()) <= MAX_BLAKE2B_SECRET:
             _, digest_all = _make_digest(replace(policy, hash=name), b"embedonce/text/1" + fingerprint)
-            digests += digest_all([text.encode(errors="surrogatepass") for text in normalized])
-    return [f"{KEY_PREFIX}{scope}.{digest}" for digest in digests]
+            digests += digest_all(encoded)
+    return digests
 
 
 def _digest_settings(policy: KeyPolicy, described: Mapping[str, Value]) -> dict[str, Value]:

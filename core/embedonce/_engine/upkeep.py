@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 from embedonce._reprs import shorten
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from embedonce.keys import CARD_PREFIX, FINGERPRINT, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy, SpaceCard, find_keys
+from embedonce.keys import (
+    CARD_PREFIX,
+    FINGERPRINT,
+    KEY_PREFIX,
+    SERVED_MODEL,
+    SETTINGS,
+    KeyPolicy,
+    SpaceCard,
+    make_digests,
+    read_fingerprint,
+)
 from embedonce.vectors import Dtype, Metadata, open_frame
 
 from .flights import Erasure, InFlight
@@ -92,32 +102,50 @@ class Upkeep:
     ) -> FoundKeys:
         """Find the keys of normalised texts in every scope whose space card satisfies ``where``."""
         failed: dict[str, str] = {}
-        held = {scope: set(keys) for scope, keys in group_by_scope(self._in_flight.list_unwritten()).items()}
         cards: dict[str, SpaceCard] = {}
         for tier in self._tiers:
             try:
-                scopes = group_by_scope(await tier.scan(port, KEY_PREFIX))
                 stored = await self._read_cards(port, tier)
             except TierError as error:
                 failed[tier.name] = _describe(error)
             else:
                 cards |= {name: card for name, card in stored.items() if name not in cards or FINGERPRINT in card}
-                for scope, keys in scopes.items():
-                    held.setdefault(scope, set()).update(keys)
-        # A call may be computing a text now for a scope of this process, whose entries are not in a tier yet.
         cards |= self._cards
-        found: list[str] = []
-        left: dict[str, SpaceCard] = {}
-        unknown = {scope: "its space card is missing" for scope in held if scope not in cards}
+        keys = await self._make_keys(port, texts, policy, cards)
+        owners = {key: scope for scope in keys for key in keys[scope]}
+        listed = group_by_scope(self._in_flight.list_unwritten())
+        held, holding = set(listed), {owners[key] for queued in listed.values() for key in queued if key in owners}
+        for tier in self._tiers:
+            if tier.name not in failed:
+                try:
+                    listed = group_by_scope(await tier.scan(port, KEY_PREFIX))
+                except TierError as error:
+                    failed[tier.name] = _describe(error)
+                else:
+                    held |= listed.keys()
+                    holding |= {owners[key] for scope in listed for key in listed[scope] if key in owners}
+        wanted = {scope for scope, card in cards.items() if where(card)}
+        unknown = {scope: "its space card is missing" for scope in held - cards.keys()}
+        for scope in (held & wanted) - keys.keys():
+            unknown[scope] = "it belongs to another secret, or its space card is from an earlier version"
+        # A call may be computing a text now for a wanted scope that holds nothing yet.
+        found = [key for scope in wanted & keys.keys() for key in keys[scope]]
+        return FoundKeys(found, {scope: cards[scope] for scope in holding - wanted}, failed, unknown)
+
+    async def _make_keys(
+        self, port: Port, texts: Sequence[str], policy: KeyPolicy, cards: Mapping[str, SpaceCard]
+    ) -> dict[str, list[str]]:
+        """Return the keys of normalised texts in each scope whose card shows them."""
+        keys: dict[str, list[str]] = {}
+        digests: dict[bytes, list[str]] = {}
         for scope, card in cards.items():
-            if where(card):
-                keys_here = find_keys(policy, scope, card, texts)
-                found += keys_here or ()
-                if keys_here is None and scope in held:
-                    unknown[scope] = "it belongs to another secret, or its space card is from an earlier version"
-            elif scope in held and not held[scope].isdisjoint(find_keys(policy, scope, card, texts) or ()):
-                left[scope] = card
-        return FoundKeys(found, left, failed, unknown)
+            fingerprint = read_fingerprint(policy, scope, card)
+            if fingerprint is not None:
+                if fingerprint not in digests:
+                    await port.sleep(0)  # hashing many texts for many spaces must not block an event loop
+                    digests[fingerprint] = make_digests(policy, fingerprint, texts)
+                keys[scope] = [f"{KEY_PREFIX}{scope}.{digest}" for digest in digests[fingerprint]]
+        return keys
 
     async def purge(
         self,
