@@ -21,7 +21,7 @@ from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
 from .events import Event
 from .functions import wrap
-from .keys import KeyPolicy, VectorSpace, extend_namespace
+from .keys import KeyPolicy, SpaceCard, VectorSpace, extend_namespace
 from .prices import Price
 from .savings import FoundSavings
 from .tasks import TASKS
@@ -277,17 +277,23 @@ class Cache(Requests, Observable):
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata, costs))
 
-    def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
+    def forget(
+        self, texts: Sequence[str], task: Task | None = None, *, where: Callable[[SpaceCard], bool] | None = None
+    ) -> dict[str, SpaceCard]:
         """Remove the vectors of the texts from every tier, for one task or for all tasks.
 
-        The fallback's vectors of these texts are removed too.
+        The fallback's vectors of these texts are removed too. The memory tiers of other processes keep these vectors
+        until the vectors expire.
 
-        The memory tiers of other processes keep these vectors until the vectors expire.
+        With ``where`` and without a task, the texts are removed from every scope in the tiers whose space card
+        satisfies ``where``, whichever model, task, namespace or version it has. The other scopes that hold one of the
+        texts are returned, with their cards.
 
         Raises:
-            EraseIncomplete: some tiers failed or cannot delete; the error names these tiers.
+            EraseIncomplete: some tiers failed, cannot delete, or cannot list their keys, which ``where`` needs; or the
+                keys of a scope are not known. The error names these tiers and scopes.
         """
-        run_blocking(self._forget(self._chain.ports.blocking, texts, task))
+        return run_blocking(self._forget(self._chain.ports.blocking, texts, task, where))
 
     def purge(
         self,
@@ -296,10 +302,13 @@ class Cache(Requests, Observable):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        where: Callable[[SpaceCard], bool] | None = None,
         unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Remove, from every tier, all entries of the scopes that match all given parts.
+
+        ``where`` is a function that says whether a scope with this space card matches.
 
         With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task, and
         no other open cache over the same tiers (see :meth:`for_provider`) has used it. Entries of other namespaces,
@@ -309,13 +318,8 @@ class Cache(Requests, Observable):
             ValueError: no part was given, or ``unused`` was given and the cache has no provider.
             EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
         """
-        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, unused, dry_run))
-
-    def normalize(self, text: str) -> str:
-        """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
-        for step in self._chain.steps:
-            text = step(text)
-        return text
+        port = self._chain.ports.blocking
+        return run_blocking(self._purge(port, scope, model, version, namespace, where, unused, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
         """Return how the text's key is built, what each tier has for the key, and possible reasons for a miss."""
@@ -483,9 +487,11 @@ class Cache(Requests, Observable):
         """Async twin of :meth:`put`."""
         await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata, costs)
 
-    async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
+    async def aforget(
+        self, texts: Sequence[str], task: Task | None = None, *, where: Callable[[SpaceCard], bool] | None = None
+    ) -> dict[str, SpaceCard]:
         """Async twin of :meth:`forget`."""
-        await self._forget(self._chain.ports.get_loop_port(), texts, task)
+        return await self._forget(self._chain.ports.get_loop_port(), texts, task, where)
 
     async def apurge(
         self,
@@ -494,11 +500,13 @@ class Cache(Requests, Observable):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        where: Callable[[SpaceCard], bool] | None = None,
         unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Async twin of :meth:`purge`."""
-        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, unused, dry_run)
+        port = self._chain.ports.get_loop_port()
+        return await self._purge(port, scope, model, version, namespace, where, unused, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
         """Async twin of :meth:`explain`."""

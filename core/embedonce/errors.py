@@ -184,14 +184,18 @@ class PartialAnswer(TierError):
 
 
 class EraseIncomplete(EmbedonceError):
-    """``forget`` or ``purge`` failed on some tiers, but erased the requested entries from all other tiers.
+    """``forget`` or ``purge`` could not erase everything, but erased the requested entries from everywhere else.
 
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
+    ``scopes`` maps each scope whose keys ``forget`` cannot make to the reason. ``purge`` can remove such a scope.
     """
 
-    def __init__(self, message: str, tiers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, message: str, tiers: Mapping[str, str] | None = None, scopes: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.tiers = dict(tiers or {})
+        self.scopes = dict(scopes or {})
 
 
 class CacheClosed(EmbedonceError, RuntimeError):

@@ -13,8 +13,8 @@ import math
 import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, get_args
 
 from ._reprs import make_html_table, shorten
 from .batch_settings import refuse_batch_settings
@@ -32,6 +32,9 @@ SERVED_MODEL = "served_model"
 SETTINGS = "settings"
 """The part of a space card that has a digest of each other setting of the space, by name."""
 
+FINGERPRINT = "fingerprint"
+"""The part of a space card that has the fingerprint of the space, from which the keys of texts can be made."""
+
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
 
@@ -39,6 +42,9 @@ SAVINGS_PREFIX = "eo1.savings."
 """First characters of the keys of records of savings: ``eo1.savings.<yyyymmdd>.<scope>.<process>``."""
 
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
+
+SpaceCard: TypeAlias = Mapping[str, Value]
+"""What a scope contains: ``provider``, ``model``, ``task``, ``dimensions``, ``version``, ``namespace`` and more."""
 
 
 def canonical(value: Value) -> bytes:
@@ -250,6 +256,9 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
 
 Hash: TypeAlias = Literal["sha256", "blake2b"]
 
+MAX_BLAKE2B_SECRET = 64
+"""Maximum number of bytes of a secret with the hash ``"blake2b"``."""
+
 
 def extend_namespace(namespace: str, name: str) -> str:
     """Return the namespace ``name`` inside of another namespace.
@@ -300,7 +309,7 @@ class KeyPolicy:
             raise ConfigError("secret has a lone surrogate; give bytes for a secret that is not text")
         if self.secret is not None and len(self._secret_bytes()) == 0:
             raise ConfigError("secret must not be empty; to use no secret, remove the option")
-        if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > 64:
+        if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > MAX_BLAKE2B_SECRET:
             raise ConfigError('secret must be at most 64 bytes with hash = "blake2b"; shorten it or use "sha256"')
 
     def _secret_bytes(self) -> bytes:
@@ -319,13 +328,12 @@ class KeyPolicy:
 
         All keys of this policy and space contain the scope. Entries are listed and purged by scope.
         """
-        parts = {
-            "namespace": self.namespace,
-            "version": self.version,
-            "secret": self.secret_id(),
-            "space": space.fingerprint(),
-        }
-        return hashlib.sha256(b"embedonce/scope/1" + canonical(parts)).hexdigest()[:16]
+        return _make_scope(self, self.namespace, self.version, space.fingerprint())
+
+
+def _make_scope(policy: KeyPolicy, namespace: Value, version: Value, fingerprint: bytes) -> str:
+    parts = {"namespace": namespace, "version": version, "secret": policy.secret_id(), "space": fingerprint}
+    return hashlib.sha256(b"embedonce/scope/1" + canonical(parts)).hexdigest()[:16]
 
 
 class Keyer:
@@ -429,7 +437,49 @@ def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
         "version": policy.version,
         "namespace": policy.namespace,
         SETTINGS: _digest_settings(policy, described),
+        FINGERPRINT: _hide_fingerprint(policy, policy.scope(space), space.fingerprint()).hex(),
     }
+
+
+def _hide_fingerprint(policy: KeyPolicy, scope: str, fingerprint: bytes) -> bytes:
+    """Return the fingerprint as it stands in a card. Applied twice, the function returns the fingerprint itself.
+
+    With a secret in the policy, only someone who knows it can read the fingerprint. Others could otherwise check
+    whether they have guessed the settings of the space.
+    """
+    if policy.secret is None:
+        return fingerprint
+    mask = hmac.digest(policy._secret_bytes(), b"embedonce/fingerprint/1" + scope.encode(), "sha256")
+    return bytes(a ^ b for a, b in zip(fingerprint, mask, strict=True))
+
+
+def read_fingerprint(policy: KeyPolicy, scope: str, card: Mapping[str, Value]) -> bytes | None:
+    """Return the fingerprint (32 bytes) of a scope's vector space, according to the scope's card.
+
+    Return None if the card does not show it: an earlier embedonce has written the card, or the scope belongs to another
+    secret than that of the policy. The policy's namespace and version do not matter.
+    """
+    hidden, namespace, version = card.get(FINGERPRINT), card.get("namespace"), card.get("version")
+    try:
+        fingerprint = _hide_fingerprint(policy, scope, bytes.fromhex(hidden if isinstance(hidden, str) else ""))
+        is_own = _make_scope(policy, namespace, version, fingerprint) == scope
+    except (ValueError, SpaceError):  # another program may have stored anything as a card
+        return None
+    return fingerprint if is_own else None
+
+
+def make_digests(policy: KeyPolicy, fingerprint: bytes, normalized: Iterable[str]) -> list[str]:
+    """Return the last part of every key that the texts may have in scopes with this fingerprint.
+
+    Policies that differ only in their hash have the same scopes, so there are keys of each hash.
+    """
+    encoded = [text.encode(errors="surrogatepass") for text in normalized]
+    digests: list[str] = []
+    for name in get_args(Hash):
+        if name == "sha256" or len(policy._secret_bytes()) <= MAX_BLAKE2B_SECRET:
+            _, digest_all = _make_digest(replace(policy, hash=name), b"embedonce/text/1" + fingerprint)
+            digests += digest_all(encoded)
+    return digests
 
 
 def _digest_settings(policy: KeyPolicy, described: Mapping[str, Value]) -> dict[str, Value]:

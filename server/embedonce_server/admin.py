@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from embedonce import Cache, EraseIncomplete, SpaceError, __version__
 from embedonce.answers import Purged
 from embedonce.config import Tenant
-from embedonce.keys import extend_namespace
+from embedonce.keys import SpaceCard, extend_namespace
 
 from .admin_counts import add_counts, describe_stats
 from .api_errors import ApiError
@@ -25,6 +27,7 @@ from .budgets import BudgetsUnavailable
 from .calls import Call
 from .models import PLAIN, Model, Variation
 from .request_body import read_dimensions, read_inputs
+from .served_scopes import ServedScopes
 from .siblings import PREFIX, SiblingAnswer
 from .task_names import read_task
 
@@ -36,6 +39,8 @@ T = TypeVar("T")
 STATS_SECONDS: Final = 2.0
 ERASE_SECONDS: Final = 60.0
 """Seconds that other workers get to answer."""
+
+FORGET_FIELDS: Final = ("input", "model", "tenant", "namespace", "task")
 
 PARTS: Final = ("scope", "model", "version", "namespace", "tenant")
 """The fields that choose what ``/admin/purge`` removes."""
@@ -204,7 +209,20 @@ class _Erasure(NamedTuple):
     are_tokens: bool
     models: list[Model]
     namespaces: list[str]
+    """The namespaces of the server that are meant, inside of the namespace of the configuration."""
     task: str | None
+    is_of_request: Callable[[SpaceCard], bool]
+    """Whether a scope may have vectors of the models and the task."""
+    is_in_namespaces: Callable[[SpaceCard], bool]
+    reports_others: bool
+    """Whether other namespaces may be those of former tenants, because all tenants and namespaces are meant."""
+
+
+class _Incomplete(NamedTuple):
+    """What could not be erased, with the reasons."""
+
+    tiers: Mapping[str, str] = MappingProxyType({})
+    scopes: Mapping[str, str] = MappingProxyType({})
 
 
 def _read_erasure(generation: Generation, fields: Mapping[str, Any]) -> _Erasure:
@@ -212,24 +230,50 @@ def _read_erasure(generation: Generation, fields: Mapping[str, Any]) -> _Erasure
         raise ApiError(400, 'the field "input" is missing', param="input")
     texts, are_tokens = read_inputs(fields["input"])
     tenant = _find_tenant(generation, fields)
-    tenants = generation.settings.tenants if tenant is None else [tenant]
+    namespace = _read_text(fields, "namespace")
+    _refuse_two_namespaces(tenant, namespace)
+    root = generation.config.key.namespace
     # Without a tenant, entries that were stored before there were tenants are meant too.
-    common: list[str] = [""] if tenant is None else []
-    namespaces: dict[str, None] = dict.fromkeys([*common, *(one.namespace for one in tenants)])
+    known = ["", *(one.namespace for one in generation.settings.tenants)] if tenant is None else [tenant.namespace]
+    full: dict[str, str | None] = {extend_namespace(root, name) if name else root: name for name in known}
+    if namespace is not None:
+        full = {namespace: full.get(namespace)}
+    is_open = tenant is None and namespace is None
+
+    def is_in_namespaces(card: SpaceCard) -> bool:
+        found = card.get("namespace")
+        return found in full or (is_open and root != "" and str(found).startswith(f"{root}/"))
+
     task = None if fields.get("task") is None else read_task({"task": fields["task"]})
     models = _find_models(generation, fields)
+    scopes = ServedScopes(generation.models, generation.config.key)
+    asks_for_model = fields.get("model") is not None
+
+    def is_of_request(card: SpaceCard) -> bool:
+        # A model that treats all tasks alike has no task in its cards.
+        is_task = task is None or card.get("task") in (None, task)
+        return is_task and (not asks_for_model or any(scopes.may_hold_vectors_of(model, card) for model in models))
+
     if are_tokens:
         models = [model for model in models if model.accepts_tokens]
         if not models:
             raise ApiError(400, "the models accept texts only, not token numbers; send texts", param="input")
-    return _Erasure(texts, are_tokens, models, list(namespaces), task)
+    names = [name for name in full.values() if name is not None]
+    return _Erasure(
+        texts, are_tokens, models, names, task, is_of_request, is_in_namespaces, reports_others=is_open and not root
+    )
+
+
+def _refuse_two_namespaces(tenant: Tenant | None, namespace: str | None) -> None:
+    if tenant is not None and namespace is not None:
+        raise ApiError(400, "tenant and namespace exclude each other; send one of them", param="namespace")
 
 
 async def forget(call: Call) -> dict[str, Any]:
     """Remove texts from all tiers, in all vector spaces of the models, over all workers."""
-    fields = await call.read_fields(("input", "model", "tenant", "task"))
+    fields = await call.read_fields(FORGET_FIELDS)
     erasure = _read_erasure(call.generation, fields)
-    own, answers = await _erase_everywhere(call.service, "forget", fields, lambda: _forget(erasure))
+    own, answers = await _erase_everywhere(call.service, "forget", fields, lambda: _forget(call.service.base, erasure))
     _check_erased(own[-1], answers)
     return {
         "inputs": len(erasure.texts),
@@ -240,20 +284,22 @@ async def forget(call: Call) -> dict[str, Any]:
 
 async def forget_here(call: Call) -> dict[str, Any]:
     """Remove texts as another worker asks for."""
-    fields = await call.read_fields(("input", "model", "tenant", "task"))
-    _check_erased(await _forget(_read_erasure(call.generation, fields)), [])
+    fields = await call.read_fields(FORGET_FIELDS)
+    _check_erased(await _forget(call.service.base, _read_erasure(call.generation, fields)), [])
     return {}
 
 
-async def _forget(erasure: _Erasure) -> dict[str, str]:
-    """Remove texts from the tiers. Return the tiers that failed, with the reasons.
+async def _forget(base: Cache, erasure: _Erasure) -> _Incomplete:
+    """Remove texts from the tiers. Return what could not be erased.
 
     Raises:
         ApiError: no model knows the task.
     """
     failed: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     refusals: list[SpaceError] = []
     done = 0
+    # These are the caches that requests use now. They need no list of the tiers' keys, and no space cards.
     for cache in _open_caches(erasure):
         try:
             await cache.aforget(erasure.texts, erasure.task)
@@ -265,7 +311,20 @@ async def _forget(erasure: _Erasure) -> dict[str, str]:
         done += 1
     if refusals and not done:
         raise ApiError(400, str(refusals[0]), param="task")
-    return failed
+    left: dict[str, SpaceCard] = {}
+    try:
+        left = await base.aforget(
+            erasure.texts, where=lambda card: erasure.is_of_request(card) and erasure.is_in_namespaces(card)
+        )
+    except EraseIncomplete as error:
+        failed.update(error.tiers)
+        unknown.update(error.scopes)
+    for scope, card in left.items() if erasure.reports_others else ():
+        namespace = card.get("namespace")
+        # A tenant's namespace has no "/", so other ones belong to other programs.
+        if isinstance(namespace, str) and "/" not in namespace and erasure.is_of_request(card):
+            unknown[scope] = f'no tenant has its namespace "{namespace}"; send that as namespace to erase there too'
+    return _Incomplete(failed, unknown)
 
 
 def _open_caches(erasure: _Erasure) -> Iterator[Cache]:
@@ -283,7 +342,7 @@ async def purge(call: Call) -> dict[str, Any]:
     """Remove all entries of the scopes that match, over all workers. Without ``"dry_run": false``, only count them."""
     fields = await call.read_fields((*PARTS, "dry_run"))
     is_dry = _read_flag(fields, "dry_run", default=True)
-    own: list[tuple[Purged, dict[str, str]]]
+    own: list[tuple[Purged, _Incomplete]]
     if is_dry:
         own = [await _purge(call.service, call.generation, fields, is_dry)]
         answers = await call.service.siblings.call("POST", f"{PREFIX}purge", fields, timeout=ERASE_SECONDS)
@@ -326,31 +385,69 @@ async def purge_here(call: Call) -> dict[str, Any]:
 
 async def _purge(
     service: Service, generation: Generation, fields: Mapping[str, Any], is_dry: bool
-) -> tuple[Purged, dict[str, str]]:
-    """Remove entries from the tiers, and return what was removed and the tiers that failed."""
+) -> tuple[Purged, _Incomplete]:
+    """Remove entries from the tiers. Return what was removed, and what could not be erased.
+
+    Raises:
+        ApiError: a field is invalid, or scopes belong to the named model and to another one.
+    """
     parts = {name: value for name in PARTS if (value := _read_text(fields, name)) is not None}
     if not parts:
         raise ApiError(400, f"at least one of {', '.join(PARTS)} is required")
     tenant = _find_tenant(generation, fields)
+    _refuse_two_namespaces(tenant, parts.get("namespace"))
     if tenant is not None:
-        if "namespace" in parts:
-            raise ApiError(400, "tenant and namespace exclude each other; send one of them", param="namespace")
         del parts["tenant"]
         parts["namespace"] = extend_namespace(generation.config.key.namespace, tenant.namespace)
-    served = generation.models.find(parts.get("model", ""))
-    if served is not None:
-        parts["model"] = served.own_space[1]
+    model, where = generation.models.find(parts.get("model", "")), None
+    if model is not None:
+        del parts["model"]
+        known = ServedScopes(generation.models, generation.config.key)
+        where = partial(known.belongs_to, model)
+        await _refuse_shared_scopes(service, model, known, parts)
     try:
-        purged = await service.base.apurge(
-            scope=parts.get("scope"),
-            model=parts.get("model"),
-            version=parts.get("version"),
-            namespace=parts.get("namespace"),
-            dry_run=is_dry,
-        )
+        purged = await _purge_scopes(service, parts, where, is_dry)
     except EraseIncomplete as error:
-        return Purged({}), error.tiers or {"all": str(error)}
-    return purged, {}
+        return Purged({}), _Incomplete(error.tiers or {"all": str(error)})
+    return purged, _Incomplete()
+
+
+async def _purge_scopes(
+    service: Service, parts: Mapping[str, str], where: Callable[[SpaceCard], bool] | None, is_dry: bool
+) -> Purged:
+    return await service.base.apurge(
+        scope=parts.get("scope"),
+        model=parts.get("model"),
+        version=parts.get("version"),
+        namespace=parts.get("namespace"),
+        where=where,
+        dry_run=is_dry,
+    )
+
+
+async def _refuse_shared_scopes(service: Service, model: Model, known: ServedScopes, parts: Mapping[str, str]) -> None:
+    """Check that no scope belongs to ``model`` as much as to other models.
+
+    Raises:
+        ApiError: there are such scopes. It names them.
+    """
+    try:
+        shared = await _purge_scopes(service, parts, lambda card: len(known.list_owners(model, card)) > 1, is_dry=True)
+    except EraseIncomplete:  # the purge itself has the same error, and leaves the shared scopes of other tiers
+        return
+    owners: dict[str, list[str]] = {}
+    for scope, card in shared.scopes.items():
+        held = await service.base.apurge(scope=scope, dry_run=True)
+        if card is not None and any(held.removed.values()):  # a process also knows cards of scopes without entries
+            owners[scope] = known.list_owners(model, card)
+    if owners:
+        raise ApiError(
+            400,
+            f"scopes of {model.name} may belong to another model too: {', '.join(owners)}; send scope to remove one",
+            param="model",
+            code="shared_scopes",
+            scopes={scope: f"it belongs to {' and '.join(names)}" for scope, names in owners.items()},
+        )
 
 
 def _list_private_tiers(generation: Generation) -> Collection[str]:
@@ -381,13 +478,13 @@ async def _erase_everywhere(
     return own, answers
 
 
-def _check_erased(failed: Mapping[str, str], workers: Sequence[SiblingAnswer]) -> None:
+def _check_erased(incomplete: _Incomplete, workers: Sequence[SiblingAnswer]) -> None:
     """Check that an erasure is complete.
 
     Raises:
-        ApiError: tiers or workers failed. It names them.
+        ApiError: tiers or workers failed, or scopes may still hold a text. It names them.
     """
-    tiers = dict(failed)
+    tiers, scopes = dict(incomplete.tiers), dict(incomplete.scopes)
     missing: dict[str, str] = {}
     for answer in workers:
         if answer.error is None:
@@ -395,19 +492,30 @@ def _check_erased(failed: Mapping[str, str], workers: Sequence[SiblingAnswer]) -
         error = answer.body.get("error", {}) if isinstance(answer.body, dict) else {}
         if error.get("code") == "erase_incomplete":
             tiers |= {name: f"{reason} (worker {answer.worker})" for name, reason in error["tiers"].items()}
+            scopes = {**error["scopes"], **scopes}
         else:
             missing[str(answer.worker)] = answer.error
-    if tiers or missing:
-        names = [*(f"tier {name!r}" for name in tiers), *(f"worker {number}" for number in missing)]
-        raise ApiError(
-            503,
-            f"the erasure is incomplete because of {', '.join(names)}; send the request again once they work",
-            kind="server_error",
-            code="erase_incomplete",
-            retry_after=1,
-            tiers=tiers,
-            workers=missing,
-        )
+    if not (tiers or missing or scopes):
+        return
+    names = [
+        *(f"tier {name!r}" for name in tiers),
+        *(f"worker {number}" for number in missing),
+        *(f"scope {scope}" for scope in scopes),
+    ]
+    advice = [
+        *(["send the request again once the tiers and workers work"] if tiers or missing else ()),
+        *(["error.scopes says why scopes are left; /admin/purge can remove a scope"] if scopes else ()),
+    ]
+    raise ApiError(
+        503,
+        f"the erasure is incomplete because of {', '.join(names)}; {'; '.join(advice)}",
+        kind="server_error",
+        code="erase_incomplete",
+        retry_after=1,
+        tiers=tiers,
+        workers=missing,
+        scopes=scopes,
+    )
 
 
 # --- checking ---------------------------------------------------------------------------------

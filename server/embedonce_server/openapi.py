@@ -97,6 +97,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                         {"type": "string"}, "With the code erase_incomplete: the tiers that failed, and why."
                     ),
                     "workers": _map({"type": "string"}, "The workers that did not answer, and why."),
+                    "scopes": _map({"type": "string"}, "The scopes that were left, and why."),
                 },
                 "required": ["message", "type", "param", "code"],
             }
@@ -279,6 +280,10 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "input": _INPUT,
             "model": {**NAME, "description": "Default: all models."},
             "tenant": {**NAME, "description": "Default: all tenants."},
+            "namespace": {
+                **NAME,
+                "description": "The whole namespace, as the space cards have it. It cannot be combined with tenant.",
+            },
             "task": {**_TASK, "description": "Default: all tasks."},
         },
         required=("input",),

@@ -14,6 +14,7 @@ import pytest
 from patience import LONG_TIMEOUT
 
 from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier, TierError
+from embedonce.keys import SpaceCard
 from embedonce.testing.clocks import ManualClock
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
@@ -251,6 +252,8 @@ def test_purge_selects_scopes_by_their_space_cards() -> None:
     assert list(new.purge(scope=scope).scopes) == [scope]
     assert new.contents()[0].entries == 3
     assert new.purge(version="never").removed == {"t": 0}
+    assert new.purge(version="v2", where=lambda card: card["model"] == "m2", dry_run=True).removed == {"t": 0}
+    assert new.purge(where=lambda card: card["model"] == "m1").removed == {"t": 3}
     for cache in caches.values():
         cache.close()
 
@@ -263,6 +266,82 @@ def test_a_purged_scope_is_listed_again_once_something_is_stored() -> None:
         assert len(store) == 0
         cache.embed("a")
         assert [held.card and held.card["model"] for held in cache.contents()] == ["m1"]
+
+
+def forget_where(cache: Cache, texts: list[str], where: Callable[[SpaceCard], bool]) -> dict[str, SpaceCard]:
+    return cache.forget(texts, where=where)
+
+
+def forget_where_async(cache: Cache, texts: list[str], where: Callable[[SpaceCard], bool]) -> dict[str, SpaceCard]:
+    return asyncio.run(cache.aforget(texts, where=where))
+
+
+@pytest.mark.parametrize("face", [forget_where, forget_where_async], ids=["sync", "async"])
+@pytest.mark.parametrize("secret", [None, "a secret"])
+def test_forget_removes_texts_from_the_scopes_of_other_programs_that_are_chosen(
+    face: Callable[..., dict[str, SpaceCard]], secret: str | None
+) -> None:
+    store = DictBackend()
+    policies: list[dict[str, Any]] = [
+        {},
+        {"version": "v0"},
+        {"hash": "blake2b"},
+        {"namespace": "a"},
+        {"namespace": "b"},
+        {"namespace": "b", "version": "v0"},
+    ]
+    places = [(model, {**policy, "secret": secret}) for model in ("m1", "m2") for policy in policies]
+    for model, policy in places:
+        with chain(store, model, **policy) as other:
+            other.embed_batch([" Tea ", "milk"])
+    with chain(store, "m3", secret=secret, normalize=["strip"]) as cache:
+        cache.embed_batch([" Tea ", "milk"])
+        assert face(cache, ["never seen"], lambda card: False) == {}
+        face(cache, [" Tea "], lambda card: card["namespace"] != "b")
+        assert cache.lookup(["Tea", "milk"]).sources == [None, "t"]
+        left = face(cache, ["milk"], lambda card: card["namespace"] != "b")
+        assert sorted((card["model"], card["version"]) for card in left.values()) == [
+            (model, version) for model in ("m1", "m2") for version in ("v0", "v1")
+        ]
+    for model, policy in places:
+        with chain(store, model, **policy) as other:
+            was_chosen = policy.get("namespace") != "b"
+            assert other.lookup([" Tea ", "milk"]).sources == ([None, None] if was_chosen else ["t", "t"])
+
+
+def test_forget_reaches_queued_writes_and_running_calls_of_other_caches() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    far = DictBackend(scope="host")
+    with Cache(provider, [Tier(far, name="far", write="inline", lease="off")]) as cache, ThreadPoolExecutor(1) as pool:
+        other = cache.for_namespace("other")
+        running = pool.submit(other.embed, "tea")
+        provider.gate.until(1)
+        cache.forget(["tea"], where=lambda card: True)
+        provider.release()
+        running.result(LONG_TIMEOUT)
+        assert entries(far) == []
+        assert all("tea" not in route.recent_keys for route in other._routes.values())
+
+
+def test_forget_names_tiers_that_cannot_list_and_scopes_whose_keys_are_not_known() -> None:
+    store, blind = DictBackend(), DictBackend(scan=False, scope="network")
+    scopes = {}
+    for secret in ("one", "two", "three"):
+        with chain(store, secret=secret, namespace=secret) as other:
+            other.embed("tea")
+            (scopes[secret],) = other._list_scopes()
+    store.delete_many([f"eo1.card.{scopes['two']}"])
+    tiers = [Tier(DictBackend(store=store, scope="host"), name="t"), Tier(blind, name="blind")]
+    with Cache(CountingProvider(), tiers, key=KeyPolicy(secret="one")) as cache:
+        cache.embed("tea")
+        with pytest.raises(EraseIncomplete, match="space card is missing") as caught:
+            cache.forget(["tea"], where=lambda card: card["namespace"] in ("", "three"))
+        assert caught.value.tiers == {"blind": "it cannot list its keys"}
+        assert caught.value.scopes.keys() == {scopes["two"], scopes["three"]}
+        assert "tea" not in str(caught.value)
+        assert cache.lookup(["tea"]).sources == [None]
+        with pytest.raises(ValueError, match="exclude each other"):
+            cache.forget(["tea"], "query", where=lambda card: True)
 
 
 def test_purge_requires_at_least_one_criterion() -> None:

@@ -31,7 +31,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embedonce.errors import ConfigError, SpaceError, TextError
-from embedonce.keys import CARD_PREFIX, NORMALIZERS, Keyer, KeyPolicy, VectorSpace, canonical, canonical_url, card
+from embedonce.keys import (
+    CARD_PREFIX,
+    NORMALIZERS,
+    Keyer,
+    KeyPolicy,
+    VectorSpace,
+    canonical,
+    canonical_url,
+    card,
+    make_digests,
+    read_fingerprint,
+)
 
 HERE = Path(__file__).parent
 CORE = HERE.parent.parent / "core"
@@ -516,7 +527,7 @@ def test_the_card_names_the_scope_and_holds_no_text() -> None:
     space = VectorSpace(provider="p", model="m", task="query", dimensions=3, prompt="a private prompt")
     policy = KeyPolicy(version="v2", namespace="n", secret="s")
     made = card(policy, space)
-    settings = made.pop("settings")
+    settings, hidden = made.pop("settings"), made.pop("fingerprint")
     assert made == {
         "provider": "p",
         "model": "m",
@@ -528,10 +539,32 @@ def test_the_card_names_the_scope_and_holds_no_text() -> None:
     assert settings.keys() == {"prompt"}
     assert re.fullmatch("[0-9a-f]{8}", settings["prompt"])
     assert card(replace(policy, secret="other"), space)["settings"] != settings
+    fingerprint = space.fingerprint().hex()
+    assert re.fullmatch("[0-9a-f]{64}", hidden)
+    assert hidden != fingerprint
+    assert card(replace(policy, secret=None), space)["fingerprint"] == fingerprint
     keyer = Keyer(policy, space)
     assert keyer.card_key == CARD_PREFIX + keyer.scope
     assert re.fullmatch(r"eo1\.card\.[0-9a-f]{16}", keyer.card_key)
     json.dumps(card(policy, space))
+
+
+@pytest.mark.parametrize("secret", [None, "s", "long" * 20])
+@pytest.mark.parametrize("hash", ["sha256", "blake2b"])
+def test_a_card_shows_the_keys_of_texts_in_its_scope(secret: str | None, hash: Any) -> None:
+    if hash == "blake2b" and secret is not None and len(secret) > 64:
+        hash = "sha256"
+    policy = KeyPolicy(hash=hash, secret=secret, namespace="n", version="v2")
+    keyer = Keyer(policy, SPACE)
+    made = card(policy, SPACE)
+    reader = KeyPolicy(secret=secret)  # its namespace, version and hash are different
+    assert read_fingerprint(reader, keyer.scope, made) == keyer.fingerprint
+    assert keyer.key("tea").rpartition(".")[2] in make_digests(reader, keyer.fingerprint, ["tea", "\ud800"])
+    assert read_fingerprint(replace(reader, secret="other"), keyer.scope, made) is None
+    assert read_fingerprint(reader, "0" * 16, made) is None
+    for strange in ({}, {"fingerprint": 1}, {"fingerprint": "xyz"}, {"fingerprint": "00"}, {"version": [[]]}):
+        changed = {**({} if not strange else made), **strange}
+        assert read_fingerprint(reader, keyer.scope, changed) is None
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,89 @@ async def test_forget_refuses_a_task_that_no_model_knows(tmp_path: Path) -> None
         assert (answer.status, answer.error["param"]) == (400, "task")
 
 
+async def test_forget_reaches_spaces_and_tenants_that_this_process_does_not_know(
+    api: OpenAIServer, tmp_path: Path
+) -> None:
+    provider = {"type": "openai", "model": "m", "base_url": api.base_url, "api_key": "k"}
+    models = [{"name": "m", "provider": provider, "forward": ["flavour"]}]
+
+    def settings(tenant: str, **key: Any) -> dict[str, Any]:
+        tenants = [{"name": tenant, "keys": [KEY]}]
+        return {**configure(tmp_path, models=models, tenants=tenants), "key": {"namespace": "app", **key}}
+
+    places: list[dict[str, Any]] = [{}, {"dimensions": 4}, {"flavour": "mint"}, {"task": "query", "flavour": {"a": 1}}]
+    for config in (settings("old", version="v0"), settings("old"), settings("now")):
+        async with serve(config, tmp_path) as server:
+            for place in places:
+                assert (await server.embed(["tea", "milk"], headers=key_of("search"), **place)).status == 200
+            await server.embed([[1, 2], [3]], headers=key_of("search"))
+    other = {**configure(tmp_path, models=models), "key": {"namespace": "apples"}}
+    async with serve(other, tmp_path) as server:
+        await server.embed("tea")
+    async with serve(settings("now"), tmp_path) as server:
+        assert (await ask(server, "forget", {"input": "tea"})).status == 200
+        assert (await ask(server, "forget", {"input": [1, 2]})).status == 200
+    for config in (settings("old", version="v0"), settings("old"), settings("now")):
+        async with serve(config, tmp_path) as server:
+            cached = {**CACHED, **key_of("search")}
+            for place in places:
+                answer = await server.embed(["tea", "milk"], headers=cached, **place)
+                assert answer.error["positions"] == [0]
+            assert (await server.embed([[1, 2], [3]], headers=cached)).error["positions"] == [0]
+    async with serve(other, tmp_path) as server:
+        assert await is_cached(server, "tea")
+
+
+async def test_forget_names_a_namespace_that_may_be_that_of_a_former_tenant(tmp_path: Path) -> None:
+    old, new = (configure(tmp_path, tenants=[{"name": name, "keys": [KEY]}]) for name in ("old", "new"))
+    foreign = {**old, "key": {"namespace": "other-program"}}
+    for config in (foreign, old):
+        async with serve(config, tmp_path) as server:
+            await server.embed(["private", "kept"], headers=key_of("search"))
+    async with serve(new, tmp_path) as server:
+        assert (await ask(server, "forget", {"input": "never seen"})).status == 200
+        assert (await ask(server, "forget", {"input": "private", "tenant": "new"})).status == 200
+        answer = await ask(server, "forget", {"input": "private"})
+        assert (answer.status, answer.error["code"], answer.error["tiers"]) == (503, "erase_incomplete", {})
+        [reason] = answer.error["scopes"].values()
+        assert 'namespace "old"' in reason
+        assert b"private" not in answer.body
+        assert (await ask(server, "forget", {"input": "private", "namespace": "old"})).status == 200
+        assert (await ask(server, "forget", {"input": "private"})).status == 200
+        answer = await ask(server, "forget", {"input": "private", "namespace": "old", "tenant": "new"})
+        assert (answer.status, answer.error["param"]) == (400, "namespace")
+    async with serve(old, tmp_path) as server:
+        assert not await is_cached(server, "private", tenant="search")
+        assert await is_cached(server, "kept", tenant="search")
+    async with serve(foreign, tmp_path) as server:
+        assert await is_cached(server, "private", tenant="search")
+
+
+async def test_forget_of_one_model_after_a_restart_leaves_the_other_models(tmp_path: Path) -> None:
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        for model in ("one", "two"):
+            for fields in ({}, {"dimensions": 32}):
+                await server.embed("a", model=model, headers=key_of("search"), **fields)
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        assert (await ask(server, "forget", {"input": "a", "model": "one", "tenant": "search"})).status == 200
+        assert not await is_cached(server, "a", model="one", tenant="search")
+        # Both models have this space.
+        assert not await is_cached(server, "a", model="one", tenant="search", dimensions=32)
+        assert await is_cached(server, "a", model="two", tenant="search")
+
+
+async def test_forget_names_scopes_whose_keys_it_cannot_make(tmp_path: Path) -> None:
+    async with serve({**configure(tmp_path), "key": {"secret": "an earlier secret"}}, tmp_path) as server:
+        await server.embed("private")
+    async with serve(configure(tmp_path), tmp_path) as server:
+        answer = await ask(server, "forget", {"input": "private"})
+        assert answer.status == 503
+        [scope] = answer.error["scopes"]
+        assert "another secret" in answer.error["scopes"][scope]
+        assert (await ask(server, "purge", {"scope": scope, "dry_run": False})).json["removed"]["disk"] == 1
+        assert (await ask(server, "forget", {"input": "private"})).status == 200
+
+
 # --- purge ------------------------------------------------------------------------------------
 
 
@@ -255,6 +338,56 @@ async def test_purge_refuses_what_is_not_clear(tmp_path: Path, fields: dict[str,
         await server.embed("a", headers=key_of("search"))
         assert (await ask(server, "purge", fields)).status == 400
         assert await is_cached(server, "a", tenant="search")
+
+
+async def test_purge_of_a_model_leaves_other_models_with_the_same_upstream(tmp_path: Path) -> None:
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        for model in ("one", "two"):
+            await server.embed("a", model=model, headers=key_of("search"))
+        dry = await ask(server, "purge", {"model": "one", "namespace": "search"})
+        assert [card["dimensions"] for card in dry.json["scopes"].values()] == [64]
+        done = await ask(server, "purge", {"model": "one", "dry_run": False})
+        assert done.json["removed"] == {"memory": 1, "disk": 1}
+        assert not await is_cached(server, "a", model="one", tenant="search")
+        assert await is_cached(server, "a", model="two", tenant="search")
+
+
+async def test_purge_refuses_scopes_that_may_belong_to_two_models(tmp_path: Path) -> None:
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        for model in ("one", "two"):
+            await server.embed("a", model=model, headers=key_of("search"))
+        await server.embed("a", model="one", headers=key_of("search"), dimensions=32)
+        for dry_run in (True, False):
+            answer = await ask(server, "purge", {"model": "one", "dry_run": dry_run})
+            assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "shared_scopes", "model")
+            [(scope, reason)] = answer.error["scopes"].items()
+            assert reason == "it belongs to one and two"
+        assert await is_cached(server, "a", model="one", tenant="search")
+        assert (await ask(server, "purge", {"scope": scope, "dry_run": False})).json["removed"]["disk"] == 1
+        assert (await ask(server, "purge", {"model": "one", "dry_run": False})).json["removed"]["disk"] == 1
+
+
+async def test_purge_of_a_model_covers_its_tasks_dimensions_and_forwarded_fields(
+    api: OpenAIServer, tmp_path: Path
+) -> None:
+    provider = {"type": "openai", "model": "m", "base_url": api.base_url, "api_key": "k"}
+    prefixes = {"document": "d: ", "query": "q: "}
+    models = [
+        {"name": "m", "provider": provider, "forward": ["flavour"]},
+        {"name": "with-prefixes", "provider": {**provider, "prefixes": prefixes}},
+    ]
+    places: list[dict[str, Any]] = [{}, {"flavour": "mint"}, {"flavour": {"a": 1}}, {"input": [[1, 2]]}]
+    others: list[dict[str, Any]] = [{}, {"task": "query"}]
+    async with serve(configure(tmp_path, models=models), tmp_path) as server:
+        for name, fields in (("m", places), ("with-prefixes", others)):
+            for place in fields:
+                body = {"input": ["a"], **place}
+                assert (await server.embed(body.pop("input"), model=name, **body)).status == 200
+    async with serve(configure(tmp_path, models=models), tmp_path) as server:
+        purged = await ask(server, "purge", {"model": "m", "dry_run": False})
+        assert purged.json["removed"]["disk"] == len(places)
+        purged = await ask(server, "purge", {"model": "with-prefixes", "dry_run": False})
+        assert purged.json["removed"]["disk"] == len(others)
 
 
 # --- check ------------------------------------------------------------------------------------

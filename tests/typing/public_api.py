@@ -56,6 +56,7 @@ from embedonce import (
 from embedonce.answers import ChainWarning
 from embedonce.contracts import AnyProvider, EntryBackend, FrameBackend, Task
 from embedonce.events import Event, ProviderStats, SpaceStats, TierStats
+from embedonce.keys import SpaceCard
 from embedonce.savings import FoundSavings
 from embedonce.vectors import Metadata, Work
 
@@ -103,7 +104,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.alookup(texts), Fetched)
     assert_type(await cache.aestimate(stream), Estimate)
     assert_type(await cache.aput(texts, [[1.0, 2.0]], metadata=None), None)
-    assert_type(await cache.aforget(texts), None)
+    assert_type(await cache.aforget(texts), dict[str, SpaceCard])
     assert_type(await cache.apurge(model="m", dry_run=True), Purged)
     assert_type(await cache.aexplain("text"), Explanation)
     assert_type(await cache.acontents(), list[Held])
@@ -118,8 +119,8 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
 
 
 def upkeep(cache: Cache, texts: list[str]) -> None:
-    assert_type(cache.forget(texts), None)
-    assert_type(cache.forget(texts, task="query"), None)
+    assert_type(cache.forget(texts, task="query"), dict[str, SpaceCard])
+    assert_type(cache.forget(texts, where=lambda card: card["namespace"] == "search"), dict[str, SpaceCard])
     assert_type(cache.purge(scope="0123456789abcdef", version="v1", namespace=""), Purged)
     assert_type(cache.explain("text", "query"), Explanation)
     assert_type(cache.normalize("text"), str)
@@ -138,6 +139,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.tiers, Sequence[str])
     assert_type(cache.warnings, Sequence[ChainWarning])
     assert_type(cache.provider, AnyProvider)
+    assert_type(cache.fallback, AnyProvider | None)
     assert_type(cache.closed, bool)
 
 
@@ -238,6 +240,7 @@ def errors(cache: Cache) -> None:
         del wide
     except EraseIncomplete as error:
         assert_type(error.tiers, dict[str, str])
+        assert_type(error.scopes, dict[str, str])
     except PartialAnswer as error:
         print(error.failed)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:

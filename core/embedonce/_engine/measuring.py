@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 from embedonce.answers import Held
 from embedonce.contracts import StoredSize
-from embedonce.keys import CARD_PREFIX, KEY_PREFIX, Value
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SpaceCard
 
 from .ports import Port
 from .tiers import LiveTier
-
-Card: TypeAlias = Mapping[str, Value]
 
 MAX_READ: Final = 1024
 """Maximum number of entries of one scope that are read to measure them, if the backend cannot measure them itself."""
@@ -27,7 +25,7 @@ def group_by_scope(keys: Iterable[str]) -> dict[str, list[str]]:
     return scopes
 
 
-async def measure(port: Port, tier: LiveTier, scope: str, keys: Sequence[str], card: Card | None) -> Held:
+async def measure(port: Port, tier: LiveTier, scope: str, keys: Sequence[str], card: SpaceCard | None) -> Held:
     """Return what a tier holds of one scope.
 
     Raises:
@@ -59,7 +57,7 @@ async def measure(port: Port, tier: LiveTier, scope: str, keys: Sequence[str], c
     )
 
 
-def _read_dimensions(card: Card | None) -> int | None:
+def _read_dimensions(card: SpaceCard | None) -> int | None:
     dimensions = None if card is None else card.get("dimensions")
     return dimensions if isinstance(dimensions, int) else None
 

@@ -27,6 +27,12 @@ class Observable:
         """
         return self._chain.read_stats(self.provider_stats())
 
+    def normalize(self, text: str) -> str:
+        """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
+        for step in self._chain.steps:
+            text = step(text)
+        return text
+
     def provider_stats(self) -> dict[str, ProviderStats]:
         """Return only ``providers`` of :meth:`stats`, which takes much less time."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
@@ -63,6 +69,10 @@ class Observable:
     @property
     def provider(self) -> AnyProvider:
         return self._source.provider
+
+    @property
+    def fallback(self) -> AnyProvider | None:
+        return None if self._fallback is None else self._fallback.provider
 
     @property
     def closed(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import (
     AsyncIterable,
     AsyncIterator,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -25,7 +26,7 @@ from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import KeyPolicy, Value
+from embedonce.keys import KeyPolicy, SpaceCard, Value
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import (
     MAX_SECONDS,
@@ -132,6 +133,13 @@ class Requests(HotPath):
                 self._knows_all_tasks = False
         if len(self._routes) > MAX_ROUTES:
             del self._routes[next(place for place in self._routes if place[1] not in TASKS)]
+
+    def _discard_texts(self, keys: Collection[str]) -> None:
+        """Remove from the memos of all routes every text that has one of the keys."""
+        with self._lock:
+            routes = list(self._routes.values())
+        for route in routes:
+            route.discard_texts(keys)
 
     def _list_scopes(self) -> set[str]:
         """Return the scopes of the routes that this cache keeps."""
@@ -381,10 +389,16 @@ class Requests(HotPath):
             window = Answer(answer.route, keys, [answer.texts_by_key()[key] for key in keys], store=True)
             await engine.put(port, window, entries)
 
-    async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
+    async def _forget(
+        self, port: Port, texts: Sequence[str], task: Task | None, where: Callable[[SpaceCard], bool] | None
+    ) -> dict[str, SpaceCard]:
         self._check_open()
         _require_texts(texts)
         texts = copy_texts(texts)
+        if where is not None:
+            if task is not None:
+                raise ValueError("task and where exclude each other, because a space card has its task")
+            return await self._forget_where(port, texts, where)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *list(self._other_tasks)} if task is None else {task}
         current = [await self._find_current_route(port, source, name) for source in sources for name in sorted(tasks)]
@@ -393,16 +407,31 @@ class Requests(HotPath):
         try:
             await self._chain.upkeep.forget(port, list(keys))
         finally:
-            with self._lock:
-                routes += self._routes.values()
-            for route in routes:
-                route.discard_texts(keys)
+            self._discard_texts(keys)
         if task is None and not self._knows_all_tasks:
             raise EraseIncomplete(
                 f"forget is incomplete, because texts were embedded for more than {MAX_TASKS:,} tasks, and the names "
                 "of some tasks are not known any more. Call it again with each task",
                 {},
             )
+        return {}
+
+    async def _forget_where(
+        self, port: Port, texts: Sequence[str], where: Callable[[SpaceCard], bool]
+    ) -> dict[str, SpaceCard]:
+        """Remove the texts from the scopes that satisfy ``where``. Return the other scopes that hold one of them."""
+        keyer = self._get_route(self._source, TASKS[0]).keyer
+        normalized = [keyer.normalize(text) for text in texts]
+        for text in normalized:
+            keyer.key(text)  # raises the error of a text that has no key
+        # A policy with other steps shares these scopes, and may have stored the text as it is.
+        both = list(dict.fromkeys([*normalized, *texts]))
+        found = await self._chain.upkeep.find_keys(port, both, self._policy, where)
+        try:
+            await self._chain.upkeep.forget(port, found.keys, found.failed, found.unknown)
+        finally:
+            self._chain.discard_texts(set(found.keys))
+        return found.left
 
     async def _purge(
         self,
@@ -411,14 +440,15 @@ class Requests(HotPath):
         model: str | None,
         version: str | None,
         namespace: str | None,
+        where: Callable[[SpaceCard], bool] | None,
         unused: bool,
         dry_run: bool,
     ) -> Purged:
         self._check_open()
         parts = {"model": model, "version": version, "namespace": namespace}
         wanted = {name: value for name, value in parts.items() if value is not None}
-        if scope is None and not wanted and not unused:
-            raise ValueError("purge requires at least one of scope, model, version, namespace and unused")
+        if scope is None and not wanted and where is None and not unused:
+            raise ValueError("purge requires at least one of scope, model, version, namespace, where and unused")
         upkeep = self._chain.upkeep
         keep = None
         if unused:
@@ -426,7 +456,7 @@ class Requests(HotPath):
                 raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
             keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
             keep |= self._chain.list_scopes_of_caches()
-        return await upkeep.purge(port, scope=scope, wanted=wanted, keep=keep, dry_run=dry_run)
+        return await upkeep.purge(port, scope=scope, wanted=wanted, where=where, keep=keep, dry_run=dry_run)
 
     # --- checking, listing and explaining -----------------------------------------------------
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
@@ -69,6 +69,9 @@ class CacheOverChain(Protocol):
     def _list_scopes(self) -> set[str]:
         """Return the scopes whose keys the cache can make at this moment."""
         ...
+
+    def _discard_texts(self, keys: Collection[str]) -> None:
+        """Remove from the memos every text that has one of the keys."""
 
     def _reset_after_fork(self) -> None:
         """Replace locks and threads in a forked child."""
@@ -208,6 +211,11 @@ class RunningChain:
         self.served.drop(unused)
         for tier in self.tiers:
             tier.writer.forget_cards(unused)
+
+    def discard_texts(self, keys: Collection[str]) -> None:
+        """Remove from the memos of all caches every text that has one of the keys."""
+        for cache in self._list_caches():
+            cache._discard_texts(keys)
 
     def list_scopes_of_caches(self) -> set[str]:
         """Return the scopes whose keys the caches of this chain can make at this moment."""

@@ -6,17 +6,28 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from embedonce._reprs import shorten
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy
+from embedonce.keys import (
+    CARD_PREFIX,
+    FINGERPRINT,
+    KEY_PREFIX,
+    SERVED_MODEL,
+    SETTINGS,
+    KeyPolicy,
+    SpaceCard,
+    make_digests,
+    read_fingerprint,
+)
 from embedonce.vectors import Dtype, Metadata, open_frame
 
 from .flights import Erasure, InFlight
 from .leases import lease_keys
-from .measuring import Card, group_by_scope, measure
+from .measuring import group_by_scope, measure
 from .ports import Port
 from .probing import probe_writes
 from .routes import Route
@@ -24,10 +35,22 @@ from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier
 
 MOST_NAMED = 5
-"""Maximum number of settings that one reason for a miss names."""
+"""Maximum number of settings that one reason for a miss names, and of scopes that one error message names."""
 
 ENTRIES_PER_READ = 1024
 """Maximum number of entries in memory at the same time while a whole tier is read."""
+
+
+class FoundKeys(NamedTuple):
+    """The keys of texts in several scopes, and what could not be found."""
+
+    keys: list[str]
+    left: dict[str, SpaceCard]
+    """The cards of the scopes that hold one of the texts and were not wanted."""
+    failed: dict[str, str]
+    """The tiers that could not be listed, with the reasons."""
+    unknown: dict[str, str]
+    """The scopes whose keys could not be made, with the reasons."""
 
 
 class Upkeep:
@@ -37,7 +60,7 @@ class Upkeep:
         self,
         tiers: Sequence[LiveTier],
         in_flight: InFlight,
-        cards: Mapping[str, Card],
+        cards: Mapping[str, SpaceCard],
         served: ServedModels,
         *,
         busy_timeout: float,
@@ -52,17 +75,77 @@ class Upkeep:
 
     # --- erasing ------------------------------------------------------------------------------
 
-    async def forget(self, port: Port, keys: Sequence[str]) -> None:
+    async def forget(
+        self,
+        port: Port,
+        keys: Sequence[str],
+        failed: Mapping[str, str] = MappingProxyType({}),
+        unknown: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
 
+        ``failed`` has the tiers that could not be listed, and ``unknown`` the scopes whose keys could not be made.
+
         Raises:
-            EraseIncomplete: a tier failed or cannot delete. The error names each such tier.
+            EraseIncomplete: a tier failed or cannot delete. The error names each such tier, and what was given.
         """
 
         async def erase(tier: LiveTier) -> None:
             await tier.erase(port, keys if tier.lease is None else [*keys, *lease_keys(keys)])
+            if tier.name in failed:
+                raise TierError(failed[tier.name], tier.name)
 
-        await self._erase(port, Erasure(keys), erase, "forget")
+        await self._erase(port, Erasure(keys), erase, "forget", unknown)
+
+    async def find_keys(
+        self, port: Port, texts: Sequence[str], policy: KeyPolicy, where: Callable[[SpaceCard], bool]
+    ) -> FoundKeys:
+        """Find the keys of normalised texts in every scope whose space card satisfies ``where``."""
+        failed: dict[str, str] = {}
+        cards: dict[str, SpaceCard] = {}
+        for tier in self._tiers:
+            try:
+                stored = await self._read_cards(port, tier)
+            except TierError as error:
+                failed[tier.name] = _describe(error)
+            else:
+                cards |= {name: card for name, card in stored.items() if name not in cards or FINGERPRINT in card}
+        cards |= self._cards
+        keys = await self._make_keys(port, texts, policy, cards)
+        owners = {key: scope for scope in keys for key in keys[scope]}
+        listed = group_by_scope(self._in_flight.list_unwritten())
+        held, holding = set(listed), {owners[key] for queued in listed.values() for key in queued if key in owners}
+        for tier in self._tiers:
+            if tier.name not in failed:
+                try:
+                    listed = group_by_scope(await tier.scan(port, KEY_PREFIX))
+                except TierError as error:
+                    failed[tier.name] = _describe(error)
+                else:
+                    held |= listed.keys()
+                    holding |= {owners[key] for scope in listed for key in listed[scope] if key in owners}
+        wanted = {scope for scope, card in cards.items() if where(card)}
+        unknown = {scope: "its space card is missing" for scope in held - cards.keys()}
+        for scope in (held & wanted) - keys.keys():
+            unknown[scope] = "it belongs to another secret, or its space card is from an earlier version"
+        # A call may be computing a text now for a wanted scope that holds nothing yet.
+        found = [key for scope in wanted & keys.keys() for key in keys[scope]]
+        return FoundKeys(found, {scope: cards[scope] for scope in holding - wanted}, failed, unknown)
+
+    async def _make_keys(
+        self, port: Port, texts: Sequence[str], policy: KeyPolicy, cards: Mapping[str, SpaceCard]
+    ) -> dict[str, list[str]]:
+        """Return the keys of normalised texts in each scope whose card shows them."""
+        keys: dict[str, list[str]] = {}
+        digests: dict[bytes, list[str]] = {}
+        for scope, card in cards.items():
+            fingerprint = read_fingerprint(policy, scope, card)
+            if fingerprint is not None:
+                if fingerprint not in digests:
+                    await port.sleep(0)  # hashing many texts for many spaces must not block an event loop
+                    digests[fingerprint] = make_digests(policy, fingerprint, texts)
+                keys[scope] = [f"{KEY_PREFIX}{scope}.{digest}" for digest in digests[fingerprint]]
+        return keys
 
     async def purge(
         self,
@@ -70,12 +153,13 @@ class Upkeep:
         *,
         scope: str | None,
         wanted: Mapping[str, str],
+        where: Callable[[SpaceCard], bool] | None,
         keep: Collection[str] | None,
         dry_run: bool,
     ) -> Purged:
-        """Remove every entry in the scopes that match ``scope`` and ``wanted`` and are not in ``keep``.
+        """Remove every entry in the scopes that match ``scope``, ``wanted`` and ``where`` and are not in ``keep``.
 
-        With ``keep``, a scope without a space card matches too if nothing is wanted. With ``dry_run``, only count
+        With ``keep``, a scope without a space card matches too if nothing else is given. With ``dry_run``, only count
         entries.
 
         Raises:
@@ -83,19 +167,19 @@ class Upkeep:
         """
         failed: dict[str, str] = {}
         kept = () if keep is None else keep
-        scopes: dict[str, Card | None] = {}
-        if scope is not None and not wanted and scope not in kept:
+        scopes: dict[str, SpaceCard | None] = {}
+        if scope is not None and not wanted and where is None and scope not in kept:
             scopes[scope] = self._cards.get(scope)
         for tier in self._tiers:
             try:
-                cards: dict[str, Card | None] = {**await self._read_cards(port, tier)}
+                cards: dict[str, SpaceCard | None] = {**await self._read_cards(port, tier)}
                 if keep is not None:
                     cards = dict.fromkeys(group_by_scope(await tier.scan(port, KEY_PREFIX))) | cards
             except TierError as error:
                 failed[tier.name] = _describe(error)
             else:
                 matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
-                scopes |= {name: card for name, card in matching.items() if _has_parts(card, wanted)}
+                scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
         removed: dict[str, int] = {}
         if dry_run:
             for tier in self._tiers:
@@ -123,7 +207,15 @@ class Upkeep:
     async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
         return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
 
-    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], operation: str) -> None:
+    async def _erase(
+        self,
+        port: Port,
+        erasure: Erasure,
+        erase: Callable[[LiveTier], Any],
+        operation: str,
+        unknown: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Erase from all tiers. ``unknown`` has the scopes that cannot be erased, with the reasons."""
         failed: dict[str, str] = {}
         with self._in_flight.forbid_stores(erasure) as busy:
             end = time.monotonic() + self._busy_timeout
@@ -137,11 +229,11 @@ class Upkeep:
                 else:
                     if tier.name in writing:
                         failed[tier.name] = "a write that has not ended may restore entries"
-        _raise_if_incomplete(failed, operation)
+        _raise_if_incomplete(failed, operation, unknown)
 
     # --- listing ------------------------------------------------------------------------------
 
-    async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
+    async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, SpaceCard]:
         """Return the space cards that a tier stores, and the space cards of this cache, by scope."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
@@ -161,9 +253,9 @@ class Upkeep:
                 held.append(Held(tier.name, "", None, 0, _describe(error)))
         return held
 
-    async def read_all_cards(self, port: Port) -> dict[str, Card]:
+    async def read_all_cards(self, port: Port) -> dict[str, SpaceCard]:
         """Return the space cards that the tiers store, by scope. A tier that fails is left out."""
-        cards: dict[str, Card] = {}
+        cards: dict[str, SpaceCard] = {}
         for tier in self._tiers:
             with suppress(TierError):
                 cards |= await self._read_cards(port, tier)
@@ -332,13 +424,15 @@ class Upkeep:
         return reasons
 
 
-def _has_parts(card: Card | None, wanted: Mapping[str, str]) -> bool:
-    return not wanted or (card is not None and all(card.get(part) == value for part, value in wanted.items()))
+def _matches(card: SpaceCard | None, wanted: Mapping[str, str], where: Callable[[SpaceCard], bool] | None) -> bool:
+    if card is None:
+        return not wanted and where is None
+    return all(card.get(part) == value for part, value in wanted.items()) and (where is None or where(card))
 
 
-def _compare_cards(own: Card, other: Card) -> list[str]:
+def _compare_cards(own: SpaceCard, other: SpaceCard) -> list[str]:
     """Return a phrase for each part in which another scope's card differs from the own card."""
-    parts = [part for part in own if part not in (SERVED_MODEL, SETTINGS) and other.get(part) != own[part]]
+    parts = [part for part in own if part not in (SERVED_MODEL, SETTINGS, FINGERPRINT) and other.get(part) != own[part]]
     # Another program may have written the other card, so its values may be long.
     differences = [f"{part} {shorten(other.get(part))} instead of {own[part]!r}" for part in parts]
     mine, theirs = own.get(SETTINGS), other.get(SETTINGS)
@@ -357,9 +451,16 @@ def _describe(error: TierError) -> str:
     return f"{error}: {detail}" if detail and detail != str(error) else str(error)
 
 
-def _raise_if_incomplete(failed: Mapping[str, str], operation: str) -> None:
-    if failed:
-        causes = "; ".join(f"tier {name!r}: {cause}" for name, cause in failed.items())
-        raise EraseIncomplete(
-            f"{operation} is incomplete ({causes}). Call it again once these tiers are reachable", failed
-        )
+def _raise_if_incomplete(
+    failed: Mapping[str, str], operation: str, unknown: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    if failed or unknown:
+        causes = [f"tier {name!r}: {cause}" for name, cause in failed.items()]
+        causes += [f"scope {scope}: {cause}" for scope, cause in list(unknown.items())[:MOST_NAMED]]
+        if len(unknown) > MOST_NAMED:
+            causes.append(f"{len(unknown) - MOST_NAMED} more scopes")
+        advice = [
+            *(["Call it again once these tiers are reachable"] if failed else ()),
+            *(["The keys of these scopes are not known; remove the scopes with purge(scope=…)"] if unknown else ()),
+        ]
+        raise EraseIncomplete(f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}", failed, unknown)

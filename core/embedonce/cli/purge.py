@@ -75,8 +75,7 @@ def purge(
     """Remove all vectors of a model, a version, a namespace or a scope from every tier."""
     from .opened import load_config, open_cache
 
-    selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
-    if all(value is None for value in selected.values()) and not unused:
+    if all(value is None for value in (scope, model, version, namespace)) and not unused:
         raise Refused("say what to purge: add --scope, --model, --version or --namespace, or --unused")
     if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
         raise Refused(f"--scope {scope}: must be 16 hex digits, as `embedonce stats` shows them")
@@ -90,12 +89,15 @@ def purge(
             "of their own; say what to purge with --scope, --model, --version or --namespace"
         )
     with open_cache(loaded) as cache:
+        purge_selected = partial(
+            cache.purge, scope=scope, model=model, version=version, namespace=namespace, unused=unused
+        )
         if must_ask:
-            preview = cache.purge(**selected, unused=unused, dry_run=True)
+            preview = purge_selected(dry_run=True)
             if preview.scopes and not _confirm_purge(preview):
                 say("nothing was removed")
                 raise typer.Exit
-        purged = cache.purge(**selected, unused=unused, dry_run=dry_run)
+        purged = purge_selected(dry_run=dry_run)
     if json:
         emit(asdict(purged) | {"dry_run": dry_run})
     else:
