@@ -43,6 +43,7 @@ class Worker(Served):
         self._server.begin_drain(0.0)
         await self._serving
         await self.service.close(1.0)
+        self.app.metrics.close()
 
 
 @asynccontextmanager
