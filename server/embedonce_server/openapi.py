@@ -78,6 +78,13 @@ _DIMENSIONS: Final[Schema] = {
     "description": "Number of dimensions, if the model can make vectors of several sizes.",
 }
 
+_NOT_TENANT_AND_NAMESPACE: Final[Schema] = {
+    "not": {
+        "required": ["namespace", "tenant"],
+        "properties": {"namespace": {"type": "string"}, "tenant": {"type": "string"}},
+    }
+}
+
 _SCHEMAS: Final[dict[str, Schema]] = {
     "Error": _object(
         {
@@ -287,6 +294,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "task": {**_TASK, "description": "Default: all tasks."},
         },
         required=("input",),
+        **_NOT_TENANT_AND_NAMESPACE,
     ),
     "Forgotten": _object(
         {
@@ -310,12 +318,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             {"required": [name], "properties": {name: {"type": "string"}}}
             for name in ("scope", "model", "version", "namespace", "tenant")
         ],
-        **{
-            "not": {
-                "required": ["namespace", "tenant"],
-                "properties": {"namespace": {"type": "string"}, "tenant": {"type": "string"}},
-            }
-        },
+        **_NOT_TENANT_AND_NAMESPACE,
     ),
     "Purged": _object(
         {

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import served as processes
+import serve_process as processes
 import uvicorn
 from patience import wait_until, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ADMIN_KEY, Answer, Served
 from worker_pairs import Worker, serve_workers
 
+from embedonce import Cache
 from embedonce_server import admin
 from embedonce_server.http_server import WorkerServer
 
@@ -193,7 +194,7 @@ async def test_an_answer_that_is_cut_off_is_an_error(pair: list[Worker], answer:
 def test_counts_of_real_workers_survive_one_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "embedonce.toml").write_text('[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n')
     options = ("--config", "embedonce.toml", "--workers", "2")
-    with processes.Served(*options, folder=tmp_path) as server:
+    with processes.ServeProcess(*options, folder=tmp_path) as server:
 
         def request(method: str, path: str, body: Any = None) -> processes.Answer:
             connection = server.connect()
@@ -290,16 +291,16 @@ async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
         forget, has_stored = admin._forget, asyncio.Event()
         done: list[object] = []
 
-        async def forget_late(erasure: Any) -> dict[str, str]:
+        async def forget_late(base: Cache, erasure: Any) -> Any:
             if erasure.models == models and not has_stored.is_set():
                 # The second worker has erased. The third one still stores the text, and the second one copies it.
                 await wait_until_async(lambda: len(done) == 2)
                 await third.embed("private")
                 assert (await second.embed("private")).cache[0] == "hit"
                 has_stored.set()
-            failed = await forget(erasure)
+            incomplete = await forget(base, erasure)
             done.append(erasure)
-            return failed
+            return incomplete
 
         monkeypatch.setattr(admin, "_forget", forget_late)
         answer = await first.call("POST", "/admin/forget", {"input": "private"}, ADMIN)
