@@ -13,10 +13,12 @@ No upper bound is known for a model until one of its calls has been settled. Unt
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,9 @@ _TABLES = (
         PRIMARY KEY (model, tenant)) WITHOUT ROWID""",
     f"PRAGMA user_version = {VERSION}",
 )
+
+
+log = logging.getLogger("embedonce.serve")
 
 
 class Load(NamedTuple):
@@ -187,6 +192,11 @@ class BudgetFile:
         """Count the reservations of a dead worker as used. If it still lives, its settlements correct that."""
         with self._write() as connection:
             connection.execute("UPDATE reservations SET worker = ? WHERE worker = ?", (DEAD, worker))
+
+    def recover_all(self) -> None:
+        """Count all reservations as used. No worker may be running."""
+        with self._write() as connection:
+            connection.execute("UPDATE reservations SET worker = ?", (DEAD,))
 
     def read_usage(self, tenants: Sequence[Tenant]) -> Mapping[str, Usage]:
         """Return the usage of the tenants that have a budget, by name."""
@@ -329,6 +339,22 @@ class BudgetFile:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def recover_budgets(path: Path, clock: Callable[[], float] = time.time) -> None:
+    """Count all that workers of an earlier server have reserved as used. Call this before a worker starts.
+
+    A worker that starts recovers only its own number, and there may be fewer workers now.
+    """
+    if not path.exists():
+        return
+    file = BudgetFile(path, DEAD, clock)
+    try:
+        file.recover_all()
+        file.close()
+    except (sqlite3.Error, OSError) as error:
+        # The workers log what that means for tenants, and try again.
+        log.warning("%s: the tokens of calls that an earlier server began cannot be counted (%s)", path, error)
 
 
 def _identify(path: Path) -> tuple[int, int]:

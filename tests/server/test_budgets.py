@@ -24,6 +24,7 @@ from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_server import budget_file, budgets
+from embedonce_server.budget_file import recover_budgets
 from embedonce_server.budgets import BudgetExceeded, Budgets, BudgetsUnavailable, fetch_within_budget
 
 DAY = 86_400
@@ -689,6 +690,36 @@ async def test_a_worker_that_starts_recovers_its_predecessor(path: Path, clock: 
         with closing(Budgets(path, 1, clock)) as worker:
             assert await read_used(worker, tenant) == (464, 0)
         provider.gate.set()
+
+
+async def test_a_server_that_starts_counts_what_all_workers_before_it_have_reserved(path: Path, clock: Clock) -> None:
+    tenant, provider = make_tenant(10_000), PaidProvider()
+    recover_budgets(path, clock)
+    assert not path.exists()
+    async with open_cache(provider) as cache:
+        workers = [Budgets(path, number, clock) for number in (1, 2, 3)]
+        provider.gate.clear()
+        for number, dead in enumerate(workers, 1):
+            running = asyncio.create_task(fetch_within_budget(dead, tenant, cache, [f"{number:0100}"], "document"))
+            await wait_until_async(lambda number=number: provider.at_once == number)  # type: ignore[misc]
+            for task in dead._running:  # the event loop ends
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        with closing(Budgets(path, 1, clock)) as worker:
+            assert await read_used(worker, tenant) == (464, 50)
+        recover_budgets(path, clock)
+        with closing(Budgets(path, 1, clock)) as worker:
+            assert await read_used(worker, tenant) == (3 * 464, 0)
+        provider.gate.set()
+        for dead in workers:
+            dead.close()
+
+
+def test_a_server_starts_although_the_budgets_cannot_be_recovered(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.mkdir()
+    recover_budgets(path)
+    assert "cannot be counted" in caplog.text
 
 
 async def test_usage_lasts_after_a_restart(path: Path, clock: Clock) -> None:
