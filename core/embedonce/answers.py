@@ -43,6 +43,11 @@ class Fetched:
     saved: Work = NO_WORK
     """The work that the tiers have saved: the texts that they had, and the tokens and seconds that it took to compute
     these texts once. Equal texts count once."""
+    wasted: Work = NO_WORK
+    """The work of this call that the provider may have charged, and that gave none of these vectors: answers that were
+    refused, requests that got no answer in time, and vectors that were computed before the provider drifted or failed.
+    Each time that a text was sent counts. If a repeated request was answered, the earlier ones count the same tokens.
+    The seconds of refused answers and lost requests are unknown."""
     changed: Set[int] = frozenset()
     """With ``fresh=True``: positions of the texts whose stored vector is not the vector that was computed now."""
 

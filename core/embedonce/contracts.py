@@ -365,6 +365,27 @@ class Embedded:
         return f"<Embedded {format_count(len(rows), 'vector')}{tokens}>"
 
 
+class LostRequests:
+    """The requests of one call of a provider that were sent and got no answer in time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+lost_requests: ContextVar[LostRequests | None] = ContextVar("embedonce_lost_requests", default=None)
+
+
+def note_lost_request() -> None:
+    """Count a request of the current call that was sent and got no answer in time. It may be charged all the same.
+
+    A provider whose client repeats such a request calls this function each time, within ``embed`` or ``aembed``. The
+    cache counts these requests in ``Fetched.wasted``. Without this function, it knows only of the last one.
+    """
+    lost = lost_requests.get()
+    if lost is not None:
+        lost.count += 1
+
+
 class Provider(Protocol):
     """Computes vectors with blocking calls. Several threads may call it at the same time.
 

@@ -74,6 +74,10 @@ class ProviderError(EmbedonceError):
     missing, or have NaN, infinity, only zeros or a different length, only the texts of these rows get this error.
     """
 
+    tokens: int | None = None
+    """Tokens that the refused answer reports. A provider that refuses an answer itself sets this attribute, so that the
+    tokens are counted although there are no vectors."""
+
 
 class ErrorInAnswer(ProviderError):
     """An answer has the status 200, but its body is an error or has no vectors.

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from embedonce import ProviderError
+from embedonce.contracts import note_lost_request
 from embedonce.event_loops import async_deadline
 
 from ._reasons import CREDENTIALS, HIDDEN
@@ -94,6 +95,17 @@ class Guard:
             response.close()
             self._set_content(response, body.content)
 
+    def make_client(self, client_class: type[Any], **options: Any) -> Any:
+        """Make a blocking client, such as an ``httpx.Client``, whose answers this guard reads."""
+        hooks = options.pop("event_hooks", {})
+        hooks = {**hooks, "response": [self.read, *hooks.get("response", ())]}
+
+        def send(client: Any, request: Any, **other: Any) -> Any:
+            with _note_if_lost():
+                return client_class.send(client, request, **other)
+
+        return type("GuardedClient", (client_class,), {"send": send})(event_hooks=hooks, **options)
+
     def make_async_client(self, client_class: type[Any], **options: Any) -> Any:
         """Make an async client, such as an ``httpx.AsyncClient``, whose answers this guard reads.
 
@@ -104,15 +116,16 @@ class Guard:
 
         async def send(client: Any, request: Any, *, stream: bool = False, **other: Any) -> Any:
             request.extensions = {**request.extensions, "timeout": {}}
-            async with self._limit(request):
-                response = await client_class.send(client, request, stream=True, **other)
-            try:
-                await self._aread(response)
-                if not stream:
-                    await response.aread()
-            except BaseException:
-                await response.aclose()
-                raise
+            with _note_if_lost():
+                async with self._limit(request):
+                    response = await client_class.send(client, request, stream=True, **other)
+                try:
+                    await self._aread(response)
+                    if not stream:
+                        await response.aread()
+                except BaseException:
+                    await response.aclose()
+                    raise
             return response
 
         return type("GuardedAsyncClient", (client_class,), {"send": send})(**options)
@@ -228,6 +241,20 @@ class _Body:
             "was not read further, and nothing was stored. Check base_url. If the vectors have more than "
             f"{MAX_DIMENSIONS:,} dimensions, set dimensions"
         )
+
+
+@contextmanager
+def _note_if_lost() -> Iterator[None]:
+    """Note a request that gets no answer in time, because the client may repeat it, and each one may be charged."""
+    try:
+        yield
+    except BaseException as error:
+        is_timeout = any("Timeout" in kind.__name__ for kind in type(error).__mro__)
+        is_sent = not any(word in type(error).__name__ for word in ("Connect", "Pool"))
+        is_ended = not isinstance(error, Exception)  # the call was cancelled
+        if is_ended or (is_timeout and is_sent):
+            note_lost_request()
+        raise
 
 
 def _make_timeout(request: Any) -> Exception:

@@ -55,14 +55,19 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
             f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}", _read_code(answer)
         )
     items = [item if isinstance(item, dict) else {} for item in data]
-    order = order_by_index([item.get("index") for item in items], len(texts))
-    vectors = [_read_vector(items[position].get("embedding")) for position in order]
-    if texts and all(vector is None for vector in vectors):
-        raise ProviderError(
-            "the endpoint returned only embeddings that are neither lists of numbers nor base64; nothing was stored"
-        )
+    tokens = _read_tokens(answer.get("usage"))
+    try:
+        order = order_by_index([item.get("index") for item in items], len(texts))
+        vectors = [_read_vector(items[position].get("embedding")) for position in order]
+        if texts and all(vector is None for vector in vectors):
+            raise ProviderError(
+                "the endpoint returned only embeddings that are neither lists of numbers nor base64; nothing was stored"
+            )
+    except ProviderError as error:
+        error.tokens = tokens
+        raise
     model = answer.get("model")
-    return Embedded(vectors, _read_tokens(answer.get("usage")), model if isinstance(model, str) and model else None)
+    return Embedded(vectors, tokens, model if isinstance(model, str) and model else None)
 
 
 def _read_vector(embedding: Any) -> NDArray[Any] | None:

@@ -232,9 +232,12 @@ class GeminiProvider:
         if not embeddings:
             raise ErrorInAnswer("the endpoint's answer has status 200 but contains no vectors; nothing was stored")
         if len(embeddings) != texts:
-            raise ProviderError(
+            error = ProviderError(
                 f"expected one vector per text; texts: {texts}, vectors received: {len(embeddings)}; nothing was stored"
             )
+            tokens = _read_tokens(answer)
+            error.tokens = tokens if isinstance(tokens, int) else None
+            raise error
         vectors = [np.array(item.values) if item.values else None for item in embeddings]
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.
@@ -261,7 +264,7 @@ class GeminiProvider:
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 headers={"accept-encoding": ACCEPT_ENCODING, **self._headers},
-                httpx_client=http.Client(event_hooks={"response": [self._guard.read]}, **common),
+                httpx_client=self._guard.make_client(http.Client, **common),
                 httpx_async_client=self._guard.make_async_client(http.AsyncClient, **common),
                 timeout=max(1, round(self._timeout * 1000)),
                 retry_options=types.HttpRetryOptions(

@@ -400,9 +400,9 @@ class OpenAIProvider:
     def _make_client(self) -> openai.OpenAI:
         import openai
 
-        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [self._guard.read, _stop_retries]}
+        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [_stop_retries]}
         options = self._client_options(self._get_token)
-        options["http_client"] = openai.DefaultHttpxClient(**self._http_options(hooks))
+        options["http_client"] = self._guard.make_client(openai.DefaultHttpxClient, **self._http_options(hooks))
         return openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
 
     def _make_async_client(self) -> openai.AsyncOpenAI:

@@ -7,14 +7,18 @@ A reservation is *free* or *in turn*. Free reservations are held with an upper b
 them together stays within the budget. A reservation in turn is held with its estimate. Each worker has at most one of
 them per tenant, for one call of the provider. So at the end, the tokens exceed the budget by at most what one call per
 worker was charged more than it was estimated.
+
+No upper bound is known for a model until one of its calls has been settled. Until then, all reservations are in turn.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +62,9 @@ _TABLES = (
 )
 
 
+log = logging.getLogger("embedonce.serve")
+
+
 class Load(NamedTuple):
     """The size of some texts."""
 
@@ -99,8 +106,10 @@ class Settlement(NamedTuple):
 
     reservation: Reservation
     tokens: int
-    is_measured: bool
-    """Whether the provider has reported the tokens of all texts of the reservation."""
+    measured: float = 0.0
+    """How many times the texts of the reservation were charged, if the provider has reported all tokens; else 0."""
+    is_unreported: bool = False
+    """Whether the provider has embedded texts and has reported no tokens at all, so that only estimates can count."""
 
 
 class Usage(NamedTuple):
@@ -147,10 +156,10 @@ class BudgetFile:
     # --- reservations -------------------------------------------------------------------------
 
     def reserve(self, tenant: str, limit: int, model: str, whole: Load, part: Load, *, has_turn: bool) -> Outcome:
-        """Reserve tokens for all texts if their bound fits, else for the first part of them."""
+        """Reserve tokens for all texts if their bound is known and fits, else for the first part of them."""
         with self._write() as connection:
             day = self.find_day()
-            ratio, factor = self._read_ratios(connection, tenant, model)
+            ratio, factor, is_known = self._read_ratios(connection, tenant, model)
             used, _, held = self._read_day(connection, tenant, day)
             free = limit - used
             estimate = _estimate(part, ratio)
@@ -158,9 +167,9 @@ class BudgetFile:
                 return "refused"
             free -= held
             load, bound, is_free = whole, _bound(whole, factor), True
-            if bound > free:
+            if bound > free or not is_known:
                 load, bound = part, _bound(part, factor)
-            if bound > free:
+            if bound > free or not is_known:
                 if not has_turn or estimate > free:
                     return "wait"
                 is_free = False
@@ -183,6 +192,11 @@ class BudgetFile:
         """Count the reservations of a dead worker as used. If it still lives, its settlements correct that."""
         with self._write() as connection:
             connection.execute("UPDATE reservations SET worker = ? WHERE worker = ?", (DEAD, worker))
+
+    def recover_all(self) -> None:
+        """Count all reservations as used. No worker may be running."""
+        with self._write() as connection:
+            connection.execute("UPDATE reservations SET worker = ?", (DEAD,))
 
     def read_usage(self, tenants: Sequence[Tenant]) -> Mapping[str, Usage]:
         """Return the usage of the tenants that have a budget, by name."""
@@ -221,18 +235,21 @@ class BudgetFile:
         ).fetchone()
         return (0 if row is None else row[0]) + dead, estimate, held
 
-    def _read_ratios(self, connection: sqlite3.Connection, tenant: str, model: str) -> tuple[float, float]:
-        """Return a tenant's tokens per byte for estimates, and the tokens per byte for upper bounds."""
+    def _read_ratios(self, connection: sqlite3.Connection, tenant: str, model: str) -> tuple[float, float, bool]:
+        """Return a tenant's tokens per byte for estimates, those for upper bounds, and whether a call has shown them.
+
+        The upper bound is from the calls of all tenants.
+        """
         row = connection.execute(
             "SELECT tokens, bytes FROM ratios WHERE model = ? AND tenant = ?", (model, tenant)
         ).fetchone()
         tokens, size = (0.0, 0.0) if row is None else row
         (largest,) = connection.execute("SELECT max(largest) FROM ratios WHERE model = ?", (model,)).fetchone()
         ratio = (tokens + USUAL_RATIO * USUAL_BYTES) / (size + USUAL_BYTES)
-        return ratio, max(SAFETY, 2.0 * (largest or 0.0))
+        return ratio, max(SAFETY, 2.0 * (largest or 0.0)), largest is not None
 
     def _write_settlement(self, connection: sqlite3.Connection, settlement: Settlement) -> None:
-        reservation, tokens, is_measured = settlement
+        reservation, tokens, measured, is_unreported = settlement
         connection.execute("DELETE FROM reservations WHERE id = ?", (reservation.id,))
         if tokens:
             connection.execute(
@@ -241,7 +258,12 @@ class BudgetFile:
                 (reservation.tenant, reservation.day, tokens),
             )
         load = reservation.load
-        if is_measured and load.bytes:
+        if is_unreported:
+            connection.execute(
+                "INSERT OR IGNORE INTO ratios (model, tenant, tokens, bytes, largest) VALUES (?, ?, 0, 0, 0)",
+                (reservation.model, reservation.tenant),
+            )
+        if measured:
             keep = f"CASE WHEN bytes > {MAX_BYTES} THEN 0.5 ELSE 1.0 END"
             connection.execute(
                 f"""INSERT INTO ratios (model, tenant, tokens, bytes, largest) VALUES (?, ?, ?, ?, ?)
@@ -249,7 +271,13 @@ class BudgetFile:
                         tokens = tokens * {keep} + excluded.tokens,
                         bytes = bytes * {keep} + excluded.bytes,
                         largest = max(largest * {LARGEST_DECAY}, excluded.largest)""",
-                (reservation.model, reservation.tenant, float(tokens), float(load.bytes), tokens / load.padded),
+                (
+                    reservation.model,
+                    reservation.tenant,
+                    float(tokens),
+                    load.bytes * measured,
+                    tokens / (load.padded * measured),
+                ),
             )
 
     @contextmanager
@@ -311,6 +339,22 @@ class BudgetFile:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def recover_budgets(path: Path, clock: Callable[[], float] = time.time) -> None:
+    """Count all that workers of an earlier server have reserved as used. Call this before a worker starts.
+
+    A worker that starts recovers only its own number, and there may be fewer workers now.
+    """
+    if not path.exists():
+        return
+    file = BudgetFile(path, DEAD, clock)
+    try:
+        file.recover_all()
+        file.close()
+    except (sqlite3.Error, OSError) as error:
+        # The workers log what that means for tenants, and try again.
+        log.warning("%s: the tokens of calls that an earlier server began cannot be counted (%s)", path, error)
 
 
 def _identify(path: Path) -> tuple[int, int]:

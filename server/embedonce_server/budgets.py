@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from embedonce import Cache, Fetched
 from embedonce.config import Tenant
 from embedonce.contracts import Task
-from embedonce.errors import DriftError, ErrorInAnswer, ProviderError, TextRefused
+from embedonce.errors import DriftError
 from embedonce.provider_errors import read_status
 
 from .api_errors import ApiError
@@ -269,7 +269,7 @@ class _Job:
         self._store = store
         self._fresh = fresh
         space = cache.provider.space(task)
-        self._model = f"{space.provider} {space.model}"
+        self._model = " ".join(filter(None, (space.provider, space.model, space.endpoint)))
         self._turn = budgets.get_turn(tenant.name)
         self._is_abandoned = False
         self._is_reserving = False
@@ -307,7 +307,7 @@ class _Job:
         return await self._fetch_in_one_space(parts) if answer is None else answer
 
     async def _fetch_next(self, texts: Sequence[str], loads: Sequence[Load]) -> Fetched:
-        """Fetch all texts if the upper bound of their tokens fits. Otherwise, fetch those of the first call."""
+        """Fetch all texts if the upper bound of their tokens is known and fits. Else fetch those of the first call."""
         end = count_texts_of_call(self._cache.provider, texts)
         whole, part = add_loads(loads), add_loads(loads[:end])
         if not self._turn.is_waiting:
@@ -363,7 +363,7 @@ class _Job:
             self._is_reserving = isinstance(outcome, Reservation)
         if self._is_abandoned:
             if isinstance(outcome, Reservation):
-                await self._budgets.settle(Settlement(outcome, 0, is_measured=False))
+                await self._budgets.settle(Settlement(outcome, 0))
             raise asyncio.CancelledError
         if isinstance(outcome, Reservation):
             return outcome
@@ -391,7 +391,7 @@ class _Job:
             fetched = await self._cache.afetch(texts, self._task, store=self._store, fresh=self._fresh)
         except Exception:
             # A tier failed, or the cache was closed. Nobody knows whether the provider was called before.
-            await self._settle(Settlement(reservation, reservation.estimate, is_measured=False))
+            await self._settle(Settlement(reservation, reservation.estimate))
             raise
         await self._settle(_make_settlement(reservation, fetched))
         return fetched
@@ -416,30 +416,27 @@ class _Job:
         if reservation is None:
             raise self._refuse_for_now()
         fetched = await self._compute(reservation, self._texts)
-        earlier = [part.fetched.computed for part in parts]
-        return replace(fetched, computed=sum(earlier, fetched.computed))
+        return replace(
+            fetched,
+            computed=sum((part.fetched.computed for part in parts), fetched.computed),
+            wasted=sum((part.fetched.wasted for part in parts), fetched.wasted),
+        )
 
 
 def _make_settlement(reservation: Reservation, fetched: Fetched) -> Settlement:
-    """Return what a call was charged, as far as the provider has reported it; for other texts, what was estimated."""
-    computed, texts = fetched.computed, reservation.load.texts
-    guessed = computed.unknown_tokens
-    if fetched.seconds.get("provider"):  # else this request has sent nothing
-        guessed += sum(map(_may_be_charged, fetched.failed.values()))
-    tokens = computed.tokens + math.ceil(reservation.estimate * guessed / texts)
-    return Settlement(reservation, tokens, is_measured=computed.texts == texts and not guessed)
+    """Return what a call was charged, as far as the provider has reported it; for other texts, what was estimated.
 
-
-def _may_be_charged(error: Exception) -> bool:
-    """Return whether a provider may have charged a text that failed: it did not answer in time, or not as it should.
-
-    An answer with an error status is not charged.
+    A text counts each time that it was sent and may have been charged.
     """
-    if isinstance(error, TextRefused | ErrorInAnswer) or read_status(error) is not None:
-        return False
-    # Clients of HTTP have timeouts of their own. One that could not connect has sent nothing.
-    is_timeout = _has_name(error, "Timeout") and "Connect" not in type(error).__name__
-    return isinstance(error, ProviderError) or is_timeout
+    work, texts = fetched.computed + fetched.wasted, reservation.load.texts
+    tokens = work.tokens + math.ceil(reservation.estimate * work.unknown_tokens / texts)
+    is_measured = not work.unknown_tokens and work.texts >= texts
+    return Settlement(
+        reservation,
+        tokens,
+        measured=work.texts / texts if is_measured else 0.0,
+        is_unreported=bool(fetched.computed.texts) and work.unknown_tokens == work.texts,
+    )
 
 
 def _is_about_all_texts(error: Exception) -> bool:

@@ -68,6 +68,7 @@ def combine(
         dimensions=next((answer.dimensions for answer in filled if answer.dimensions is not None), None),
         computed=sum((answer.computed for answer in answers), NO_WORK),
         saved=sum((answer.saved for answer in answers), NO_WORK),
+        wasted=sum((answer.wasted for answer in answers), NO_WORK),
         changed=frozenset(changed),
     )
 

@@ -50,9 +50,15 @@ def resolve_host(host: str) -> list[Address]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CannotListen(f"the host {host!r} has no address: {reason}; use an address of this machine") from None
-    addresses = [Address(family, tuple(sockaddr)) for family, _, _, _, sockaddr in found]
+    addresses = [_unwrap_mapped(Address(family, tuple(sockaddr))) for family, _, _, _, sockaddr in found]
     unique = {(address.family, address.ip): address for address in addresses}
     return sorted(unique.values(), key=lambda address: address.family != socket.AF_INET)
+
+
+def _unwrap_mapped(address: Address) -> Address:
+    """Return the IPv4 address that an IPv6 address such as ``::ffff:127.0.0.1`` stands for."""
+    mapped = getattr(ipaddress.ip_address(address.ip.partition("%")[0]), "ipv4_mapped", None)
+    return address if mapped is None else Address(socket.AF_INET, (str(mapped), 0))
 
 
 def list_open_addresses(addresses: Sequence[Address]) -> list[str]:

@@ -39,19 +39,43 @@ def check_reach(config: Config, open_addresses: Sequence[str]) -> None:
         )
 
 
+def check_budgets(config: Config) -> None:
+    """Check that no tenant has a budget, because the server has no folder that outlives it.
+
+    Raises:
+        ConfigError: a tenant has one.
+    """
+    names = [tenant.name for tenant in config.serve.tenants if tenant.tokens_per_day is not None]
+    if names:
+        raise ConfigError(
+            f'tenant "{names[0]}" has tokens_per_day, but the server was started without a folder for budgets, so they '
+            f"would be lost at its end; set state_dir in {config.document.table('serve')}, and restart the server"
+        )
+
+
 class Reloads:
     """Reads the configuration again, and logs what came of it."""
 
-    def __init__(self, load: Callable[[], Config], started: Config, open_addresses: Sequence[str]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Config],
+        started: Config,
+        open_addresses: Sequence[str],
+        *,
+        keeps_budgets: bool,
+    ) -> None:
         self._load = load
         self._started = started
         self._open_addresses = tuple(open_addresses)
+        self._keeps_budgets = keeps_budgets
 
     async def load(self) -> Config | None:
         """Return the configuration; None if it is invalid. Then the log says why."""
         try:
             config = await asyncio.to_thread(self._load)
             check_reach(config, self._open_addresses)
+            if not self._keeps_budgets:
+                check_budgets(config)
         except EmbedonceError as error:
             self.report_refusal(error)
             return None

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from embedonce.config import Config
+
+from .rates import Rates
+
+log = logging.getLogger("embedonce.serve")
+
+_PREFIX = "embedonce-"
+_LOCK = "lock"
 
 MAX_PARENT = 104 - len("/embedonce-12345678/worker-1234.sock") - 1
 """Maximum length of the folder in which a temporary folder is made."""
@@ -31,6 +39,11 @@ class RunFolder:
     socket has at most 104 characters."""
     state: Path
     """Holds the tenants' budgets and rates."""
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether :attr:`state` outlives the server."""
+        return self.state.parent != self.path
 
     @property
     def metrics(self) -> Path:
@@ -55,29 +68,79 @@ class NoStateFolder(Exception):
 
 
 @contextmanager
-def open_run_folder(config: Config) -> Iterator[tuple[RunFolder, int | None]]:
+def open_run_folder(config: Config) -> Iterator[tuple[RunFolder, list[int]]]:
     """Create the folders of one server, and remove the temporary one at the end.
 
-    The second value is the descriptor of a lock on the state folder, or None without tenants. Each worker inherits it,
-    so that another server can use the folder only after all of them have ended.
+    The second value has the descriptors of locks on the folders. Each worker inherits them, so that another server can
+    use or remove a folder only after all of them have ended.
+
+    A server without tenants and without ``state_dir`` needs no lasting folder. It uses one all the same if it can,
+    because a reload may add tenants.
 
     Raises:
         NoStateFolder: the state folder cannot be written to, or another server uses it.
     """
-    path = Path(tempfile.mkdtemp(prefix="embedonce-", dir=_find_short_folder()))
-    try:
+    parent = Path(_find_short_folder() or tempfile.gettempdir())
+    _remove_abandoned_folders(parent)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        locks = [stack.enter_context(_lock_new_folder(path))]
         (path / "metrics").mkdir(mode=0o700)
-        if not config.serve.tenants and config.serve.state_dir is None:
-            # Only tenants have budgets and rates.
+        try:
+            state = config.serve.state_dir or _choose_state_folder(config)
+            locks.append(stack.enter_context(_lock(state)))
+            _check_rates(state)
+        except NoStateFolder as error:
+            if config.serve.tenants or config.serve.state_dir is not None:
+                raise
+            del locks[1:]
+            log.warning("a reload cannot add tenants with budgets, because they cannot be kept: %s", error)
             state = path / "state"
             state.mkdir(mode=0o700)
-            yield RunFolder(path, state), None
-        else:
-            state = config.serve.state_dir or _choose_state_folder(config)
-            with _lock(state) as descriptor:
-                yield RunFolder(path, state), descriptor
+        yield RunFolder(path, state), locks
+
+
+@contextmanager
+def _lock_new_folder(folder: Path) -> Iterator[int]:
+    """Lock a temporary folder, so that other servers see that it is in use."""
+    new = folder / "new-lock"
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # It gets its name only now, because others would remove the folder if they found the file without a lock.
+        new.rename(folder / _LOCK)
+        yield descriptor
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned_folders(parent: Path) -> None:
+    """Remove the temporary folders of this user's servers that were killed together with all their workers."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if folder.lstat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+def _check_rates(state: Path) -> None:
+    """Check that the file of the rates can be used, so that one error says so before any worker starts.
+
+    Raises:
+        NoStateFolder: it cannot.
+    """
+    rates = RunFolder(state, state).rates
+    try:
+        Rates(rates).close()
+    except OSError as error:
+        message = f"cannot use {rates}: {error.strerror}; make it a file that can be written to, or {_HINT}"
+        raise NoStateFolder(message) from error
 
 
 def _find_short_folder() -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from embedonce.config import Config
 
+from .budget_file import recover_budgets
 from .launch import Launch, Source
 from .listening import bind_addresses, format_url, list_open_addresses, resolve_host
 from .logs import set_up_logging
@@ -84,7 +85,8 @@ def serve(
         previous = signal.signal(signal.SIGTERM, _terminate)
         stack.callback(signal.signal, signal.SIGTERM, previous)
         stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
-        folder, lock = stack.enter_context(open_run_folder(config))
+        folder, locks = stack.enter_context(open_run_folder(config))
+        recover_budgets(folder.budgets)
         launch = Launch(
             source=Source.of(config),
             workers=workers,
@@ -94,11 +96,11 @@ def serve(
             state=str(folder.state),
             has_access_log=has_access_log,
             listeners=[listener.fileno() for listener in sockets],
-            locks=[] if lock is None else [lock],
+            locks=locks,
             supervisor=os.getpid(),
         )
         urls = [format_url(listener) for listener in sockets]
-        reloads = Reloads(load_with_options, config, open_addresses)
+        reloads = Reloads(load_with_options, config, open_addresses, keeps_budgets=folder.is_lasting)
 
         def announce_models(models: Sequence[str]) -> None:
             announce(Started(config=config, urls=urls, models=models, workers=workers))

@@ -17,13 +17,14 @@ from patience import LONG_TIMEOUT, wait_until_async
 
 from embedonce import Cache, Tier, TierError
 from embedonce.config import Tenant
-from embedonce.contracts import Embedded, Limits
+from embedonce.contracts import Embedded, Limits, note_lost_request
 from embedonce.drift import DriftGuard
 from embedonce.errors import DriftError, ProviderTimeout, TextRefused
 from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_server import budget_file, budgets
+from embedonce_server.budget_file import recover_budgets
 from embedonce_server.budgets import BudgetExceeded, Budgets, BudgetsUnavailable, fetch_within_budget
 
 DAY = 86_400
@@ -57,12 +58,16 @@ class PaidProvider:
         self.charged: list[int] = []
         """Tokens of each call that has ended."""
         self.error: Exception | None = None
+        self.lost = 0
+        """Number of attempts of each call that get no answer in time."""
         self.errors: dict[str, Exception] = {}
         """Error of each text that fails alone."""
         self.served: str | None = None
         """Name of the model according to the answers."""
         self.value = float(len(model))
         """Each number of each vector."""
+        self.row: list[float] | None = None
+        """Each vector, if it is not of that number."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.at_once = self.most_at_once = 0
@@ -78,6 +83,8 @@ class PaidProvider:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             await self.gate.wait()
+            for _ in range(self.lost):
+                note_lost_request()
             for error in [self.error, *map(self.errors.get, texts)]:
                 if error is not None:
                     raise error
@@ -85,7 +92,8 @@ class PaidProvider:
             self.at_once -= 1
         tokens = [self.charge(text) for text in texts]
         self.charged.append(sum(number or 0 for number in tokens))
-        return Embedded(np.full((len(texts), 4), self.value, np.float32), tokens=tokens, model=self.served)
+        row = [self.value] * 4 if self.row is None else self.row
+        return Embedded(np.array([row] * len(texts), np.float32), tokens=tokens, model=self.served)
 
     def close(self) -> None:
         pass
@@ -119,6 +127,11 @@ async def read_used(worker: Budgets, tenant: Tenant) -> tuple[int, int]:
 
 def open_cache(provider: Any, **options: Any) -> Cache:
     return Cache(provider, [Tier(DictBackend(), name="memory")], **options)
+
+
+async def learn_charges(worker: Budgets, cache: Cache) -> None:
+    """Let a call of another tenant show what the model charges. Before that, each worker makes one call at a time."""
+    await fetch_within_budget(worker, make_tenant(1000, "earlier"), cache, ["e" * 400], "document")
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ async def test_a_failed_call_costs_its_estimate_only_if_the_provider_may_have_ch
     assert await read_used(worker, tenant) == (used, 0)
 
 
-async def test_an_answer_of_another_model_costs_its_estimate(worker: Budgets) -> None:
+async def test_an_answer_of_another_model_costs_what_it_reports(worker: Budgets) -> None:
     tenant, provider = make_tenant(1000), PaidProvider()
     provider.served = "first"
     async with open_cache(provider) as cache:
@@ -254,7 +267,70 @@ async def test_an_answer_of_another_model_costs_its_estimate(worker: Budgets) ->
         provider.served = "second"
         answer = await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
     assert isinstance(answer.failed[0], DriftError)
-    assert 25 < (await read_used(worker, tenant))[0] <= 30
+    assert await read_used(worker, tenant) == (101, 0)
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0, 0.0, 0.0], [1.0]], ids=["invalid", "short"])
+async def test_refused_answers_cost_what_they_report_and_later_estimates_follow_them(
+    worker: Budgets, row: list[float]
+) -> None:
+    tenant, provider = make_tenant(5000), PaidProvider(lambda text: 1000)
+    provider.row = row
+    async with open_cache(provider) as cache:
+        for i in range(5):
+            answer = await fetch_within_budget(worker, tenant, cache, [f"text {i}"], "document")
+            assert list(answer.failed) == [0]
+            assert await read_used(worker, tenant) == (1000 * (i + 1), 0)
+        with pytest.raises(BudgetExceeded):
+            await fetch_within_budget(worker, tenant, cache, ["another text"], "document")
+        provider.gate.clear()
+        more = make_tenant(10_000_000)
+        request = asyncio.create_task(fetch_within_budget(worker, more, cache, ["x" * 6000], "document"))
+        await wait_until_async(lambda: provider.at_once == 1)
+        assert (await read_used(worker, more))[1] > 5000
+        provider.gate.set()
+        await request
+    assert sum(provider.charged) == 6000
+
+
+async def test_each_attempt_that_timed_out_costs_what_the_answered_one_reports(worker: Budgets) -> None:
+    tenant, provider = make_tenant(1_000_000), PaidProvider(lambda text: len(text) // 4)
+    provider.lost = 2
+    async with open_cache(provider) as cache:
+        answer = await fetch_within_budget(worker, tenant, cache, ["x" * 40_000], "document")
+        assert (answer.computed.tokens, answer.wasted.tokens) == (10_000, 20_000)
+        assert await read_used(worker, tenant) == (30_000, 0)
+        # The attempts say nothing about the tokens per byte of one call.
+        provider.gate.clear()
+        request = asyncio.create_task(fetch_within_budget(worker, tenant, cache, ["y" * 4000], "document"))
+        await wait_until_async(lambda: provider.at_once == 1)
+        assert (await read_used(worker, tenant))[1] == 1000
+        provider.gate.set()
+        await request
+
+
+async def test_each_attempt_that_timed_out_costs_its_estimate_if_none_was_answered(worker: Budgets) -> None:
+    tenant, provider = make_tenant(1000), PaidProvider()
+    provider.lost, provider.error = 4, type("APITimeoutError", (Exception,), {})()
+    async with open_cache(provider) as cache:
+        await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
+    assert await read_used(worker, tenant) == (100, 0)
+
+
+async def test_calls_that_share_a_request_share_what_it_wasted(worker: Budgets) -> None:
+    tenants, provider = [make_tenant(10_000, name) for name in ("one", "two")], PaidProvider(lambda text: 100)
+    provider.lost, provider.row = 2, [0.0] * 4
+    async with open_cache(provider, coalesce=1.0) as cache:
+        await asyncio.gather(
+            *(
+                fetch_within_budget(worker, tenant, cache, [f"{tenant.name} {i}" for i in range(2)], "document")
+                for tenant in tenants
+            )
+        )
+        assert len(provider.calls[0]) == 4
+        used = [(await read_used(worker, tenant))[0] for tenant in tenants]
+    assert used[0] == used[1]
+    assert sum(used) == 3 * sum(provider.charged), "each call had two attempts more"
 
 
 async def test_a_text_that_was_not_sent_costs_nothing(worker: Budgets) -> None:
@@ -343,8 +419,9 @@ async def test_a_first_call_that_does_not_fit_is_refused_before_anything_is_sent
 
 async def test_far_from_the_end_of_the_budget_requests_run_at_the_same_time(worker: Budgets) -> None:
     tenant, provider = make_tenant(10_000_000), PaidProvider()
-    provider.gate.clear()
     async with open_cache(provider) as cache:
+        await learn_charges(worker, cache)
+        provider.gate.clear()
         requests = [
             asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i}-{j}" for j in range(8)], "document"))
             for i in range(8)
@@ -356,8 +433,9 @@ async def test_far_from_the_end_of_the_budget_requests_run_at_the_same_time(work
 
 async def test_near_the_end_of_the_budget_a_worker_makes_one_call_at_a_time(worker: Budgets, path: Path) -> None:
     tenant, provider = make_tenant(2000), PaidProvider(lambda text: 900)
-    provider.gate.clear()
     async with open_cache(provider) as cache:
+        await learn_charges(worker, cache)
+        provider.gate.clear()
         requests = [
             asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i:0600}"], "document")) for i in range(9)
         ]
@@ -370,15 +448,17 @@ async def test_near_the_end_of_the_budget_a_worker_makes_one_call_at_a_time(work
             await other.drain()
         assert provider.most_at_once == 2
         refused = [result for result in results if isinstance(result, BudgetExceeded)]
-        assert len(refused) + len(provider.charged) == 10
-        assert 2000 - 900 < sum(provider.charged) <= 2000 + 2 * 900
-    assert await read_used(worker, tenant) == (sum(provider.charged), 0)
+        charged = provider.charged[1:]
+        assert len(refused) + len(charged) == 10
+        assert 2000 - 900 < sum(charged) <= 2000 + 2 * 900
+    assert await read_used(worker, tenant) == (sum(charged), 0)
 
 
 async def test_a_request_that_calls_under_way_may_leave_no_tokens_for_waits_for_them(worker: Budgets) -> None:
     tenant, provider = make_tenant(2000), PaidProvider(lambda text: 10)
-    provider.gate.clear()
     async with open_cache(provider) as cache:
+        await learn_charges(worker, cache)
+        provider.gate.clear()
         free = asyncio.create_task(fetch_within_budget(worker, tenant, cache, ["x" * 480], "document"))
         await wait_until_async(lambda: provider.at_once == 1)
         waiting = asyncio.create_task(fetch_within_budget(worker, tenant, cache, ["y" * 480], "document"))
@@ -395,8 +475,9 @@ async def test_a_request_that_waits_for_too_long_is_to_be_repeated_soon(
     worker: Budgets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenant, provider = make_tenant(2000), PaidProvider(lambda text: 10)
-    provider.gate.clear()
     async with open_cache(provider) as cache:
+        await learn_charges(worker, cache)
+        provider.gate.clear()
         free = asyncio.create_task(fetch_within_budget(worker, tenant, cache, ["x" * 480], "document"))
         await wait_until_async(lambda: provider.at_once == 1)
         monkeypatch.setattr(budgets, "MAX_WAIT", 0.02)
@@ -444,6 +525,56 @@ async def test_calls_stay_within_the_limits_of_the_provider(worker: Budgets) -> 
     assert provider.calls == [["aaaa", "b"], ["cccccc", "d", "e"], ["f"]]
 
 
+# --- models whose charges are unknown --------------------------------------------------------------
+
+
+async def test_until_a_call_has_shown_what_a_model_charges_each_worker_makes_one_call_at_a_time(
+    worker: Budgets, path: Path
+) -> None:
+    tenant, provider = make_tenant(10_000), PaidProvider(lambda text: 10_000)
+    provider.gate.clear()
+    async with open_cache(provider) as cache:
+        with closing(Budgets(path, 2, worker._clock)) as other:
+            requests = [
+                asyncio.create_task(fetch_within_budget(budgets, tenant, cache, [f"text {i}"], "document"))
+                for i, budgets in enumerate([worker, other] * 6)
+            ]
+            await wait_until_async(lambda: provider.at_once == 2)
+            provider.gate.set()
+            results = await asyncio.gather(*requests, return_exceptions=True)
+            await other.drain()
+    assert provider.most_at_once == 2
+    assert sum(isinstance(result, BudgetExceeded) for result in results) == 10
+    assert sum(provider.charged) == 20_000
+
+
+async def test_a_long_request_to_a_model_whose_charges_are_unknown_is_sent_call_by_call(worker: Budgets) -> None:
+    tenant, provider = make_tenant(100_000), PaidProvider(lambda text: 10_000, max_batch=4)
+    async with open_cache(provider) as cache:
+        with pytest.raises(BudgetExceeded):
+            await fetch_within_budget(worker, tenant, cache, [f"text {i}" for i in range(100)], "document")
+    assert provider.most_at_once == 1
+    assert sum(provider.charged) <= 100_000 + 40_000
+
+
+@pytest.mark.parametrize("tokens", [5, None], ids=["reported", "unreported"])
+async def test_what_a_model_charges_is_known_after_one_call_even_after_a_restart(
+    path: Path, clock: Clock, tokens: int | None
+) -> None:
+    tenant, provider = make_tenant(1_000_000), PaidProvider(lambda text: tokens)
+    async with open_cache(provider) as cache:
+        with closing(Budgets(path, 1, clock)) as worker:
+            await learn_charges(worker, cache)
+        provider.gate.clear()
+        with closing(Budgets(path, 1, clock)) as worker:
+            requests = [
+                asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i}"], "document")) for i in range(5)
+            ]
+            await wait_until_async(lambda: provider.at_once == 5)
+            provider.gate.set()
+            await asyncio.gather(*requests)
+
+
 # --- several spaces -------------------------------------------------------------------------------
 
 
@@ -484,8 +615,9 @@ async def test_a_cancelled_request_is_settled_by_what_happens_afterwards(worker:
 
 async def test_a_cancelled_request_starts_no_more_calls(worker: Budgets) -> None:
     tenant, provider = make_tenant(100), PaidProvider(max_batch=1)
-    provider.gate.clear()
     async with open_cache(provider) as cache:
+        await learn_charges(worker, cache)
+        provider.gate.clear()
         requests = [
             asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i}a", f"{i}b"], "document"))
             for i in range(3)
@@ -498,7 +630,7 @@ async def test_a_cancelled_request_starts_no_more_calls(worker: Budgets) -> None
         provider.gate.set()
         await worker.drain()
         assert len(provider.calls) == started
-        assert await read_used(worker, tenant) == (sum(provider.charged), 0)
+        assert await read_used(worker, tenant) == (sum(provider.charged[1:]), 0)
         await fetch_within_budget(worker, tenant, cache, ["c"], "document")
 
 
@@ -558,6 +690,36 @@ async def test_a_worker_that_starts_recovers_its_predecessor(path: Path, clock: 
         with closing(Budgets(path, 1, clock)) as worker:
             assert await read_used(worker, tenant) == (464, 0)
         provider.gate.set()
+
+
+async def test_a_server_that_starts_counts_what_all_workers_before_it_have_reserved(path: Path, clock: Clock) -> None:
+    tenant, provider = make_tenant(10_000), PaidProvider()
+    recover_budgets(path, clock)
+    assert not path.exists()
+    async with open_cache(provider) as cache:
+        workers = [Budgets(path, number, clock) for number in (1, 2, 3)]
+        provider.gate.clear()
+        for number, dead in enumerate(workers, 1):
+            running = asyncio.create_task(fetch_within_budget(dead, tenant, cache, [f"{number:0100}"], "document"))
+            await wait_until_async(lambda number=number: provider.at_once == number)  # type: ignore[misc]
+            for task in dead._running:  # the event loop ends
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        with closing(Budgets(path, 1, clock)) as worker:
+            assert await read_used(worker, tenant) == (464, 50)
+        recover_budgets(path, clock)
+        with closing(Budgets(path, 1, clock)) as worker:
+            assert await read_used(worker, tenant) == (3 * 464, 0)
+        provider.gate.set()
+        for dead in workers:
+            dead.close()
+
+
+def test_a_server_starts_although_the_budgets_cannot_be_recovered(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.mkdir()
+    recover_budgets(path)
+    assert "cannot be counted" in caplog.text
 
 
 async def test_usage_lasts_after_a_restart(path: Path, clock: Clock) -> None:

@@ -185,13 +185,15 @@ def test_workers_end_if_their_supervisor_is_killed(file: Path, upstream: OpenAIS
     assert list_run_folders(file) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_second_signal_ends_the_server_at_once(file: Path, upstream: OpenAIServer, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "first"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
+def test_a_second_signal_ends_the_server_at_once(
+    file: Path, upstream: OpenAIServer, workers: int, first: signal.Signals
+) -> None:
     with ServeProcess("--config", file, "--workers", str(workers), folder=file.parent) as server:
         upstream.misbehave("hang")
-        waiting = server.embed_later(f"second signal {workers}")
+        waiting = server.embed_later(f"second signal {workers} {first.name}")
         upstream.until_hanging()
-        server.send_signal(signal.SIGINT)
+        server.send_signal(first)
         server.wait_for_log("stopping")
         server.send_signal(signal.SIGTERM)
         assert server.wait() == 128 + signal.SIGTERM

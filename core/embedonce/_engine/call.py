@@ -60,6 +60,8 @@ class Answer:
     """
     has_made_entries: bool = False
     """Whether the provider has embedded any text of this call."""
+    wasted: Work = NO_WORK
+    """The provider's work that gave no vectors, as in :attr:`Fetched.wasted`."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds spent in calls, by the name of the tier or ``"provider"``."""
     errors: dict[str, str] = field(default_factory=dict)
@@ -142,13 +144,25 @@ class Answer:
         texts_alone = {*self.invalid, *(self.failed_alone if self.has_made_entries else ())}
         return any(not isinstance(error, TextRefused) and key not in texts_alone for key, error in self.failed.items())
 
-    def to_fetched(self) -> Fetched:
+    def take_waste(self, other: Answer) -> None:
+        """Count all work of another answer to the same texts, which is not used."""
+        self.wasted += other.wasted + other._sum_computed(other._find_sources())
+
+    def _find_sources(self) -> dict[str, str]:
+        """Return the name of the tier that had each entry, or ``"provider"``, by key."""
         sources = dict.fromkeys(self.entries, PROVIDER)
         for name, keys in self.found:
             sources.update(dict.fromkeys(keys, name))
+        return sources
+
+    def _sum_computed(self, sources: Mapping[str, str]) -> Work:
+        held = self.entries.as_dict()
+        return sum_work([held[key] for key, name in sources.items() if name is PROVIDER and key not in self.shared])
+
+    def to_fetched(self) -> Fetched:
+        sources = self._find_sources()
         held = self.entries.as_dict()
         entries = [held.get(key) for key in self.keys]
-        computed = [held[key] for key, name in sources.items() if name is PROVIDER and key not in self.shared]
         saved = [held[key] for key, name in sources.items() if name is not PROVIDER]
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
@@ -162,8 +176,9 @@ class Answer:
             seconds=dict(self.seconds),
             errors=self.errors,
             dimensions=self.dimensions,
-            computed=sum_work(computed),
+            computed=self._sum_computed(sources),
             saved=sum_work(saved),
+            wasted=self.wasted,
             changed=frozenset(i for i, key in enumerate(self.keys) if key in self.changed),
         )
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 
-from embedonce.vectors import Entry
+from embedonce.vectors import NO_WORK, Entry, Work, apportion
 
 from . import ahead
 from .batch_sizes import count_bytes
@@ -54,6 +54,7 @@ async def request_together(
     if not _Load(part.route.source, [part]).is_full():
         await _wait_in_window(part, call.port, in_flight, request)
         call.answer.seconds[PROVIDER] += part.seconds
+        call.answer.wasted += part.wasted
         if part.entries or part.invalid:
             await take(part.entries, part.invalid)
     left = part.list_open()
@@ -134,6 +135,8 @@ class _Part:
         """The error of the texts that were given up together."""
         self.seconds = 0.0
         """Seconds of the requests that were made until the chunk was done."""
+        self.wasted = NO_WORK
+        """Its share of the work that gave no vectors."""
         self.done: Future[None] = Future()
 
     def list_open(self) -> list[str]:
@@ -277,7 +280,14 @@ class _Window:
         answer = Answer(self._route, list(texts), list(texts.values()), store=False)
         answer.failed_tiers.update(*(part.failed_tiers for part in parts))
 
+        def share_waste() -> None:
+            """Let the chunks that are not done share what was wasted since the last call."""
+            waste, answer.wasted = answer.wasted, NO_WORK
+            if waste != NO_WORK:
+                _share_work(waste, [part for part in parts if not part.done.done()] or parts)
+
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
+            share_waste()
             for key, entry in entries.items():
                 owners[key].entries[key] = entry
             for key, error in invalid.items():
@@ -290,6 +300,7 @@ class _Window:
             self._in_flight.claim(ticket, (), self._port.loop, Claims())  # the request waits for no flight
             call = Call(self._port, ticket, answer)
             alone, together = await self._request(call, list(texts), texts, take, Patience(len(texts)))
+        share_waste()
         copies: dict[tuple[int, int], Exception] = {}
 
         def copy_for(part: _Part, error: Exception) -> Exception:
@@ -308,3 +319,12 @@ class _Window:
                 owners[key].together[key] = copy_for(owners[key], error)
         for part in parts:
             part.finish(answer.seconds[PROVIDER])
+
+
+def _share_work(work: Work, parts: list[_Part]) -> None:
+    """Add a share of the work to each chunk, by the length of its texts. The shares add up to the work."""
+    weights = [max(part.size, 1) for part in parts]
+    counts = (work.texts, work.tokens, work.unknown_tokens, work.unknown_seconds)
+    columns = [apportion(count, weights) for count in counts]
+    for part, texts, tokens, unknown_tokens, unknown_seconds in zip(parts, *columns, strict=True):
+        part.wasted += Work(texts, tokens, 0.0, unknown_tokens, unknown_seconds)

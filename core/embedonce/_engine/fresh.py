@@ -60,6 +60,7 @@ async def _compute(engine: Engine, port: Port, answer: Answer, keys: list[str]) 
         return {}
     with engine.in_flight.new_ticket() as ticket:
         await engine.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+    answer.wasted += fresh.wasted
     for name, seconds in fresh.seconds.items():
         answer.seconds[name] += seconds
     strip = len(FRESH_SUFFIX)

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from embedonce._messages import format_count
-from embedonce.contracts import AnyProvider, Embedded
+from embedonce.contracts import AnyProvider, Embedded, LostRequests, lost_requests
 from embedonce.errors import LoopBusy, ProviderError, ProviderTimeout
-from embedonce.vectors import MAX_TOKENS, apportion
+from embedonce.vectors import MAX_TOKENS, NO_WORK, Work, apportion
 
 from .batch_sizes import count_bytes
 from .call import Call
 from .flights import calls_in_provider
 from .ports import Port
 from .rate import MAX_PAUSE, guess_backoff, guess_pause
-from .refusals import find_cause, is_final, is_server_failure, read_wait
+from .refusals import find_cause, is_final, is_server_failure, is_timeout, may_be_charged, read_wait
 from .routes import LiveProvider
 
 T = TypeVar("T")
@@ -81,8 +81,48 @@ def split_costs(
     return apportion(tokens, weights) if isinstance(tokens, int) else tokens, own_seconds
 
 
-async def call_provider(call: Call, texts: list[str]) -> Any:
+def measure_waste(
+    texts: Sequence[str],
+    made: Sequence[int],
+    tokens: int | list[int | None] | None,
+    failure: Exception | None,
+    lost: int,
+    *,
+    is_answered: bool,
+) -> Work:
+    """Return the work of a call that may be charged and gave no vector.
+
+    ``made`` has the positions of the texts that got a vector, ``tokens`` are those of the answer, ``failure`` is the
+    error of the call, and ``lost`` counts the requests whose loss the provider has noted.
+    """
+    count = len(texts)
+    if is_answered:
+        if len(made) == count and not lost:
+            return NO_WORK
+        own, _ = split_costs(tokens, 0.0, texts)
+    else:
+        reported = _read_number(failure.tokens) if isinstance(failure, ProviderError) else None
+        own, _ = split_costs(reported, 0.0, texts)
+        is_answered = reported is not None
+        is_noted = lost and failure is not None and is_timeout(failure)
+        if not is_answered and not is_noted and failure is not None and may_be_charged(failure):
+            lost += 1
+    waste = _add_up(own) if lost else NO_WORK
+    waste = Work(waste.texts * lost, waste.tokens * lost, 0.0, waste.unknown_tokens * lost, waste.texts * lost)
+    if is_answered:
+        waste += _add_up([own[i] for i in sorted(set(range(count)).difference(made))])
+    return waste
+
+
+def _add_up(tokens: Sequence[int | None]) -> Work:
+    known = [number for number in tokens if number is not None]
+    return Work(len(tokens), sum(known), 0.0, len(tokens) - len(known), len(tokens))
+
+
+async def call_provider(call: Call, texts: list[str], lost: LostRequests | None = None) -> Any:
     """Call the provider: ``aembed`` on an event loop, else ``embed``. If only one of the two exists, call that one.
+
+    ``lost`` counts the requests that the provider's client repeats because they got no answer in time.
 
     Raises:
         ProviderTimeout: the provider did not answer within its ``timeout``.
@@ -98,14 +138,17 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
 
     def embed_blocking() -> Any:
         token = calls_in_provider.set(calls_in_provider.get() | {number})
+        token_of_lost = lost_requests.set(lost)
         try:
             return embed(texts, task)
         finally:
+            lost_requests.reset(token_of_lost)
             calls_in_provider.reset(token)
 
     async def embed_async() -> Any:
-        # ``calls_in_provider`` needs no reset, because the asyncio task has its own context.
+        # The variables need no reset, because the asyncio task has its own context.
         calls_in_provider.set(calls_in_provider.get() | {number})
+        lost_requests.set(lost)
         return await aembed(texts, task)
 
     try:

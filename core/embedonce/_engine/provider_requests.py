@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+from embedonce.contracts import LostRequests
 from embedonce.errors import DriftError, ProviderError
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entry, Work, freeze_rows, make_entries
@@ -20,6 +21,7 @@ from .provider_calls import (
     call_at_rate,
     call_provider,
     log_batch_limit,
+    measure_waste,
     pause_after_failure,
     read_tokens,
     split_costs,
@@ -107,8 +109,12 @@ class ProviderRequests:
         start = time.perf_counter()
         made: Sequence[int] = ()
         tokens: int | list[int | None] | None = None
+        lost = LostRequests()
+        failure: Exception | None = None
+        is_answered = False
         try:
-            reply = await call_provider(call, list(texts))
+            reply = await call_provider(call, list(texts), lost)
+            is_answered = True
             tokens = read_tokens(reply, len(texts))
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
@@ -117,7 +123,11 @@ class ProviderRequests:
             if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
                 check_matrix(matrix, len(matrix), dimensions=route.dimensions, who=who)
             made = [i for i in range(len(texts)) if i not in bad] if bad else range(len(texts))
+        except Exception as error:
+            failure = error
+            raise
         finally:
+            answer.wasted += measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered)
             seconds = time.perf_counter() - start
             answer.seconds[PROVIDER] += seconds
             self._count_computed(route, made, len(texts) - len(made), tokens, seconds)

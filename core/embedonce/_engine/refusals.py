@@ -168,6 +168,24 @@ def read_status(error: Exception) -> int | None:
     return None
 
 
+def may_be_charged(error: Exception) -> bool:
+    """Return whether a request that failed may have been charged: it got no answer in time, or an invalid one.
+
+    An answer with an error status is not charged.
+    """
+    if isinstance(error, TextRefused | ErrorInAnswer) or read_status(error) is not None:
+        return False
+    if isinstance(error, ProviderError):
+        return True
+    # Clients of HTTP have timeouts of their own. One that could not connect has sent nothing.
+    return is_timeout(error) and not re.search(r"Connect|Pool", type(error).__name__)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Return whether an error is a timeout, whichever client raises it."""
+    return any("Timeout" in kind.__name__ for kind in type(error).__mro__)
+
+
 def is_final(error: Exception) -> bool:
     """Return whether waiting does not help, because an account has no credit left."""
     codes = " ".join(

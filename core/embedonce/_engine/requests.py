@@ -294,7 +294,9 @@ class Requests(HotPath):
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await self._answer_in_one_space(port, fallback, *how)
-        return answer if other.has_failed_provider() else other
+        used, unused = (answer, other) if other.has_failed_provider() else (other, answer)
+        used.take_waste(unused)
+        return used
 
     async def _answer_in_one_space(
         self,
@@ -311,6 +313,7 @@ class Requests(HotPath):
         """Find vectors in one vector space. If the provider drifts meanwhile, start again in the new vector space."""
         engine = self._chain.engine
         moves = 0
+        left: Answer | None = None
         while True:
             if engine.can_change_space:
                 await self._find_current_route(port, source, task)
@@ -319,10 +322,13 @@ class Requests(HotPath):
                 await compute_anew(engine, port, answer)
             else:
                 await engine.fetch(port, answer, begun=begun)
+            if left is not None:
+                answer.take_waste(left)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
             if not moved or moves == MOVES:
                 return answer
             moves += 1
+            left = answer
 
     def _log_fallback_change(self, fallback: LiveProvider, *, down: bool) -> None:
         """Log that the fallback is used now, or no longer. After many changes, the line comes up to a minute late."""
