@@ -8,9 +8,21 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from embedonce._messages import format_count
 from embedonce.answers import Fetched
 from embedonce.errors import TextRefused, TierError
-from embedonce.vectors import NO_WORK, Columns, CostColumns, Entries, Entry, Matrix, Metadata, Work, sum_costs
+from embedonce.vectors import (
+    NO_WORK,
+    Columns,
+    CostColumns,
+    Entries,
+    Entry,
+    Matrix,
+    Metadata,
+    Work,
+    plain_metadata,
+    sum_costs,
+)
 
 from .ahead import Gathered
 from .flights import Ticket
@@ -200,6 +212,25 @@ def sum_work(entries: Collection[Entry]) -> Work:
 def copy_metadata(metadata: Sequence[Metadata | None]) -> list[Metadata | None]:
     """Return copies, so that a caller who changes the result does not change the cached entries."""
     return [None if item is None else deepcopy(item) for item in metadata]
+
+
+def map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
+    """Return the metadata of each key that has some. Of several texts with the same key, the first one counts.
+
+    Raises:
+        ValueError: the number of items is not that of the keys.
+    """
+    if metadata is None:
+        return {}
+    if len(metadata) != len(keys):
+        raise ValueError(
+            f"metadata must have one item per text: got {len(metadata)} for {format_count(len(keys), 'text')}"
+        )
+    by_key: dict[str, Metadata] = {}
+    for key, item in zip(keys, metadata, strict=True):
+        if item is not None and key not in by_key:
+            by_key[key] = plain_metadata(item)
+    return by_key
 
 
 class BegunCall(NamedTuple):

@@ -39,11 +39,10 @@ from embedonce.vectors import (
     Vector,
     freeze_rows,
     is_valid_cost,
-    plain_metadata,
 )
 
 from .ahead import read_windows, read_windows_async, run_ahead, run_ahead_async
-from .call import Answer, BegunCall
+from .call import Answer, BegunCall, map_metadata
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
@@ -359,7 +358,7 @@ class Requests(HotPath):
         texts = copy_texts(texts, first)
         route = self._get_route(source, task)
         keys, invalid = route.find_keys(texts, first)
-        return Answer(route, keys, texts, store, _map_metadata(keys, metadata), invalid, first)
+        return Answer(route, keys, texts, store, map_metadata(keys, metadata), invalid, first)
 
     # --- storing and erasing ------------------------------------------------------------------
 
@@ -569,20 +568,6 @@ def _require_texts(texts: object) -> None:
         raise TypeError(f"expected a list of texts, got {type(texts).__name__}")
     if isinstance(texts, str | bytes):
         raise TypeError(f"expected a list of texts, got one {type(texts).__name__}; use embed() for one text")
-
-
-def _map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
-    if metadata is None:
-        return {}
-    if len(metadata) != len(keys):
-        raise ValueError(
-            f"metadata must have one item per text: got {len(metadata)} for {format_count(len(keys), 'text')}"
-        )
-    by_key: dict[str, Metadata] = {}
-    for key, item in zip(keys, metadata, strict=True):
-        if item is not None and key not in by_key:
-            by_key[key] = plain_metadata(item)
-    return by_key
 
 
 def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
