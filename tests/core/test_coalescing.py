@@ -352,6 +352,15 @@ def test_cancelling_a_call_leaves_the_others_and_its_own_vector(cancelled: int) 
     assert [len(texts) for _, texts in provider.calls] == [4]
 
 
+@pytest.fixture
+def obeys_ctrl_c() -> Iterator[None]:
+    """A program that was started in the background ignores Ctrl-C, and so do its child processes."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("obeys_ctrl_c")
 @pytest.mark.parametrize("interrupted", ["first", "second"])
 def test_ctrl_c_in_a_blocking_call_leaves_the_others(interrupted: str) -> None:
     assert threading.current_thread() is threading.main_thread()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedonce import Cache, Tier
+from embedonce import Cache, Fetched, Tier
 from embedonce.errors import CacheClosed
 from embedonce.testing.fakes import CountingProvider
 from embedonce.vectors import Entry
@@ -87,8 +87,8 @@ def describe(result: Any) -> Any:
         return type(result), str(result)
     if isinstance(result, np.ndarray):
         return result.shape, str(result.dtype), result.tolist(), result.flags.writeable
-    if result is None:
-        return None
+    if not isinstance(result, Fetched):
+        return result
     rows = [None if row is None else describe(row) for row in result.rows]
     failed = {i: describe(error) for i, error in result.failed.items()}
     known = (result.sources, result.metadata, result.space, result.errors, result.dimensions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ class Pair:
             result = getattr(cache, name)([text] if name in ("forget", "embed_batch") else text)
         except Exception as error:
             return type(error), str(error)
-        return None if result is None else result.tolist()
+        return result.tolist() if isinstance(result, np.ndarray) else result
 
     def describe(self, number: int) -> Any:
         """Return the counts of a cache, without seconds, and the calls of its stores."""
