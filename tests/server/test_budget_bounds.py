@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -172,7 +173,8 @@ print(json.dumps([simulation.provider.charged, simulation.provider.largest, simu
 async def test_two_processes_share_a_budget(tmp_path: Path) -> None:
     path = tmp_path / "budgets.db"
     command = [sys.executable, "-c", _PROCESS, str(path)]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}  # for patience.py
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen([*command, str(number), str(Path(__file__).parent)], **pipes) for number in (1, 2)]
     with processes[0], processes[1]:
         for process in processes:
