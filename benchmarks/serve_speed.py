@@ -103,7 +103,7 @@ def start(command: Sequence[str], port: int, path: str, **environment: str) -> I
         ["taskset", "-c", SERVER_CORE, *command],
         env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE if "-v" in sys.argv else subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         end = time.monotonic() + START_SECONDS

@@ -42,21 +42,14 @@ class LoneWorker(Worker):
 
     async def watch(self) -> None:
         """Reload on SIGHUP."""
-        while True:
-            await self._hung_up.wait()
-            self._hung_up.clear()
-            if self._terminal.is_closed:
-                self.drain(signal.SIGHUP)
-                return
-            config = await self._reloads.load()
-            if config is None:
-                continue
+        async for config in self._reloads.follow(self._hung_up, self._terminal):
             try:
                 self.reload(config)
             except EmbedonceError as error:
                 self._reloads.report_refusal(error)
             else:
                 self._reloads.report_success(config)
+        self.drain(signal.SIGHUP)
 
     def on_ready(self) -> None:
         self._announce(self.service.generation.models.names)

@@ -1,4 +1,4 @@
-"""The counters of all providers that a worker has had, also of those that are closed already."""
+"""The counters of all providers that a worker has had, including those that were closed."""
 
 from __future__ import annotations
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from embedonce.config import Config
 from embedonce.errors import ConfigError, EmbedonceError
+
+from .terminal import Terminal
 
 log = logging.getLogger("embedonce.serve")
 
@@ -68,6 +70,20 @@ class Reloads:
         self._started = started
         self._open_addresses = tuple(open_addresses)
         self._keeps_budgets = keeps_budgets
+
+    async def follow(self, hung_up: asyncio.Event, terminal: Terminal) -> AsyncIterator[Config]:
+        """Yield the configuration after each SIGHUP that finds it valid.
+
+        ``hung_up`` is set by each SIGHUP. The iterator ends when SIGHUP means that the terminal was closed.
+        """
+        while True:
+            await hung_up.wait()
+            hung_up.clear()
+            if terminal.is_closed:
+                return
+            config = await self.load()
+            if config is not None:
+                yield config
 
     async def load(self) -> Config | None:
         """Return the configuration; None if it is invalid. Then the log says why."""

@@ -201,15 +201,9 @@ class Supervisor:
     # --- reloading ---
 
     async def _reload_on_hang_up(self) -> None:
-        while True:
-            await self._hung_up.wait()
-            self._hung_up.clear()
-            if self._terminal.is_closed:
-                self._handle_stop(signal.SIGHUP)
-                return
-            config = await self._reloads.load()
-            if config is not None:
-                await self._reload_all(config)
+        async for config in self._reloads.follow(self._hung_up, self._terminal):
+            await self._reload_all(config)
+        self._handle_stop(signal.SIGHUP)
 
     async def _reload_all(self, config: Config) -> None:
         """Let all workers use a configuration, or none.
