@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from embedonce_server.openapi import make_document
+from embedonce_server.api.openapi import make_document
 
 
 def narrow_document(*, model: str, dimensions: Sequence[int], tenant: str) -> dict[str, Any]:

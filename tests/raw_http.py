@@ -13,9 +13,9 @@ from typing import Any
 import uvloop
 from patience import LONG_TIMEOUT, wait_until
 
-from embedonce_server.http_server import WorkerServer
-from embedonce_server.listening import Address, bind_addresses
-from embedonce_server.protocol import Limits
+from embedonce_server.connections.http_server import WorkerServer
+from embedonce_server.connections.listening import Address, bind_addresses
+from embedonce_server.connections.protocol import Limits
 
 PATIENT = Limits(
     head_seconds=LONG_TIMEOUT,

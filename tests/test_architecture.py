@@ -126,9 +126,9 @@ def _get_deferred_parts(node: ast.AST) -> Sequence[ast.AST]:
     return [node] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else []
 
 
-def get_core_module(file: Path) -> str:
-    """Return the module or package of ``embedonce`` that a file belongs to."""
-    return file.relative_to(PACKAGES["embedonce"]).with_suffix("").parts[0]
+def get_unit(package: str, file: Path) -> str:
+    """Return the module or folder of a package that a file belongs to."""
+    return file.relative_to(PACKAGES[package]).with_suffix("").parts[0]
 
 
 def get_module_name(package: str, file: Path) -> str:
@@ -158,7 +158,7 @@ def list_imported_modules(entry: Import, package: str) -> Iterator[str]:
 def read_page_blocks() -> list[str]:
     section = PAGE.read_text().partition("\n## Where things live\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```text\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3, "docs/design.md must show the layout, the order of the core, and the order of the engine"
+    assert len(blocks) == 4, "docs/design.md must show the layout, and the order of the core, the engine and the server"
     return blocks
 
 
@@ -186,7 +186,7 @@ def parse_layout(block: str) -> Iterator[str]:
 def test_the_page_shows_every_module_and_no_other() -> None:
     shown = set(parse_layout(read_page_blocks()[0]))
     found = {"core/embedonce/templates"}
-    for package in ("embedonce", "embedonce_backends"):
+    for package in ("embedonce", "embedonce_backends", "embedonce_server"):
         for file in list_sources(PACKAGES[package]):
             if file.stem != "__main__":
                 module = file.parent if file.stem == "__init__" else file.with_suffix("")
@@ -195,14 +195,15 @@ def test_the_page_shows_every_module_and_no_other() -> None:
     assert sorted(shown - found) == [], f"{PAGE.name} names these modules, which do not exist"
 
 
-def test_core_imports_point_one_way() -> None:
-    order = parse_order(read_page_blocks()[1])
-    found = {get_core_module(file) for file in list_sources(PACKAGES["embedonce"])}
-    assert set(order) == found, "docs/design.md must list every module of the core in the order of imports"
+@pytest.mark.parametrize(("package", "block"), [("embedonce", 1), ("embedonce_server", 3)])
+def test_imports_point_one_way(package: str, block: int) -> None:
+    order = parse_order(read_page_blocks()[block])
+    found = {get_unit(package, file) for file in list_sources(PACKAGES[package])}
+    assert set(order) == found, f"docs/design.md must list every module of {package} in the order of imports"
     wrong = []
-    for entry in list_imports("embedonce"):
-        own = get_core_module(entry.file)
-        for target in list_imported_modules(entry, "embedonce"):
+    for entry in list_imports(package):
+        own = get_unit(package, entry.file)
+        for target in list_imported_modules(entry, package):
             unit = target.partition(".")[0]
             if unit != own and order[unit] >= order[own]:
                 wrong.append(f"{entry}: {own} must not import {unit}, which is not above it in docs/design.md")
@@ -301,7 +302,7 @@ def test_one_plugin_does_not_need_another(package: str) -> None:
 def test_core_defers_what_is_heavy() -> None:
     wrong = []
     for entry in list_imports("embedonce"):
-        allowed = LIGHT | ALLOWED_AT_TOP.get(get_core_module(entry.file), set())
+        allowed = LIGHT | ALLOWED_AT_TOP.get(get_unit("embedonce", entry.file), set())
         if entry.at_top and is_third_party(entry) and entry.package not in allowed:
             wrong.append(str(entry))
     assert not wrong, "import these inside the function that requires them:\n" + "\n".join(wrong)

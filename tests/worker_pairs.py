@@ -14,7 +14,7 @@ from patience import wait_until_async
 from serving import Served
 
 from embedonce import config
-from embedonce_server.http_server import WorkerServer
+from embedonce_server.connections.http_server import WorkerServer
 from embedonce_server.run_folder import RunFolder
 from embedonce_server.service import Service
 

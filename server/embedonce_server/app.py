@@ -15,12 +15,13 @@ from embedonce.config import Tenant
 
 from . import access_log
 from .answered import Embeddings
-from .api_errors import ApiError, make_stopping, render
+from .api.api_errors import ApiError, make_stopping, render
+from .api.guards import check_json, check_origin, read_headers
+from .api.incoming import ClientGone, read_body
 from .embedding import embed
-from .guards import check_json, check_origin, find_tenant, read_headers
-from .incoming import ClientGone, read_body
-from .operations import Operations, name_endpoint
+from .operations.endpoints import Operations, name_endpoint
 from .service import Generation, Service
+from .tenants.keyring import find_tenant
 
 log = logging.getLogger("embedonce.serve")
 
@@ -89,11 +90,11 @@ class App:
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
                 check_rate(self._service, tenant)
-            body = await read_body(self._service, headers, receive, limit=generation.settings.max_body)
+            body = await read_body(self._service.bodies, headers, receive, limit=generation.settings.max_body)
             try:
                 found = await embed(self._service, generation, tenant, headers.get(b"cache-control"), body)
             finally:
-                self._service.body_bytes -= len(body)
+                self._service.bodies.bytes -= len(body)
             status, pairs = 200, found.headers
         except ApiError as error:
             model = error.model

@@ -10,14 +10,14 @@ from typing import Any
 from embedonce import Cache, Fetched, SpaceError
 from embedonce.config import Tenant
 
-from .answer_memory import PART_BYTES
 from .answered import Embeddings
-from .api_errors import ApiError, explain_failures
-from .budgets import BudgetExceeded, fetch_within_budget
-from .cache_control import CacheControl, read_cache_control
+from .api.answer_memory import PART_BYTES
+from .api.api_errors import ApiError, explain_failures
+from .api.cache_control import CacheControl, read_cache_control
+from .api.request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
 from .models import Model
-from .request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
 from .service import Generation, Service
+from .tenants.budgets import BudgetExceeded, fetch_within_budget
 
 ROWS_AT_ONCE = 64
 """Number of vectors that are encoded before other requests get their turn."""

@@ -10,7 +10,7 @@ from embedonce import CacheClosed, DriftError, EmbedonceError, ProviderError, Re
 from embedonce.errors import TextError, TextRefused
 from embedonce.provider_errors import read_status
 
-from .api_errors import is_connection_error, is_timeout
+from .api.api_errors import is_connection_error, is_timeout
 
 log = logging.getLogger("embedonce.serve")
 

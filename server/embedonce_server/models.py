@@ -19,9 +19,9 @@ from embedonce.batch_settings import refuse_batch_settings
 from embedonce.config import Config, ProviderConfig, ServedModel, list_options, make_provider
 from embedonce.prices import Price
 
-from .api_errors import ApiError
+from .api.api_errors import ApiError
+from .api.request_body import MAX_SHOWN, show_field
 from .provider_totals import ProviderTotals
-from .request_body import MAX_SHOWN, show_field
 
 MAX_SPACES: Final = 64
 """Number of combinations of ``dimensions``, forwarded fields and kind of input that each model has open. The one used

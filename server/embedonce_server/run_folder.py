@@ -17,7 +17,7 @@ import platformdirs
 
 from embedonce.config import Config
 
-from .rates import Rates
+from .tenants.rates import Rates
 
 log = logging.getLogger("embedonce.serve")
 

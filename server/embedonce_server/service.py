@@ -13,18 +13,19 @@ from embedonce import Cache, ConfigError
 from embedonce.config import Config, compose
 from embedonce.events import Stats
 
-from .answer_memory import AnswerMemory
-from .budgets import Budgets
+from .api.answer_memory import AnswerMemory
+from .api.encoding import EncodedVectors
+from .api.guards import HostGuard
+from .api.incoming import BodyMemory
 from .counters import Counters
-from .encoding import EncodedVectors
 from .failure_log import FailureLog
-from .guards import HostGuard
 from .models import Models
 from .provider_totals import ProviderTotals
-from .rates import Rates
 from .run_folder import RunFolder
 from .siblings import Siblings
-from .tenants import Keyring
+from .tenants.budgets import Budgets
+from .tenants.keyring import Keyring
+from .tenants.rates import Rates
 
 log = logging.getLogger("embedonce.serve")
 
@@ -96,8 +97,7 @@ class Service:
         self.encoded = {"float": EncodedVectors("float"), "base64": EncodedVectors("base64")}
         self.counters = Counters()
         self.failures = FailureLog()
-        self.body_bytes = 0
-        """Bytes of the bodies that are in memory."""
+        self.bodies = BodyMemory()
         self.answers = AnswerMemory()
         self._retired: dict[asyncio.Task[None], Generation] = {}
         """The earlier generations that requests may still use, by the tasks that close them."""
@@ -124,7 +124,7 @@ class Service:
 
     def read_gauges(self) -> dict[str, float]:
         """Return what this worker is doing now, without the request that asks for it."""
-        return {"requests_in_progress": max(self.count_active() - 1, 0), "body_bytes": self.body_bytes}
+        return {"requests_in_progress": max(self.count_active() - 1, 0), "body_bytes": self.bodies.bytes}
 
     def count_active(self) -> int:
         """Return the number of requests under way."""

@@ -13,12 +13,12 @@ from typing import Any
 
 from embedonce.config import Config
 
-from .budget_file import recover_budgets
-from .launch import Launch, Source
-from .listening import bind_addresses, format_url, list_open_addresses, resolve_host
-from .logs import set_up_logging
-from .reloading import Reloads, check_reach
+from .connections.listening import bind_addresses, format_url, list_open_addresses, resolve_host
+from .processes.launch import Launch, Source
+from .processes.logs import set_up_logging
+from .processes.reloading import Reloads, check_reach
 from .run_folder import open_run_folder
+from .tenants.budget_file import recover_budgets
 
 LIBRARIES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn", "uvloop")
 """What the extra ``serve`` installs."""
@@ -108,14 +108,14 @@ def serve(
         if workers == 1:
             # prometheus_client reads the variable when it is imported, so the worker is imported after this line.
             os.environ[METRICS_VARIABLE] = str(folder.metrics)
-            from .lone_worker import LoneWorker
+            from .processes.lone_worker import LoneWorker
 
             worker: Any = LoneWorker(launch, config, sockets, reloads, announce_models)
             signals = worker.run()
         else:
             from prometheus_client.multiprocess import mark_process_dead
 
-            from .supervisor import Supervisor, WorkerExit
+            from .processes.supervisor import Supervisor, WorkerExit
 
             def clean_up(end: WorkerExit) -> None:
                 # Gauges of a process are shown as long as it lives. Its counters stay.

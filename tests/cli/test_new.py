@@ -70,7 +70,9 @@ def test_the_package_is_built_and_installed_and_passes_its_tests(
     )
     assert installed.returncode == 0, installed.stderr
 
-    tested = run("-m", "pytest", "-q", "-W", "error", "-p", "no:asyncio", site=site, folder=package)
+    # With a folder of its own, pytest does not remove the folders that other runs on this machine have left.
+    pytest_command = ("-m", "pytest", "-q", "-W", "error", "-p", "no:asyncio", "--basetemp", folder / "temporary")
+    tested = run(*pytest_command, site=site, folder=package)
     assert tested.returncode == 0, tested.stdout
     assert " passed" in tested.stdout.splitlines()[-1]
 

@@ -94,8 +94,15 @@ class Chain(RuleBasedStateMachine):
             Tier(backend, name=f"tier{i}", ttl=tier["ttl"], write=tier["write"])
             for i, (tier, backend) in enumerate(zip(self.layout, self.backends, strict=True))
         ]
+        # The clock of the stores moves only between calls. So a lease that an earlier cache has left in a store does
+        # not expire while a call waits for it, and the wait must be short.
         self.cache = Cache(
-            self.provider, chain, key=KeyPolicy(normalize=["strip"]), dtype=self.dtype, clock=lambda: self.now
+            self.provider,
+            chain,
+            key=KeyPolicy(normalize=["strip"]),
+            dtype=self.dtype,
+            max_wait=0.02,
+            clock=lambda: self.now,
         )
 
     def check(self, asked: list[str], task: str, rows: Any) -> None:

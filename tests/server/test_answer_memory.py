@@ -11,15 +11,15 @@ import pytest
 from patience import wait_until_async
 from serving import Served, serve
 
-from embedonce_server.answer_memory import PART_BYTES, AnswerMemory
-from embedonce_server.api_errors import ApiError
+from embedonce_server.api.answer_memory import PART_BYTES, AnswerMemory
+from embedonce_server.api.api_errors import ApiError
 
 SETTINGS = {"provider": {"type": "ngram", "dimensions": 512}, "tiers": [{"type": "memory"}]}
 
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("embedonce_server.answer_memory.MAX_ANSWERS", 100)
+    monkeypatch.setattr("embedonce_server.api.answer_memory.MAX_ANSWERS", 100)
     return 100
 
 
@@ -47,7 +47,7 @@ async def test_answers_wait_in_their_order_until_there_is_memory(limit: int) -> 
 
 
 async def test_answers_without_memory_are_refused_and_hold_none(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedonce_server.answer_memory.WAIT_SECONDS", 0)
+    monkeypatch.setattr("embedonce_server.api.answer_memory.WAIT_SECONDS", 0)
     memory = AnswerMemory()
     with pytest.raises(ApiError) as refused:
         await memory.take(limit + 1)
@@ -93,8 +93,8 @@ async def test_answers_count_until_the_clients_have_read_them(tmp_path: Path, mo
     async with serve(SETTINGS, tmp_path) as server:
         memory = server.service.answers
         size = len((await server.embed(inputs)).body)
-        monkeypatch.setattr("embedonce_server.answer_memory.MAX_ANSWERS", int(size * 1.5))
-        monkeypatch.setattr("embedonce_server.answer_memory.WAIT_SECONDS", 0)
+        monkeypatch.setattr("embedonce_server.api.answer_memory.MAX_ANSWERS", int(size * 1.5))
+        monkeypatch.setattr("embedonce_server.api.answer_memory.WAIT_SECONDS", 0)
         slow = SlowClient(server, inputs)
         await wait_until_async(lambda: memory.bytes == size)
         refused = await server.embed(inputs)
@@ -112,7 +112,7 @@ async def test_answers_count_until_the_clients_have_read_them(tmp_path: Path, mo
 
 
 async def test_an_answer_that_never_fits_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedonce_server.answer_memory.MAX_ANSWERS", 1000)
+    monkeypatch.setattr("embedonce_server.api.answer_memory.MAX_ANSWERS", 1000)
     async with serve(SETTINGS, tmp_path) as server:
         answer = await server.embed(["a"] * 10)
         assert (answer.status, answer.error["code"]) == (400, "answer_too_large")

@@ -14,7 +14,7 @@ from serving import KEY, serve
 from embedonce.errors import DriftError, ProviderError, TextRefused
 from embedonce.testing.servers.loopback import Reply
 from embedonce.testing.servers.openai import OpenAIServer
-from embedonce_server.api_errors import explain_failures
+from embedonce_server.api.api_errors import explain_failures
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from embedonce.config import Tenant
 from embedonce.contracts import Embedded, Limits
 from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import DictBackend
-from embedonce_server.budgets import BudgetExceeded, Budgets, fetch_within_budget
+from embedonce_server.tenants.budgets import BudgetExceeded, Budgets, fetch_within_budget
 
 NOON = 20_000.5 * 86_400
 
@@ -173,7 +173,8 @@ print(json.dumps([simulation.provider.charged, simulation.provider.largest, simu
 async def test_two_processes_share_a_budget(tmp_path: Path) -> None:
     path = tmp_path / "budgets.db"
     command = [sys.executable, "-c", _PROCESS, str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}  # for patience.py
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # for patience.py
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen([*command, str(number), str(Path(__file__).parent)], **pipes) for number in (1, 2)]
     with processes[0], processes[1]:

@@ -23,9 +23,9 @@ from embedonce.errors import DriftError, ProviderTimeout, TextRefused
 from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
-from embedonce_server import budget_file, budgets
-from embedonce_server.budget_file import recover_budgets
-from embedonce_server.budgets import BudgetExceeded, Budgets, BudgetsUnavailable, fetch_within_budget
+from embedonce_server.tenants import budget_file, budgets
+from embedonce_server.tenants.budget_file import recover_budgets
+from embedonce_server.tenants.budgets import BudgetExceeded, Budgets, BudgetsUnavailable, fetch_within_budget
 
 DAY = 86_400
 NOON = 20_000 * DAY + DAY / 2

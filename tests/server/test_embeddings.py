@@ -385,22 +385,22 @@ async def test_bodies_are_bounded_with_and_without_a_length(api: OpenAIServer, t
         headers = {"host": "localhost", "content-type": "application/json"}
         answer = await server.send("POST", "/v1/embeddings", [b"a" * 600, b"a" * 600], headers)
         assert (answer.status, answer.headers["connection"]) == (413, "close")
-        assert server.service.body_bytes == 0
+        assert server.service.bodies.bytes == 0
         parts: list[bytes | None] = [b'{"model": "%b", ' % MODEL.encode(), b'"input": "a"}']
         assert (await server.send("POST", "/v1/embeddings", parts, headers)).status == 200
         assert (await server.send("POST", "/v1/embeddings", [b'{"model":', None], headers)).status == 0
-        assert server.service.body_bytes == 0
+        assert server.service.bodies.bytes == 0
 
 
 async def test_all_bodies_together_are_bounded(
     api: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serve(configure(api), tmp_path) as server:
-        monkeypatch.setattr("embedonce_server.incoming.MAX_BODIES", 100)
-        server.service.body_bytes = 90
+        monkeypatch.setattr("embedonce_server.api.incoming.MAX_BODIES", 100)
+        server.service.bodies.bytes = 90
         answer = await server.embed("a" * 50)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-        assert server.service.body_bytes == 90
+        assert server.service.bodies.bytes == 90
 
 
 # --- tenants --------------------------------------------------------------------------------------

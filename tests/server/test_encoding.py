@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from embedonce.vectors import freeze
-from embedonce_server.encoding import EncodedVectors, Encoding, encode_vector
+from embedonce_server.api.encoding import EncodedVectors, Encoding, encode_vector
 
 vectors = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32))
 

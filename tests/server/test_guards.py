@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from embedonce_server.api_errors import ApiError, list_positions
-from embedonce_server.cache_control import DEFAULT, CacheControl, read_cache_control
-from embedonce_server.guards import HostGuard, check_json, check_origin, is_loopback, read_headers
+from embedonce_server.api.api_errors import ApiError, list_positions
+from embedonce_server.api.cache_control import DEFAULT, CacheControl, read_cache_control
+from embedonce_server.api.guards import HostGuard, check_json, check_origin, is_loopback, read_headers
 
 
 @pytest.mark.parametrize(

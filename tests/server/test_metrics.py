@@ -18,11 +18,11 @@ from serving import ADMIN_KEY, KEY, Served, serve
 
 from embedonce import config
 from embedonce.testing.servers.openai import OpenAIServer
+from embedonce_server.connections.listening import Address, bind_addresses
 from embedonce_server.counters import BUCKETS
-from embedonce_server.launch import Launch, Source
-from embedonce_server.listening import Address, bind_addresses
+from embedonce_server.processes.launch import Launch, Source
+from embedonce_server.processes.worker import Worker
 from embedonce_server.service import Service
-from embedonce_server.worker import Worker
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 TENANT = {"authorization": f"Bearer {KEY}"}
@@ -173,7 +173,7 @@ async def test_requests_and_bodies_under_way_are_gauges(api: OpenAIServer, tmp_p
         await wait_until_async(lambda: api.requests)
         value = await scrape(server)
         assert value("requests_in_progress", worker="1") == 1
-        assert value("body_bytes", worker="1") == server.service.body_bytes > 0
+        assert value("body_bytes", worker="1") == server.service.bodies.bytes > 0
         api.heal()
         await task
         value = await scrape(server)

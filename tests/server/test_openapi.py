@@ -15,8 +15,8 @@ from api_document import narrow_document
 from serve_process import ServeProcess
 from serving import ADMIN_KEY, KEY
 
-from embedonce_server.openapi import make_document
-from embedonce_server.operations import Operations, name_endpoint
+from embedonce_server.api.openapi import make_document
+from embedonce_server.operations.endpoints import Operations, name_endpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +51,7 @@ bearer = "{ADMIN_KEY}"
 
 def test_the_stored_document_is_up_to_date() -> None:
     stored = json.loads((ROOT / "server/openapi.json").read_text())
-    assert stored == make_document(), "run: python -m embedonce_server.openapi > server/openapi.json"
+    assert stored == make_document(), "run: python -m embedonce_server.api.openapi > server/openapi.json"
 
 
 def list_references(value: Any) -> Iterator[str]:

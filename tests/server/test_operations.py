@@ -201,7 +201,7 @@ async def test_only_json_objects_with_known_fields_are_accepted(tmp_path: Path, 
         assert (await server.call("POST", path, b"[", ADMIN)).error["code"] == "invalid_json"
         assert (await server.call("POST", path, [], ADMIN)).status == 400
         assert (await server.call("POST", path, {"input": "a" * 2000}, ADMIN)).status == 413
-        assert server.service.body_bytes == 0
+        assert server.service.bodies.bytes == 0
 
 
 # --- the document, the log --------------------------------------------------------------------
@@ -260,6 +260,6 @@ async def test_a_client_that_goes_before_its_body_is_complete_gets_nothing(tmp_p
         headers = {"host": "localhost", "content-type": "application/json", **ADMIN}
         answer = await server.send("POST", "/admin/forget", [b"{", None], headers)
         assert answer.status == 0
-        assert server.service.body_bytes == 0
+        assert server.service.bodies.bytes == 0
         assert isinstance(server, Served)
         assert server.service.count_active() == 0

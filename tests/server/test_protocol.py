@@ -19,9 +19,9 @@ from patience import wait_until
 from raw_http import PATIENT, Client, SmallApp, ThreadedServer, make_request, run_server
 from uvicorn import Config
 
-from embedonce_server.answer_memory import MAX_ANSWERS, WAIT_SECONDS
-from embedonce_server.incoming import MAX_BODIES
-from embedonce_server.protocol import BoundedProtocol, Limits, Phase, WorkerState
+from embedonce_server.api.answer_memory import MAX_ANSWERS, WAIT_SECONDS
+from embedonce_server.api.incoming import MAX_BODIES
+from embedonce_server.connections.protocol import BoundedProtocol, Limits, Phase, WorkerState
 
 SHORT = 0.05
 """Seconds of a time limit that a test waits for."""

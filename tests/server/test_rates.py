@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from patience import LONG_TIMEOUT
 
 from embedonce.config import Tenant
-from embedonce_server import rates
-from embedonce_server.rates import Rates
+from embedonce_server.tenants import rates
+from embedonce_server.tenants.rates import Rates
 
 SECOND = 1_000_000_000
 
@@ -210,7 +210,7 @@ _PROCESS = """
 import sys
 from pathlib import Path
 from embedonce.config import Tenant
-from embedonce_server.rates import Rates
+from embedonce_server.tenants.rates import Rates
 tenant = Tenant(name="search", keys=(), namespace="search", requests_per_minute=5000)
 limiter = Rates(Path(sys.argv[1]), clock=lambda: 10**15)
 print("ready", flush=True)

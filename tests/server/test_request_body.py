@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedonce_server.api_errors import ApiError
-from embedonce_server.request_body import MAX_DEPTH, MAX_INPUTS, parse_body, read_request
+from embedonce_server.api.api_errors import ApiError
+from embedonce_server.api.request_body import MAX_DEPTH, MAX_INPUTS, parse_body, read_request
 
 
 def read(forward: tuple[str, ...] = (), **fields: Any) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from embedonce import config
-from embedonce_server.listening import list_open_addresses, resolve_host
-from embedonce_server.reloading import Reloads
+from embedonce_server.connections.listening import list_open_addresses, resolve_host
+from embedonce_server.processes.reloading import Reloads
 from embedonce_server.run_folder import NoStateFolder, open_run_folder
 
 KEY = "key-of-the-search-team"

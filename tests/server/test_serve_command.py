@@ -179,7 +179,7 @@ def test_a_table_of_pyproject_is_loaded_from_its_text(tmp_path: Path) -> None:
 
 
 def test_all_addresses_of_a_host_get_the_same_port() -> None:
-    from embedonce_server.listening import Address, bind_addresses, format_url
+    from embedonce_server.connections.listening import Address, bind_addresses, format_url
 
     addresses = [Address(socket.AF_INET, ("127.0.0.1", 0)), Address(socket.AF_INET, ("127.0.0.2", 0))]
     listeners = bind_addresses(addresses, 0)
@@ -208,6 +208,6 @@ def test_all_addresses_of_a_host_get_the_same_port() -> None:
     ],
 )
 def test_only_loopback_addresses_are_out_of_reach(ip: str, is_loopback: bool) -> None:
-    from embedonce_server.listening import Address
+    from embedonce_server.connections.listening import Address
 
     assert Address(socket.AF_INET6, (ip, 0)).is_loopback is is_loopback

@@ -18,8 +18,8 @@ from serving import ADMIN_KEY, Answer, Served
 from worker_pairs import Worker, serve_workers
 
 from embedonce import Cache
-from embedonce_server import admin
-from embedonce_server.http_server import WorkerServer
+from embedonce_server.connections.http_server import WorkerServer
+from embedonce_server.operations import admin
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -78,7 +78,7 @@ async def test_a_killed_worker_keeps_what_it_has_copied_and_is_shown_as_down(pai
 
 
 async def test_a_worker_copies_its_counters_without_a_scrape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedonce_server.metrics.COPY_SECONDS", 0.001)
+    monkeypatch.setattr("embedonce_server.operations.metrics.COPY_SECONDS", 0.001)
     async with serve_workers(settings(tmp_path), tmp_path) as (first, second):
         await second.embed("a")
         copies = 0

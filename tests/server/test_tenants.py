@@ -8,7 +8,7 @@ import pytest
 
 from embedonce import config
 from embedonce.config import Tenant
-from embedonce_server.tenants import Keyring, read_bearer
+from embedonce_server.tenants.keyring import Keyring, read_bearer
 
 ADMIN = "the-key-of-the-admin"
 SEARCH = "the-key-of-the-search-team"

@@ -60,7 +60,7 @@ def serve(
 ) -> None:
     """Serve the cache to programs in every language, through OpenAI's API for embeddings."""
     from embedonce.config import load
-    from embedonce_server.listening import CannotListen
+    from embedonce_server.connections.listening import CannotListen
     from embedonce_server.run_folder import NoStateFolder
     from embedonce_server.serving import Started, Terminated, find_missing_library, serve
 

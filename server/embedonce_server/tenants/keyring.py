@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hmac import compare_digest
 
 from embedonce.config import Tenant
+from embedonce_server.api.api_errors import ApiError
 
 DIGEST = "sha256:"
 """Beginning of a configured key that is written as its SHA-256 digest."""
@@ -84,3 +85,38 @@ def _read_digest(key: str) -> bytes:
     if len(digest) != hashlib.sha256().digest_size:
         raise ValueError(f"a key must have 64 hexadecimal digits after {DIGEST}")
     return digest
+
+
+def find_tenant(keyring: Keyring, headers: Mapping[bytes, bytes]) -> Tenant | None:
+    """Return the tenant whose key a request has; None if the server has no tenants.
+
+    Raises:
+        ApiError: the key is missing or unknown.
+    """
+    if not keyring:
+        return None
+    key = read_bearer(headers.get(b"authorization", b"")) or headers.get(b"api-key")
+    tenant = None if key is None else keyring.find_tenant(key)
+    if tenant is None:
+        if key is not None and keyring.is_admin(key):
+            raise _make_unauthorized("admin_key is only for /admin and /metrics; send the key of a tenant")
+        what = "the request has no key" if key is None else "unknown key"
+        raise _make_unauthorized(f"{what}; send a key of this server as Authorization: Bearer …")
+    return tenant
+
+
+def check_admin(keyring: Keyring, headers: Mapping[bytes, bytes]) -> None:
+    """Check that a request has the admin key, which only ``Authorization`` may carry.
+
+    Raises:
+        ApiError: the key is missing or wrong.
+    """
+    key = read_bearer(headers.get(b"authorization", b""))
+    if key is None or not keyring.is_admin(key):
+        what = "the request has no key" if key is None else "the key is not the admin key"
+        raise _make_unauthorized(f"{what}; send admin_key of [serve] as Authorization: Bearer …")
+
+
+def _make_unauthorized(message: str) -> ApiError:
+    headers = {"www-authenticate": "Bearer"}
+    return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)

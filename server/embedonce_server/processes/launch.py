@@ -11,8 +11,7 @@ from typing import Any
 from embedonce import config as configuration
 from embedonce.config import Config
 from embedonce.errors import ConfigError, EmbedonceError, Problem
-
-from .run_folder import RunFolder
+from embedonce_server.run_folder import RunFolder
 
 MAX_MESSAGE = 64 * 1024 * 1024
 """Maximum number of bytes of a message. The largest has the text of a configuration."""

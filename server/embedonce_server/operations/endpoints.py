@@ -12,18 +12,19 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from embedonce_server.api.api_errors import ApiError
+from embedonce_server.api.incoming import Receive
+from embedonce_server.api.openapi import make_document
+from embedonce_server.embedding import find_model, list_models
+from embedonce_server.models import Model
+from embedonce_server.service import Generation, Service
+from embedonce_server.siblings import PREFIX
+from embedonce_server.tenants.keyring import check_admin, find_tenant
+
 from . import admin
-from .api_errors import ApiError
 from .calls import Call, Scope
-from .embedding import find_model, list_models
-from .guards import check_admin, find_tenant
 from .health import read_health
-from .incoming import Receive
 from .metrics import Metrics
-from .models import Model
-from .openapi import make_document
-from .service import Generation, Service
-from .siblings import PREFIX
 
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
-from .api_errors import ApiError
-from .guards import check_json
-from .incoming import Receive, read_body
+from embedonce_server.api.api_errors import ApiError
+from embedonce_server.api.guards import check_json
+from embedonce_server.api.incoming import Receive, read_body
+from embedonce_server.api.request_body import MAX_SHOWN, parse_body, show_field
+from embedonce_server.service import Generation, Service
+
 from .metrics import Metrics
-from .request_body import MAX_SHOWN, parse_body, show_field
-from .service import Generation, Service
 
 Scope: TypeAlias = MutableMapping[str, Any]
 
@@ -32,11 +33,11 @@ class Call(NamedTuple):
             ApiError: the body is too large, is not a JSON object, or has a field that is not in ``allowed``.
         """
         check_json(self.headers)
-        body = await read_body(self.service, self.headers, self.receive, limit=self.generation.settings.max_body)
+        body = await read_body(self.service.bodies, self.headers, self.receive, limit=self.generation.settings.max_body)
         try:
             fields = parse_body(body)
         finally:
-            self.service.body_bytes -= len(body)
+            self.service.bodies.bytes -= len(body)
         for name in fields:
             if name not in allowed:
                 known = ", ".join(sorted(allowed))

@@ -1,6 +1,6 @@
 """The OpenAPI document of all endpoints.
 
-``python -m embedonce_server.openapi`` prints it.
+``python -m embedonce_server.api.openapi`` prints it.
 """
 
 from __future__ import annotations

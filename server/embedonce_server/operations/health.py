@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .service import Service
+    from embedonce_server.service import Service
 
 
 def read_health(service: Service) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from embedonce.config import Tenant
 from embedonce.contracts import Task
 from embedonce.errors import DriftError
 from embedonce.provider_errors import read_status
+from embedonce_server.api.api_errors import ApiError
 
-from .api_errors import ApiError
 from .budget_file import DAY_SECONDS, BudgetFile, Load, Outcome, Reservation, Settlement, Usage
 from .fetched_parts import Part, combine, fail_rest
 from .text_loads import add_loads, count_texts_of_call, measure_texts

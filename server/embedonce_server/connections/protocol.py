@@ -21,7 +21,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from .api_errors import ApiError
+from embedonce_server.api.api_errors import ApiError
 
 SLICE = 8 * 1024
 """Bytes that are parsed at once. If they have several requests, later slices wait until these are answered."""

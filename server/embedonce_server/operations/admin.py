@@ -20,19 +20,19 @@ from embedonce import Cache, EraseIncomplete, SpaceError, __version__
 from embedonce.answers import Purged
 from embedonce.config import Tenant
 from embedonce.keys import SpaceCard, extend_namespace
+from embedonce_server.api.api_errors import ApiError
+from embedonce_server.api.request_body import read_dimensions, read_inputs
+from embedonce_server.api.task_names import read_task
+from embedonce_server.models import PLAIN, Model, Variation
+from embedonce_server.siblings import PREFIX, SiblingAnswer
+from embedonce_server.tenants.budgets import BudgetsUnavailable
 
 from .admin_counts import add_counts, describe_stats
-from .api_errors import ApiError
-from .budgets import BudgetsUnavailable
 from .calls import Call
-from .models import PLAIN, Model, Variation
-from .request_body import read_dimensions, read_inputs
 from .served_scopes import ServedScopes
-from .siblings import PREFIX, SiblingAnswer
-from .task_names import read_task
 
 if TYPE_CHECKING:
-    from .service import Generation, Service
+    from embedonce_server.service import Generation, Service
 
 T = TypeVar("T")
 

@@ -23,12 +23,11 @@ from prometheus_client.utils import floatToGoString
 
 from embedonce import __version__
 from embedonce.metrics import CacheCollector
-
-from .budget_file import Usage
-from .budgets import BudgetsUnavailable
-from .counters import BUCKETS, Sample
-from .service import Service
-from .siblings import SiblingAnswer
+from embedonce_server.counters import BUCKETS, Sample
+from embedonce_server.service import Service
+from embedonce_server.siblings import SiblingAnswer
+from embedonce_server.tenants.budget_file import Usage
+from embedonce_server.tenants.budgets import BudgetsUnavailable
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

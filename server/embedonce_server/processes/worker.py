@@ -1,6 +1,6 @@
 """One worker process: its service, its HTTP server, and its end.
 
-``python -m embedonce_server.worker`` is started only by the supervisor, which is connected to its standard input.
+Only the supervisor starts ``python -m embedonce_server.processes.worker``. It is connected to its standard input.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import uvloop
 
 from embedonce.config import Config
 from embedonce.errors import EmbedonceError
+from embedonce_server import access_log
+from embedonce_server.app import App
+from embedonce_server.connections.http_server import WorkerServer, choose_limits
+from embedonce_server.service import Service
 
-from . import access_log
-from .app import App
-from .http_server import WorkerServer, choose_limits
 from .launch import MAX_MESSAGE, Launch, Source, encode_message, encode_problems
 from .logs import set_up_logging
-from .service import Service
 
 log = logging.getLogger("embedonce.serve")
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from .api_errors import ApiError
-
-if TYPE_CHECKING:
-    from .service import Service
 
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -20,8 +17,17 @@ class ClientGone(Exception):
     """The client has closed the connection before its request was complete."""
 
 
-async def read_body(service: Service, headers: Mapping[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
-    """Return the body of a request. Its bytes count in ``body_bytes`` of the service from then on.
+class BodyMemory:
+    """Counts the bytes of the bodies that one worker has in memory."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
+    """Return the body of a request. Its bytes count in ``memory`` from then on, until the caller takes them off.
 
     Raises:
         ApiError: the body is too large.
@@ -39,10 +45,10 @@ async def read_body(service: Service, headers: Mapping[bytes, bytes], receive: R
                 raise ClientGone
             part = message.get("body", b"")
             size += len(part)
-            service.body_bytes += len(part)
+            memory.bytes += len(part)
             if size > limit:
                 raise _make_too_large(limit)
-            if service.body_bytes > MAX_BODIES:
+            if memory.bytes > MAX_BODIES:
                 text = "the server has too many large requests at the moment"
                 raise ApiError(503, text, kind="server_error", code="overloaded", retry_after=1)
             parts.append(part)
@@ -50,7 +56,7 @@ async def read_body(service: Service, headers: Mapping[bytes, bytes], receive: R
                 return b"".join(parts) if len(parts) > 1 else part
             message = await receive()
     except BaseException:
-        service.body_bytes -= size
+        memory.bytes -= size
         raise
 
 

@@ -291,7 +291,7 @@ class _Process:
                     sys.executable,
                     *_list_flags(),
                     "-m",
-                    "embedonce_server.worker",
+                    "embedonce_server.processes.worker",
                     stdin=theirs.fileno(),
                     pass_fds=(*launch.listeners, *launch.locks),
                     env={**os.environ, **variables},

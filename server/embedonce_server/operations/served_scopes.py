@@ -9,8 +9,7 @@ from typing import Any, Final
 from embedonce import KeyPolicy
 from embedonce.contracts import AnyProvider
 from embedonce.keys import SETTINGS, SpaceCard, card
-
-from .models import Model
+from embedonce_server.models import Model
 
 
 class Fit(IntEnum):

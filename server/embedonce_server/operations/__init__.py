@@ -1,0 +1,1 @@
+"""Every endpoint but that of vectors: health, metrics, the models and the administration."""

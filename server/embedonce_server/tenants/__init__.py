@@ -1,0 +1,1 @@
+"""The callers of the server: their keys, their rates and their budgets."""
