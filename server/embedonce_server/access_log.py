@@ -10,6 +10,7 @@ from urllib.parse import quote
 from embedonce.config import Tenant
 
 from .answered import Embeddings
+from .api.api_errors import ApiError
 
 log = logging.getLogger("embedonce.access")
 
@@ -21,15 +22,19 @@ MAX_PATH = 200
 
 def write(
     scope: MutableMapping[str, Any],
-    status: int,
+    outcome: Embeddings | ApiError | int,
     seconds: float,
     *,
     tenant: Tenant | None,
-    found: Embeddings | None,
     request_id: bytes,
 ) -> None:
-    """Log a request. The path is quoted, because a client may put line breaks into it."""
+    """Log a request. ``outcome`` is its answer, its error or its status.
+
+    The path is quoted, because a client may put line breaks into it.
+    """
     client = scope.get("client")
+    found = outcome if isinstance(outcome, Embeddings) else None
+    status = outcome if isinstance(outcome, int) else outcome.status if isinstance(outcome, ApiError) else 200
     log.info(
         "%s %s %s %d %.1f ms tenant=%s model=%s inputs=%d hits=%d id=%s",
         client[0] if client else "-",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from embedonce import Fetched
+from embedonce.prices import Price
 
 from .models import Model
 
@@ -17,10 +17,15 @@ class Embeddings(NamedTuple):
     """The parts of the body. Their bytes are taken from the memory for answers, and must be given back to it."""
     headers: list[tuple[bytes, bytes]]
     model: Model
-    hits: int
-    """Number of inputs that a tier had."""
+    price: Price | None
+    """The price of the provider that has answered."""
     inputs: int
     """Number of inputs."""
-    fetched: Fetched
     tiers: Mapping[str, int]
     """Number of inputs by the tier that had them."""
+    hits: int
+    """Number of inputs that a tier had: the sum of ``tiers``."""
+    saved_tokens: int
+    computed_tokens: int = 0
+    changed: int = 0
+    """Number of inputs whose stored vector is not the vector that was computed now."""

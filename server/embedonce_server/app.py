@@ -16,9 +16,9 @@ from embedonce.config import Tenant
 from . import access_log
 from .answered import Embeddings
 from .api.api_errors import ApiError, make_stopping, render
-from .api.guards import check_json, check_origin, read_headers
+from .api.guards import check_json, check_sender, read_headers
 from .api.incoming import ClientGone, read_body
-from .embedding import embed
+from .embedding import embed, find_hit, read_asked
 from .operations.endpoints import Operations, name_endpoint
 from .service import Generation, Service
 from .tenants.keyring import find_tenant
@@ -30,7 +30,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-Pairs: TypeAlias = list[tuple[bytes, bytes]]
 
 EMBEDDINGS = "/v1/embeddings"
 HEALTH = "/health/"
@@ -43,8 +42,8 @@ class App:
         self._service = service
         self._others = Operations(service)
         self.metrics = self._others.metrics
-        prefix = secrets.token_hex(6)
-        self._ids: Iterator[bytes] = (b"%b-%x" % (prefix.encode(), number) for number in count(1))
+        self._id_format = secrets.token_hex(6).encode() + b"-%x"
+        self._numbers = count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,8 +52,9 @@ class App:
             return
         generation = self._service.generation
         generation.active += 1
+        answer = self._answer_embeddings if scope["path"] == EMBEDDINGS else self._answer_other
         try:
-            await self._answer(generation, scope, receive, send)
+            await answer(generation, scope, receive, send)
         except ClientGone:
             pass
         except asyncio.CancelledError:
@@ -64,24 +64,15 @@ class App:
         finally:
             generation.active -= 1
 
-    async def _answer(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer_embeddings(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
-        path: str = scope["path"]
-        answer = b""
+        service = self._service
+        request_id = self._id_format % next(self._numbers)
         tenant: Tenant | None = None
-        found: Embeddings | None = None
-        model = ""
-        request_id = next(self._ids)
+        outcome: Embeddings | ApiError
         try:
             headers = read_headers(scope["headers"])
-            if not path.startswith(HEALTH):
-                host = headers.get(b"host")
-                generation.hosts.check(host)
-                check_origin(headers.get(b"origin"), host)
-            if path != EMBEDDINGS:
-                status = await self._others.serve(generation, scope, headers, receive, send, request_id)
-                self._finish_other(scope, status, start, request_id)
-                return
+            check_sender(generation.hosts, headers)
             if scope["method"] != "POST":
                 raise ApiError(
                     405, "send a POST request to this path", code="method_not_allowed", headers={"allow": "POST"}
@@ -89,72 +80,87 @@ class App:
             tenant = find_tenant(generation.keyring, headers)
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
-                check_rate(self._service, tenant)
-            body = await read_body(self._service.bodies, headers, receive, limit=generation.settings.max_body)
+                check_rate(service, tenant)
+            body = await read_body(service.bodies, headers, receive, generation.settings.max_body)
             try:
-                found = await embed(self._service, generation, tenant, headers.get(b"cache-control"), body)
+                asked = read_asked(generation, tenant, headers.get(b"cache-control"), body)
+                outcome = find_hit(service, tenant, asked) or await embed(service, tenant, asked)
             finally:
-                self._service.bodies.bytes -= len(body)
-            status, pairs = 200, found.headers
-        except ApiError as error:
-            model = error.model
-            status, answer, pairs = render(error)
-        except ClientGone:
-            raise
-        except asyncio.CancelledError:
-            if self._service.state != "draining":
-                raise
-            status, answer, pairs = render(make_stopping())  # the request has taken longer than drain_timeout
-        except Exception as error:  # noqa: BLE001
-            # The message of an unexpected error may have a text, so the log has only its class and its place.
-            place = "".join(traceback.format_tb(error.__traceback__))
-            endpoint = EMBEDDINGS if path == EMBEDDINGS else name_endpoint(path)
-            log.error(
-                "a request to %s failed (id=%s): %s\n%s", endpoint, request_id.decode(), type(error).__name__, place
-            )
-            status, answer, pairs = render(
-                ApiError(500, f"the server failed ({type(error).__name__})", kind="server_error", code="internal_error")
-            )
-        pairs.append((b"x-request-id", request_id))
-        start_message = {"type": "http.response.start", "status": status, "headers": pairs}
-        if found is None:
-            await send(start_message)
-            await send({"type": "http.response.body", "body": answer})
+                service.bodies.bytes -= len(body)
+        except BaseException as error:  # noqa: BLE001
+            outcome = self._explain(error, EMBEDDINGS, request_id)
+        if isinstance(outcome, ApiError):
+            await _send_error(outcome, request_id, send)
         else:
-            await self._send_parts(start_message, found.parts, send)
-        if path != EMBEDDINGS:
-            self._finish_other(scope, status, start, request_id)
-            return
+            outcome.headers.append((b"x-request-id", request_id))
+            await self._send_parts(outcome, send)
         seconds = time.perf_counter() - start
         # Nothing is awaited between the last message and this line, so a scrape that follows the answer shows it.
-        self._service.counters.count_embeddings(tenant, found, status, seconds, model)
+        service.counters.count_embeddings(tenant, outcome, seconds)
         if access_log.is_on:
-            access_log.write(scope, status, seconds, tenant=tenant, found=found, request_id=request_id)
+            access_log.write(scope, outcome, seconds, tenant=tenant, request_id=request_id)
 
-    async def _send_parts(self, start: Message, parts: list[bytes], send: Send) -> None:
+    async def _send_parts(self, found: Embeddings, send: Send) -> None:
         """Send an answer, and give back the memory of each part when it is sent.
 
         ``send`` waits until the client has read most of the part before. So a slow client holds little memory beside
         the parts that are counted.
         """
-        memory = self._service.answers
+        memory, parts = self._service.answers, found.parts
         parts.reverse()
         try:
-            await send(start)
+            await send({"type": "http.response.start", "status": 200, "headers": found.headers})
             while parts:
                 await send({"type": "http.response.body", "body": parts[-1], "more_body": len(parts) > 1})
                 memory.give(len(parts.pop()))
         finally:
-            memory.give(sum(map(len, parts)))
+            if parts:
+                memory.give(sum(map(len, parts)))
 
-    def _finish_other(self, scope: Scope, status: int, start: float, request_id: bytes) -> None:
-        """Count and log a request to another path. Requests of other workers are part of a request to one of them."""
+    async def _answer_other(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to another path. Requests of other workers are part of a request to one of them."""
+        start = time.perf_counter()
+        path: str = scope["path"]
+        request_id = self._id_format % next(self._numbers)
+        try:
+            headers = read_headers(scope["headers"])
+            if not path.startswith(HEALTH):
+                check_sender(generation.hosts, headers)
+            status = await self._others.serve(generation, scope, headers, receive, send, request_id)
+        except BaseException as error:  # noqa: BLE001
+            refused = self._explain(error, name_endpoint(path), request_id)
+            status = refused.status
+            await _send_error(refused, request_id, send)
         if self._service.siblings.has_sent(scope):
             return
         seconds = time.perf_counter() - start
-        self._service.counters.count_other(name_endpoint(scope["path"]), status, seconds)
+        self._service.counters.count_other(name_endpoint(path), status, seconds)
         if access_log.is_on:
-            access_log.write(scope, status, seconds, tenant=None, found=None, request_id=request_id)
+            access_log.write(scope, status, seconds, tenant=None, request_id=request_id)
+
+    def _explain(self, error: BaseException, endpoint: str, request_id: bytes) -> ApiError:
+        """Return the answer to a request that has failed with an exception.
+
+        Raises:
+            BaseException: the exception itself, if there is nobody to answer.
+        """
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, asyncio.CancelledError) and self._service.state == "draining":
+            return make_stopping()  # the request has taken longer than drain_timeout
+        if isinstance(error, ClientGone) or not isinstance(error, Exception):
+            raise error
+        # The message of an unexpected error may have a text, so the log has only its class and its place.
+        place, name = "".join(traceback.format_tb(error.__traceback__)), type(error).__name__
+        log.error("a request to %s failed (id=%s): %s\n%s", endpoint, request_id.decode(), name, place)
+        return ApiError(500, f"the server failed ({name})", kind="server_error", code="internal_error")
+
+
+async def _send_error(error: ApiError, request_id: bytes, send: Send) -> None:
+    body, pairs = render(error)
+    headers = [*pairs, (b"x-request-id", request_id)]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def check_rate(service: Service, tenant: Tenant) -> None:

@@ -10,7 +10,7 @@ from embedonce.config import Tenant
 from embedonce.prices import Price
 
 from .answered import Embeddings
-from .models import Model
+from .api.api_errors import ApiError
 
 BUCKETS: Final = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -19,7 +19,6 @@ BUCKETS: Final = (
 """Upper bounds of the buckets of durations, in seconds."""
 
 NO_TENANT: Final = ""
-NO_MODEL: Final = ""
 
 Sample = tuple[str, tuple[str, ...]]
 """The name of a family, and the values of its labels."""
@@ -63,6 +62,10 @@ class _Requests:
         self.latency = latency
         self.work: _Work | None = None
 
+    def count_one(self, seconds: float) -> None:
+        self.count += 1
+        self.latency.count(seconds)
+
 
 class Counters:
     """The numbers of the requests of one worker. Counting is on the path of each hit, so these are plain numbers."""
@@ -96,35 +99,28 @@ class Counters:
     def _add_refused(self, tenant: str, reason: str) -> None:
         self._refused[tenant, reason] = self._refused.get((tenant, reason), 0) + 1
 
-    def count_embeddings(
-        self, tenant: Tenant | None, found: Embeddings | None, status: int, seconds: float, model: str = NO_MODEL
-    ) -> None:
-        """Count a request for vectors. ``model`` is the name of the model if there is no answer of it."""
+    def count_embeddings(self, tenant: Tenant | None, outcome: Embeddings | ApiError, seconds: float) -> None:
+        """Count a request for vectors."""
         owner = NO_TENANT if tenant is None else tenant.name
-        if found is None:
-            requests = self._find_requests(owner, model, status)
-            requests.count += 1
-            requests.latency.count(seconds)
+        if isinstance(outcome, ApiError):
+            self._find_requests(owner, outcome.model, outcome.status).count_one(seconds)
             return
-        of_model = found.model
-        requests = self._find_requests(owner, of_model.name, status)
-        requests.count += 1
-        requests.latency.count(seconds)
-        fetched = found.fetched
-        price = _choose_price(of_model, found) if of_model.has_fallback else of_model.price
+        found = outcome
+        name, price = found.model.name, found.price
+        requests = self._find_requests(owner, name, 200)
+        requests.count_one(seconds)
         work = requests.work
         if work is None or work.price is not price:
-            work = requests.work = self._find_work(owner, of_model.name, price)
+            work = requests.work = self._find_work(owner, name, price)
         hits = work.hits
         for tier, inputs in found.tiers.items():
             hits[tier] = hits.get(tier, 0) + inputs
-        work.saved_tokens += fetched.saved.tokens
-        computed = len(fetched.sources) - found.hits
-        if computed:
-            work.computed += computed
-            work.computed_tokens += fetched.computed.tokens
-            if fetched.changed:
-                self._add_changed(of_model.name, len(fetched.changed))
+        work.saved_tokens += found.saved_tokens
+        if found.hits < found.inputs:
+            work.computed += found.inputs - found.hits
+            work.computed_tokens += found.computed_tokens
+            if found.changed:
+                self._add_changed(name, found.changed)
 
     def count_refused(self, tenant: Tenant, reason: str) -> None:
         """Count a request that a limit of the tenant has refused: ``"rate"`` or ``"budget"``."""
@@ -160,9 +156,3 @@ class Counters:
     def list_latencies(self) -> Iterator[tuple[tuple[str, ...], Latency]]:
         """Yield the values of the labels ``endpoint`` and ``status``, and the durations."""
         yield from self._latencies.items()
-
-
-def _choose_price(model: Model, found: Embeddings) -> Price | None:
-    """Return the price of the provider that has answered: the model's own provider, or the fallback."""
-    space = found.fetched.space
-    return model.price if (space.provider, space.model) == model.own_space else model.fallback_price

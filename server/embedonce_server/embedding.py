@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from embedonce import Cache, Fetched, SpaceError
+from embedonce import Cache, Fetched, SpaceError, TextError
 from embedonce.config import Tenant
 
 from .answered import Embeddings
 from .api.answer_memory import PART_BYTES
 from .api.api_errors import ApiError, explain_failures
-from .api.cache_control import CacheControl, read_cache_control
+from .api.cache_control import DEFAULT, CacheControl, read_cache_control
+from .api.encoding import format_end
 from .api.request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
 from .models import Model
 from .service import Generation, Service
@@ -22,10 +23,19 @@ from .tenants.budgets import BudgetExceeded, fetch_within_budget
 ROWS_AT_ONCE = 64
 """Number of vectors that are encoded before other requests get their turn."""
 
-_BEFORE_ROW = [b'%b{"object":"embedding","index":%d,"embedding":' % (b"," * (i > 0), i) for i in range(MAX_INPUTS)]
+_BEFORE_ROW = [b'%b{"object":"embedding","index":%d,"embedding":' % (b"}," * (i > 0), i) for i in range(MAX_INPUTS)]
 
 _AROUND_ROW = 64
 """Bytes that an answer has for each vector, beside the vector."""
+
+_BEFORE_HIT = b'{"object":"list","data":[' + _BEFORE_ROW[0]
+
+_HIT_HEADERS = (
+    (b"content-type", b"application/json"),
+    (b"x-embedonce-cache", b"hit"),
+    (b"x-embedonce-hits", b"1"),
+    (b"x-embedonce-computed", b"0"),
+)
 
 
 def find_model(generation: Generation, tenant: Tenant | None, name: Any) -> Model:
@@ -53,30 +63,80 @@ def list_models(generation: Generation, tenant: Tenant | None) -> list[str]:
     return names if tenant is None or tenant.models is None else [name for name in names if name in tenant.models]
 
 
-async def embed(
-    service: Service, generation: Generation, tenant: Tenant | None, cache_control: bytes | None, body: bytes
-) -> Embeddings:
-    """Answer a request.
+class Asked(NamedTuple):
+    """A valid request to a model."""
+
+    model: Model
+    request: EmbeddingRequest
+    control: CacheControl
+
+
+def read_asked(generation: Generation, tenant: Tenant | None, cache_control: bytes | None, body: bytes) -> Asked:
+    """Check a request.
 
     Raises:
-        ApiError: the request is invalid, or some inputs have no vector.
+        ApiError: the request is invalid.
     """
     data = parse_body(body, surrogates_in="input")
     model = find_model(generation, tenant, data.get("model"))
     try:
-        return await _embed(service, model, tenant, cache_control, data)
+        control = DEFAULT if cache_control is None else read_cache_control(cache_control)
+        return Asked(model, read_request(data, model.forward, can_forward=model.can_forward), control)
     except ApiError as error:
         error.model = model.name
         raise
 
 
+def is_plain(model: Model, request: EmbeddingRequest) -> bool:
+    """Return whether a request asks for the vectors that the model gives by itself."""
+    return request.dimensions in (None, model.dimensions) and not request.forwarded and not request.are_tokens
+
+
+def find_hit(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings | None:
+    """Return the answer to a request of one text that the first tier has, if this tier is in this process.
+
+    This is the shortest way to an answer: it does not wait, and makes nothing that such an answer does not need.
+    """
+    model, request, control = asked
+    if len(request.texts) > 1 or control.no_cache or not is_plain(model, request):
+        return None
+    cache = model.get_cache("" if tenant is None else tenant.namespace)
+    try:
+        entry = cache.find_in_memory(request.texts[0], request.task)
+    except TextError:
+        return None
+    if entry is None:
+        return None
+    vector = service.encoded[request.encoding].encode(entry.vector)
+    body = b"%b%b%b" % (_BEFORE_HIT, vector, model.after_hit)
+    if not service.answers.try_take(len(body)):
+        return None
+    headers = [
+        *_HIT_HEADERS,
+        (b"content-length", b"%d" % len(body)),
+        (b"x-embedonce-saved-tokens", b"%d" % (tokens := entry.tokens or 0)),
+    ]
+    return Embeddings([body], headers, model, model.price, 1, {model.first_tier: 1}, 1, tokens)
+
+
+async def embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings:
+    """Answer a request.
+
+    Raises:
+        ApiError: some inputs have no vector.
+    """
+    try:
+        return await _embed(service, tenant, *asked)
+    except ApiError as error:
+        error.model = asked.model.name
+        raise
+
+
 async def _embed(
-    service: Service, model: Model, tenant: Tenant | None, cache_control: bytes | None, data: Mapping[str, Any]
+    service: Service, tenant: Tenant | None, model: Model, request: EmbeddingRequest, control: CacheControl
 ) -> Embeddings:
-    control = read_cache_control(cache_control)
-    request = read_request(data, model.forward, can_forward=model.can_forward)
     namespace = "" if tenant is None else tenant.namespace
-    if request.dimensions is None and not request.forwarded and not request.are_tokens:
+    if is_plain(model, request):
         fetched = await _fetch(service, tenant, model.get_cache(namespace), request, control)
         _check_result(service, model, fetched)
     else:
@@ -103,7 +163,18 @@ async def _embed(
         (b"x-embedonce-computed", b"%d" % (count - hits)),
         (b"x-embedonce-saved-tokens", b"%d" % fetched.saved.tokens),
     ]
-    return Embeddings(parts, headers, model, hits, count, fetched, tiers)
+    return Embeddings(
+        parts,
+        headers,
+        model,
+        model.get_price(fetched.space),
+        count,
+        tiers,
+        hits,
+        fetched.saved.tokens,
+        fetched.computed.tokens,
+        len(fetched.changed),
+    )
 
 
 async def _fetch(
@@ -153,7 +224,7 @@ async def _encode(service: Service, request: EmbeddingRequest, model: Model, fet
     await memory.take(taken)
     try:
         parts: list[bytes] = []
-        part = [b'{"object":"list","data":[', _BEFORE_ROW[0], first, b"}"]
+        part = [_BEFORE_HIT, first]
         size = len(first)
         for i in range(1, len(rows)):
             if i % ROWS_AT_ONCE == 0:
@@ -163,10 +234,9 @@ async def _encode(service: Service, request: EmbeddingRequest, model: Model, fet
                 part, size = [], 0
             encoded = encode(rows[i])
             size += len(encoded)
-            part += (_BEFORE_ROW[i], encoded, b"}")
+            part += (_BEFORE_ROW[i], encoded)
         tokens = fetched.computed.tokens
-        name = model.json_name if not model.has_fallback else model.get_json_name(fetched.space)
-        part.append(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (name, tokens, tokens))
+        part.append(format_end(model.get_json_name(fetched.space), tokens))
         parts.append(b"".join(part))
     except BaseException:
         memory.give(taken)

@@ -20,6 +20,7 @@ from embedonce.config import Config, ProviderConfig, ServedModel, list_options, 
 from embedonce.prices import Price
 
 from .api.api_errors import ApiError
+from .api.encoding import format_end
 from .api.request_body import MAX_SHOWN, show_field
 from .provider_totals import ProviderTotals
 
@@ -60,14 +61,16 @@ class Model:
         totals: ProviderTotals,
     ) -> None:
         self.name = name
-        self.json_name = orjson.dumps(name)
+        self._json_name = orjson.dumps(name)
+        self.after_hit = format_end(self._json_name, 0)
+        """What follows the vector of a hit in an answer."""
         self.created = int(time.time())
         self.forward = frozenset(forward)
         self.provider_config = provider
         self.price = _read_price(provider)
+        self.first_tier = next(iter(base.tiers), "")
         fallback = config.fallback if provider is config.provider else None
-        self.has_fallback = fallback is not None
-        self.fallback_price = _read_price(fallback)
+        self._fallback_price = _read_price(fallback)
         self._base = base
         self._config = config
         self._totals = totals
@@ -88,7 +91,11 @@ class Model:
     def get_json_name(self, space: VectorSpace) -> bytes:
         """Return the name of the model for an answer, as JSON. A fallback answers under the name of its own model."""
         own = (space.provider, space.model) == self.own_space
-        return self.json_name if own else orjson.dumps(space.model)
+        return self._json_name if own else orjson.dumps(space.model)
+
+    def get_price(self, space: VectorSpace) -> Price | None:
+        """Return the price of the provider that has answered: the model's own provider, or the fallback."""
+        return self.price if (space.provider, space.model) == self.own_space else self._fallback_price
 
     def get_cache(self, namespace: str, variation: Variation = PLAIN) -> Cache:
         """Return the cache of a namespace. ``""`` is the namespace of the configuration.

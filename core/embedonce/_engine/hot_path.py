@@ -52,6 +52,21 @@ class HotPath:
     _closed: bool
     _report_mask = SOME_HITS
 
+    def find_in_memory(self, text: str, task: Task = "document") -> Entry | None:
+        """Return the entry of a text if the first tier is in this process and has the text, else None.
+
+        This is the fastest way to a hit, and it never waits, so an async program can call it before it awaits
+        ``afetch``. A hit counts as in ``fetch``. None counts nothing, and says nothing about the other tiers. With
+        listeners, the result is always None, because this method emits no events.
+
+        Raises:
+            TextError: the text has a lone surrogate.
+        """
+        entry = self._read_hot_entry(text, task)
+        if entry is None or entry.metadata is None:
+            return entry
+        return entry._replace(metadata=copy_metadata([entry.metadata])[0])
+
     def _read_hot_entry(self, text: str, task: Task) -> Entry | None:
         """Return the text's entry if the first tier is in this process and has a valid entry, else None.
 

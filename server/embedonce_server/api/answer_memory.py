@@ -28,14 +28,20 @@ class AnswerMemory:
         """Bytes that are taken."""
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    def try_take(self, size: int) -> bool:
+        """Take bytes for an answer if there are enough and no other answer waits for them. Return whether they are."""
+        if self.bytes + size > MAX_ANSWERS or self._waiting:
+            return False
+        self.bytes += size
+        return True
+
     async def take(self, size: int) -> None:
         """Take bytes for an answer, and wait for them if there are too few.
 
         Raises:
             ApiError: the answer is larger than all bytes, or they are still in use after some seconds.
         """
-        if self.bytes + size <= MAX_ANSWERS and not self._waiting:
-            self.bytes += size
+        if self.try_take(size):
             return
         if size > MAX_ANSWERS:
             message = (

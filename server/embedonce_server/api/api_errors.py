@@ -244,9 +244,9 @@ def _read_code(error: Exception) -> str | None:
     return next((code for code in codes if isinstance(code, str) and _CODE.fullmatch(code)), None)
 
 
-def render(error: ApiError) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
-    """Return the status, the body and the headers of an answer."""
+def render(error: ApiError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Return the body and the headers of an answer."""
     body = error.to_body()
     pairs = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     pairs += [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
-    return error.status, body, pairs
+    return body, pairs

@@ -35,6 +35,11 @@ def encode_vector(vector: Vector, encoding: Encoding) -> bytes:
     return orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def format_end(json_name: bytes, tokens: int) -> bytes:
+    """Return what follows the last vector of an answer. ``json_name`` is the name of the model as JSON."""
+    return b'}],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (json_name, tokens, tokens)
+
+
 class EncodedVectors:
     """Keeps the encoded form of recent vectors, within a number of bytes.
 

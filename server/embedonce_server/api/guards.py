@@ -68,14 +68,12 @@ class HostGuard:
             self._admitted[host] = None
 
 
-def check_origin(origin: bytes | None, host: bytes | None) -> None:
+def check_origin(origin: bytes, host: bytes | None) -> None:
     """Refuse requests that a page of another site has sent.
 
     Raises:
         ApiError: the Origin is not the server itself.
     """
-    if origin is None:
-        return
     scheme, separator, place = origin.decode("latin-1").partition("://")
     own = "" if host is None else host.decode("latin-1").strip().lower()
     if not separator or scheme not in ("http", "https") or place.strip().lower() != own:
@@ -84,6 +82,19 @@ def check_origin(origin: bytes | None, host: bytes | None) -> None:
             "browsers are not supported"
         )
         raise ApiError(403, message, kind="permission_error", code="origin_not_allowed")
+
+
+def check_sender(hosts: HostGuard, headers: Mapping[bytes, bytes]) -> None:
+    """Check the Host and the Origin of a request.
+
+    Raises:
+        ApiError: the host is not allowed, or a page of another site has sent the request.
+    """
+    host = headers.get(b"host")
+    hosts.check(host)
+    origin = headers.get(b"origin")
+    if origin is not None:
+        check_origin(origin, host)
 
 
 def check_json(headers: Mapping[bytes, bytes]) -> None:

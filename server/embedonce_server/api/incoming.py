@@ -25,8 +25,19 @@ class BodyMemory:
     def __init__(self) -> None:
         self.bytes = 0
 
+    def take(self, size: int) -> None:
+        """Count bytes of a body.
 
-async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
+        Raises:
+            ApiError: there are too many; nothing is counted.
+        """
+        if self.bytes + size > MAX_BODIES:
+            message = "the server has too many large requests at the moment"
+            raise ApiError(503, message, kind="server_error", code="overloaded", retry_after=1)
+        self.bytes += size
+
+
+async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
     """Return the body of a request. Its bytes count in ``memory`` from then on, until the caller takes them off.
 
     Raises:
@@ -36,25 +47,21 @@ async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive:
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length[:20]) > limit:
         raise _make_too_large(limit)
-    message = await receive()
     parts: list[bytes] = []
     size = 0
     try:
         while True:
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             part = message.get("body", b"")
-            size += len(part)
-            memory.bytes += len(part)
-            if size > limit:
+            if size + len(part) > limit:
                 raise _make_too_large(limit)
-            if memory.bytes > MAX_BODIES:
-                text = "the server has too many large requests at the moment"
-                raise ApiError(503, text, kind="server_error", code="overloaded", retry_after=1)
-            parts.append(part)
+            memory.take(len(part))
+            size += len(part)
             if not message.get("more_body"):
-                return b"".join(parts) if len(parts) > 1 else part
-            message = await receive()
+                return b"".join([*parts, part]) if parts else part
+            parts.append(part)
     except BaseException:
         memory.bytes -= size
         raise

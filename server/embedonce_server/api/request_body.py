@@ -38,7 +38,6 @@ _ENCODINGS: Final[Mapping[str | None, Encoding]] = {None: "float", "float": "flo
 class EmbeddingRequest(NamedTuple):
     """A valid request for vectors. It is a tuple, because one is made for each request."""
 
-    model: str
     texts: list[str]
     """The texts. For inputs of token numbers: each input as JSON, such as ``[1,2,3]``."""
     are_tokens: bool
@@ -155,8 +154,9 @@ def read_request(data: Mapping[str, Any], forward: Collection[str], *, can_forwa
         raise ApiError(400, 'the field "input" is missing', param="input")
     texts, are_tokens = read_inputs(data["input"])
     if len(data) == 2:
-        return EmbeddingRequest(data["model"], texts, are_tokens, "document", "float", None, NOTHING)
-    encoding = _ENCODINGS.get(given) if isinstance(given := data.get("encoding_format"), str | None) else None
+        return EmbeddingRequest(texts, are_tokens, "document", "float", None, NOTHING)
+    given = data.get("encoding_format")
+    encoding = _ENCODINGS.get(given) if given is None or type(given) is str else None
     if encoding is None:
         raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
     dimensions = read_dimensions(data)
@@ -171,7 +171,7 @@ def read_request(data: Mapping[str, Any], forward: Collection[str], *, can_forwa
                 raise _refuse_field(name, forward, can_forward=can_forward)
         for name, value in forwarded.items():
             _check_numbers(name, value)
-    return EmbeddingRequest(data["model"], texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
+    return EmbeddingRequest(texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
 
 
 def read_dimensions(data: Mapping[str, Any]) -> int | None:

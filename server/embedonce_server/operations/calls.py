@@ -33,7 +33,7 @@ class Call(NamedTuple):
             ApiError: the body is too large, is not a JSON object, or has a field that is not in ``allowed``.
         """
         check_json(self.headers)
-        body = await read_body(self.service.bodies, self.headers, self.receive, limit=self.generation.settings.max_body)
+        body = await read_body(self.service.bodies, self.headers, self.receive, self.generation.settings.max_body)
         try:
             fields = parse_body(body)
         finally:
