@@ -1,4 +1,4 @@
-"""The answer to a request for vectors, for those who send it, count it and log it."""
+"""What a request for vectors asks for, and its answer, for those who send it, count it and log it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 from embedonce.prices import Price
 
+from .api.cache_control import CacheControl
+from .api.request_body import EmbeddingRequest
 from .models import Model
+
+
+class Asked(NamedTuple):
+    """A valid request to a model."""
+
+    model: Model
+    request: EmbeddingRequest
+    control: CacheControl
 
 
 class Embeddings(NamedTuple):

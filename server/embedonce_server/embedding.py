@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from embedonce import Cache, Fetched, SpaceError, TextError
 from embedonce.config import Tenant
 
-from .answered import Embeddings
+from .answered import Asked, Embeddings
 from .api.answer_memory import PART_BYTES
 from .api.api_errors import ApiError, explain_failures
 from .api.cache_control import DEFAULT, CacheControl, read_cache_control
@@ -19,6 +19,9 @@ from .api.request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_req
 from .models import Model
 from .service import Generation, Service
 from .tenants.budgets import BudgetExceeded, fetch_within_budget
+
+MAX_REMEMBERED = 2048
+"""Maximum length in bytes of a body that is remembered with what it asks for. Most questions of users are shorter."""
 
 ROWS_AT_ONCE = 64
 """Number of vectors that are encoded before other requests get their turn."""
@@ -63,28 +66,26 @@ def list_models(generation: Generation, tenant: Tenant | None) -> list[str]:
     return names if tenant is None or tenant.models is None else [name for name in names if name in tenant.models]
 
 
-class Asked(NamedTuple):
-    """A valid request to a model."""
-
-    model: Model
-    request: EmbeddingRequest
-    control: CacheControl
-
-
 def read_asked(generation: Generation, tenant: Tenant | None, cache_control: bytes | None, body: bytes) -> Asked:
-    """Check a request.
+    """Check a request, unless the same tenant has sent the same one before.
 
     Raises:
         ApiError: the request is invalid.
     """
+    place = ("" if tenant is None else tenant.name, body)
+    if cache_control is None and (asked := generation.recent.get(place)) is not None:
+        return asked
     data = parse_body(body, surrogates_in="input")
     model = find_model(generation, tenant, data.get("model"))
     try:
         control = DEFAULT if cache_control is None else read_cache_control(cache_control)
-        return Asked(model, read_request(data, model.forward, can_forward=model.can_forward), control)
+        asked = Asked(model, read_request(data, model.forward, can_forward=model.can_forward), control)
     except ApiError as error:
         error.model = model.name
         raise
+    if control is DEFAULT and len(body) <= MAX_REMEMBERED:
+        generation.recent.keep(place, asked)
+    return asked
 
 
 def is_plain(model: Model, request: EmbeddingRequest) -> bool:

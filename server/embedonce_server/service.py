@@ -13,10 +13,12 @@ from embedonce import Cache, ConfigError
 from embedonce.config import Config, compose
 from embedonce.events import Stats
 
+from .answered import Asked
 from .api.answer_memory import AnswerMemory
 from .api.encoding import EncodedVectors
 from .api.guards import HostGuard
 from .api.incoming import BodyMemory
+from .api.recent_items import RecentItems
 from .counters import Counters
 from .failure_log import FailureLog
 from .models import Models
@@ -32,6 +34,8 @@ log = logging.getLogger("embedonce.serve")
 State: TypeAlias = Literal["starting", "ready", "draining"]
 
 CLOSE_POLL_SECONDS = 0.05
+MAX_RECENT = 8 * 1024 * 1024
+"""Maximum size in bytes of each of the two generations of remembered requests."""
 MIN_SETTLE_SECONDS = 0.25
 """Minimum number of seconds to wait for calls that reserve tokens of a budget. A reservation that is left counts as if
 the call had cost the most that it can cost."""
@@ -49,6 +53,8 @@ class Generation:
         self.keyring = Keyring(config.serve.tenants, config.serve.admin_key)
         self.hosts = HostGuard(config.serve.allowed_hosts)
         self.models: Models = Models(base, config, totals, None if earlier is None else earlier.models)
+        self.recent: RecentItems[tuple[str, bytes], Asked] = RecentItems(MAX_RECENT, _measure)
+        """What short requests have asked for, by tenant and body. A body that comes again is not parsed again."""
         self.active = 0
         """Number of requests that use this generation."""
         try:
@@ -56,6 +62,10 @@ class Generation:
         except ConfigError:
             self.models.close(keep=() if earlier is None else earlier.models)
             raise
+
+
+def _measure(place: tuple[str, bytes], _: Asked) -> int:
+    return 2 * len(place[1]) + 1024  # the body, its texts, and the objects around them
 
 
 def _check_models_of_tenants(config: Config, models: Models) -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedonce import Cache, Fetched, Tier
-from embedonce.errors import CacheClosed
+from embedonce.errors import CacheClosed, TextError
 from embedonce.testing.fakes import CountingProvider
-from embedonce.vectors import Entry
+from embedonce.vectors import Cost, Entry
 from embedonce_backends.memory import MemoryBackend
 
 
@@ -188,3 +188,31 @@ def test_an_odd_answer_of_a_backend_is_left_to_the_slow_path(answer: Any) -> Non
         backend.answer = answer
         assert (cache.embed_batch(["a", "b"]) == right).all()
         assert (cache.fetch(["a", "b"]).vectors == right).all()
+
+
+def test_find_in_memory_is_a_fetch_that_never_waits() -> None:
+    both = [Cache(CountingProvider(symmetric=False), [MemoryBackend()]) for _ in range(2)]
+    for cache in both:
+        cache.put(["a"], [[1.0] * 8], metadata=[{"of": "a"}], costs=[Cost(3, 0.5)])
+    first, second = both
+    for text in ("a", "new", "a", SubclassOfStr("a")):
+        entry = first.find_in_memory(text)
+        if type(text) is str and text == "a":
+            fetched = second.fetch([text])
+            assert entry is not None
+            assert fetched.rows[0] is not None
+            assert entry.vector.tolist() == fetched.rows[0].tolist()
+            assert (entry.metadata, entry.tokens) == (fetched.metadata[0], fetched.saved.tokens)
+            assert entry.metadata is not None
+            entry.metadata["of"] = "changed"
+        else:
+            assert entry is None
+    assert count(first) == count(second)
+    assert first.find_in_memory("a", "query") is None
+    with pytest.raises(TextError):
+        first.find_in_memory("\ud800")
+    first.subscribe(print)
+    assert first.find_in_memory("a") is None
+    for cache in both:
+        cache.close()
+    assert second.find_in_memory("a") is None

@@ -29,7 +29,10 @@ from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, Provi
 from embedonce_backends.memory import MemoryBackend
 
 TYPED = Path(__file__).parents[1] / "typing" / "public_api.py"
-WITHOUT_IO = {"count_passed_by", "for_namespace", "for_provider", "normalize", "provider_stats", "stats", "subscribe"}
+WITHOUT_IO = {
+    *("count_passed_by", "find_in_memory", "for_namespace", "for_provider", "normalize", "provider_stats", "stats"),
+    "subscribe",
+}
 
 METHODS = [name for name, _ in inspect.getmembers(Cache, inspect.isfunction) if not name.startswith("_")]
 TWINS = [name for name in METHODS if f"a{name}" in METHODS]

@@ -163,6 +163,15 @@ async def test_forget_removes_a_text_everywhere_by_default(tmp_path: Path) -> No
         assert [await is_cached(server, "b", **place) for place in places] == [True] * len(places)
 
 
+async def test_forget_leaves_no_remembered_request_with_a_text(tmp_path: Path) -> None:
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        for _ in range(2):
+            await server.embed("a", model="one", headers=key_of(next(iter(TENANTS))))
+        assert len(server.service.generation.recent) == 1
+        assert (await ask(server, "forget", {"input": "a"})).status == 200
+        assert len(server.service.generation.recent) == 0
+
+
 async def test_forget_of_one_tenant_model_and_task_leaves_the_others(tmp_path: Path) -> None:
     async with serve(with_tenants(tmp_path), tmp_path) as server:
         for tenant in TENANTS:

@@ -443,6 +443,52 @@ async def test_a_tenant_sees_only_its_models(api: OpenAIServer, tmp_path: Path) 
         assert (await server.embed("a", model="two", headers=authorize(KEY))).status == 200
 
 
+async def test_the_same_body_of_another_tenant_is_another_request(api: OpenAIServer, tmp_path: Path) -> None:
+    models = [{"name": name, "provider": provider(api, model=name)} for name in ("one", "two")]
+    keys = {name: f"{KEY}-{name}" for name in ("search", "ads", "mail")}
+    tenants: list[dict[str, Any]] = [{"name": name, "keys": [key]} for name, key in keys.items()]
+    tenants[2]["models"] = ["two"]
+    settings = {"tiers": [{"type": "memory"}], "serve": {"models": models, "tenants": tenants}}
+    async with serve(settings, tmp_path) as server:
+        for _ in range(3):
+            assert (await server.embed("a", model="one", headers=authorize(keys["search"]))).status == 200
+        assert (await server.embed("a", model="one", headers=authorize(keys["ads"]))).cache[0] == "miss"
+        refused = await server.embed("a", model="one", headers=authorize(keys["mail"]))
+        assert (refused.status, refused.error["code"]) == (404, "model_not_found")
+
+
+async def test_the_same_body_with_another_cache_control_is_another_request(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        for wanted in ("miss", "hit", "hit"):
+            assert (await server.embed("a")).cache[0] == wanted
+        assert (await server.embed("a", headers={"cache-control": "no-cache"})).cache[0] == "miss"
+        both = {"cache-control": "no-cache, only-if-cached"}
+        assert (await server.embed("a", headers=both)).status == 400
+        assert (await server.embed("a")).cache[0] == "hit"
+
+
+async def test_an_answer_of_one_hit_is_that_of_any_other(api: OpenAIServer, tmp_path: Path) -> None:
+    """A hit in memory takes a short way, and its answer has the same bytes and headers as a hit in another tier."""
+    disk = {"type": "disk", "path": str(tmp_path / "store")}
+    folders = [tmp_path / name for name in ("long", "short")]
+    for folder in folders:
+        folder.mkdir()
+    async with (
+        serve({**configure(api), "tiers": [disk]}, folders[0]) as long,
+        serve({**configure(api), "tiers": [{"type": "memory"}, disk]}, folders[1]) as short,
+    ):
+        for server in (long, short):
+            await server.embed("a")
+        fields: dict[str, Any]
+        for fields in ({}, {"encoding_format": "base64"}, {"input_type": "document"}):
+            answers = [await server.embed(texts, **fields) for server in (long, short, short) for texts in ("a", ["a"])]
+            assert len({answer.body for answer in answers}) == 1
+            headers = [{**answer.headers, "x-request-id": ""} for answer in answers]
+            assert headers == headers[:1] * len(headers)
+            assert int(answers[-1].headers["x-embedonce-saved-tokens"]) == api.tokens_of("a")
+        assert dict(short.service.counters.list_samples())["hits", ("memory", "", MODEL)] == 12
+
+
 async def test_requests_per_minute_are_limited(api: OpenAIServer, tmp_path: Path) -> None:
     limited = {"tenants": [{"name": "search", "keys": [KEY], "requests_per_minute": 3}]}
     async with serve(configure(api, limited), tmp_path) as server:

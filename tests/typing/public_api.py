@@ -86,6 +86,7 @@ def embedding(cache: Cache, texts: list[str], names: tuple[str, ...]) -> None:
     assert_type(cache.embed_iter(iter(texts), batch=10), Iterator[Vector])
     assert_type(cache.fetch(texts, store=False, metadata=[None, {"page": 1}]), Fetched)
     assert_type(cache.lookup(texts), Fetched)
+    assert_type(cache.find_in_memory("a text"), Entry | None)
     assert_type(cache.estimate(iter(texts), "query"), Estimate)
     assert_type(cache.put(texts, [[1.0, 2.0]], metadata=[{"page": 1}]), None)
     assert_type(cache.put(texts, np.ones((1, 2), np.float64), costs=[Cost(tokens=3), None]), None)

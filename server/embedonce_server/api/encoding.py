@@ -16,6 +16,8 @@ import orjson
 
 from embedonce.vectors import Vector
 
+from .recent_items import RecentItems
+
 Encoding = Literal["float", "base64"]
 
 MEMO_BYTES: Final = 32 * 1024 * 1024
@@ -49,27 +51,18 @@ class EncodedVectors:
 
     def __init__(self, encoding: Encoding, max_bytes: int = MEMO_BYTES) -> None:
         self._encoding: Encoding = encoding
-        self._max_bytes = max_bytes
-        self._recent: dict[int, tuple[ref[Vector], bytes]] = {}
-        self._older: dict[int, tuple[ref[Vector], bytes]] = {}
-        self._bytes = 0
+        self._kept: RecentItems[int, tuple[ref[Vector], bytes]] = RecentItems(max_bytes, _measure)
 
     def encode(self, vector: Vector) -> bytes:
         """Return the vector as a JSON value."""
-        kept = self._recent.get(id(vector))
+        kept = self._kept.get(id(vector))
         if kept is not None and kept[0]() is vector:
             return kept[1]
-        kept = self._older.get(id(vector))
-        encoded = kept[1] if kept is not None and kept[0]() is vector else encode_vector(vector, self._encoding)
+        encoded = encode_vector(vector, self._encoding)
         if not vector.flags.writeable:  # an array that can change is encoded each time
-            self._keep(vector, encoded)
+            self._kept.keep(id(vector), (ref(vector), encoded))
         return encoded
 
-    def _keep(self, vector: Vector, encoded: bytes) -> None:
-        size = len(encoded) + _OVERHEAD
-        if size > self._max_bytes:
-            return
-        if self._bytes + size > self._max_bytes:
-            self._older, self._recent, self._bytes = self._recent, {}, 0
-        self._recent[id(vector)] = (ref(vector), encoded)
-        self._bytes += size
+
+def _measure(_: int, kept: tuple[ref[Vector], bytes]) -> int:
+    return len(kept[1]) + _OVERHEAD

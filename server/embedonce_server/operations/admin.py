@@ -273,7 +273,7 @@ async def forget(call: Call) -> dict[str, Any]:
     """Remove texts from all tiers, in all vector spaces of the models, over all workers."""
     fields = await call.read_fields(FORGET_FIELDS)
     erasure = _read_erasure(call.generation, fields)
-    own, answers = await _erase_everywhere(call.service, "forget", fields, lambda: _forget(call.service.base, erasure))
+    own, answers = await _erase_everywhere(call.service, "forget", fields, lambda: _forget(call, erasure))
     _check_erased(own[-1], answers)
     return {
         "inputs": len(erasure.texts),
@@ -285,11 +285,11 @@ async def forget(call: Call) -> dict[str, Any]:
 async def forget_here(call: Call) -> dict[str, Any]:
     """Remove texts as another worker asks for."""
     fields = await call.read_fields(FORGET_FIELDS)
-    _check_erased(await _forget(call.service.base, _read_erasure(call.generation, fields)), [])
+    _check_erased(await _forget(call, _read_erasure(call.generation, fields)), [])
     return {}
 
 
-async def _forget(base: Cache, erasure: _Erasure) -> _Incomplete:
+async def _forget(call: Call, erasure: _Erasure) -> _Incomplete:
     """Remove texts from the tiers. Return what could not be erased.
 
     Raises:
@@ -313,12 +313,13 @@ async def _forget(base: Cache, erasure: _Erasure) -> _Incomplete:
         raise ApiError(400, str(refusals[0]), param="task")
     left: dict[str, SpaceCard] = {}
     try:
-        left = await base.aforget(
+        left = await call.service.base.aforget(
             erasure.texts, where=lambda card: erasure.is_of_request(card) and erasure.is_in_namespaces(card)
         )
     except EraseIncomplete as error:
         failed.update(error.tiers)
         unknown.update(error.scopes)
+    call.generation.recent.clear()  # the bodies have texts
     for scope, card in left.items() if erasure.reports_others else ():
         namespace = card.get("namespace")
         # A tenant's namespace has no "/", so other ones belong to other programs.
