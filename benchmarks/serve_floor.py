@@ -12,6 +12,7 @@ import hmac
 import json
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ DIGESTS = {hashlib.sha256(KEY.encode()).digest(): "benchmark"}
 VECTORS: dict[str, Any] = {}
 COUNTS: Counter[str] = Counter()
 
-for text in json.loads(os.environ.get("FLOOR_TEXTS", "[]")):
+for text in json.loads(Path(os.environ["FLOOR_TEXTS"]).read_text()):
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     VECTORS[text] = np.random.default_rng(seed).standard_normal(DIMENSIONS).astype(np.float32)
 

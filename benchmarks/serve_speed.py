@@ -5,8 +5,9 @@
 
 It requires ``wrk`` (Debian's package) and ``pip install 'embedonce[serve]'``. All servers run in the same run: each on
 one core, with one worker, while ``wrk`` with 8 connections has another core. The texts have 200 bytes and are stored
-before the clock starts. The figure is the server's CPU time (user and system) per request. ``--litellm`` names a Python
-with ``litellm[proxy]``; its proxy takes about a minute to start.
+before the clock starts. Requests of one text ask for 1,000 texts in turns; those of 32 texts are all the same. The
+figure is the server's CPU time (user and system) per request. ``--litellm`` names a Python with ``litellm[proxy]``; its
+proxy takes about a minute to start.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from embedonce.testing.servers.openai import OpenAIServer
 KEY = "sk-" + hashlib.sha256(b"key of the benchmark").hexdigest()
 """LiteLLM refuses to start with a weaker key."""
 CONNECTIONS = 8
+TEXTS = 1000
+"""Number of texts that requests of one text ask for, in turns."""
 SERVER_CORE, CLIENT_CORE = "0", "1"
 START_SECONDS = 180
 FOLDER = Path(__file__).parent
@@ -136,15 +139,35 @@ def post(port: int, body: bytes) -> Any:
         return json.load(answer)
 
 
-def measure(pid: int, port: int, body: bytes, seconds: float, folder: Path) -> Measured:
-    """Send the same request for some seconds."""
+def make_bodies(case: Case) -> list[bytes]:
+    """Return the bodies of the requests, which are sent in turns: one body per text, or one body with all texts."""
+    texts = list_texts(TEXTS if case.inputs == 1 else case.inputs)
+    inputs: list[Any] = list(texts) if case.inputs == 1 else [texts]
+    fields = {"model": "benchmark", "encoding_format": case.encoding}
+    return [json.dumps({**fields, "input": given}).encode() for given in inputs]
+
+
+def measure(pid: int, port: int, bodies: Sequence[bytes], seconds: float, folder: Path) -> Measured:
+    """Send requests for some seconds."""
     script = folder / "request.lua"
-    quoted = body.decode().replace("\\", "\\\\").replace('"', '\\"')
+    quoted = ["'" + body.decode().replace("\\", "\\\\").replace("'", "\\'") + "'" for body in bodies]
     script.write_text(
-        'wrk.method = "POST"\n'
-        f'wrk.body = "{quoted}"\n'
-        'wrk.headers["content-type"] = "application/json"\n'
-        f'wrk.headers["authorization"] = "Bearer {KEY}"\n'
+        f"""\
+local headers = {{["content-type"] = "application/json", ["authorization"] = "Bearer {KEY}"}}
+local bodies = {{{", ".join(quoted)}}}
+local requests, last = {{}}, 0
+
+function init(args)
+    for i, body in ipairs(bodies) do
+        requests[i] = wrk.format("POST", nil, headers, body)
+    end
+end
+
+function request()
+    last = last % #requests + 1
+    return requests[last]
+end
+"""
     )
     before = read_cpu_seconds(pid)
     wrk = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(script)]
@@ -162,33 +185,34 @@ def measure(pid: int, port: int, body: bytes, seconds: float, folder: Path) -> M
 
 
 def run_case(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, list[Measured]]:
-    """Measure embedonce and the floor for one kind of request, in turns."""
-    texts = list_texts(case.inputs)
-    body = json.dumps(
-        {
-            "model": "benchmark",
-            "input": texts[0] if case.inputs == 1 else texts,
-            "encoding_format": case.encoding,
-        }
-    ).encode()
+    """Measure embedonce and the floor for one kind of request, in turns.
+
+    Each round starts both servers anew, because the CPU time of a process depends on where its memory happens to be.
+    """
+    bodies = make_bodies(case)
+    texts = list_texts(TEXTS if case.inputs == 1 else case.inputs)
     config = folder / "embedonce.toml"
     config.write_text(CONFIGURATION.format(dimensions=case.dimensions, key=KEY))
-    ours, floor = find_port(), find_port()
-    serve = [sys.executable, "-m", "embedonce", "serve", "--config", str(config), "--port", str(ours)]
-    uvicorn = [sys.executable, "-m", "uvicorn", "--app-dir", str(FOLDER), "serve_floor:app", "--port", str(floor)]
-    uvicorn += ["--http", "httptools", "--loop", "uvloop", "--lifespan", "off", "--log-level", "warning"]
-    environment = {"FLOOR_DIMENSIONS": str(case.dimensions), "FLOOR_KEY": KEY, "FLOOR_TEXTS": json.dumps(texts)}
+    (folder / "texts.json").write_text(json.dumps(texts))
     results: dict[str, list[Measured]] = {"embedonce": [], "floor": []}
-    with (
-        start(serve, ours, "/health/live") as our_pid,
-        start([*uvicorn, "--no-access-log"], floor, "/", **environment) as floor_pid,
-    ):
-        for _ in range(2):
-            for port in (ours, floor):
-                post(port, body)
-        for _ in range(options.rounds):
-            results["embedonce"].append(measure(our_pid, ours, body, options.seconds, folder))
-            results["floor"].append(measure(floor_pid, floor, body, options.seconds, folder))
+    for _ in range(options.rounds):
+        ours, floor = find_port(), find_port()
+        serve = [sys.executable, "-m", "embedonce", "serve", "--config", str(config), "--port", str(ours)]
+        uvicorn = [sys.executable, "-m", "uvicorn", "--app-dir", str(FOLDER), "serve_floor:app", "--port", str(floor)]
+        uvicorn += ["--http", "httptools", "--loop", "uvloop", "--lifespan", "off", "--log-level", "warning"]
+        environment = {
+            "FLOOR_DIMENSIONS": str(case.dimensions),
+            "FLOOR_KEY": KEY,
+            "FLOOR_TEXTS": str(folder / "texts.json"),
+        }
+        with (
+            start(serve, ours, "/health/live") as our_pid,
+            start([*uvicorn, "--no-access-log"], floor, "/", **environment) as floor_pid,
+        ):
+            for name, pid, port in (("embedonce", our_pid, ours), ("floor", floor_pid, floor)):
+                for body in bodies * 2:
+                    post(port, body)
+                results[name].append(measure(pid, port, bodies, options.seconds, folder))
     return results
 
 
@@ -223,7 +247,7 @@ def run_litellm(python: str, options: argparse.Namespace, folder: Path) -> None:
         with start([*proxy, "--host", "127.0.0.1"], port, "/health/liveliness") as pid:
             for _ in range(3):
                 post(port, body)
-            results = [measure(pid, port, body, options.seconds, folder) for _ in range(options.rounds)]
+            results = [measure(pid, port, [body], options.seconds, folder) for _ in range(options.rounds)]
         print(
             f"litellm, 384 x1 float: {statistics.median(one.microseconds for one in results):,.0f} µs, "
             f"{statistics.median(one.rate for one in results):,.1f} requests/s, {len(api.requests)} calls of the API"

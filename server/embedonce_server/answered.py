@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from embedonce import Cache
 from embedonce.prices import Price
 
 from .api.cache_control import CacheControl
@@ -18,6 +19,10 @@ class Asked(NamedTuple):
     model: Model
     request: EmbeddingRequest
     control: CacheControl
+    namespace: str
+    plain_cache: Cache | None
+    """The cache, if the request asks for the vectors that the model gives by itself. Otherwise the cache belongs to a
+    variation, which may have been closed when the same request comes again."""
 
 
 class Embeddings(NamedTuple):

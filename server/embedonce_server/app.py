@@ -84,7 +84,7 @@ class App:
             body = await read_body(service.bodies, headers, receive, generation.settings.max_body)
             try:
                 asked = read_asked(generation, tenant, headers.get(b"cache-control"), body)
-                outcome = find_hit(service, tenant, asked) or await embed(service, tenant, asked)
+                outcome = find_hit(service, asked) or await embed(service, tenant, asked)
             finally:
                 service.bodies.bytes -= len(body)
         except BaseException as error:  # noqa: BLE001

@@ -79,29 +79,26 @@ def read_asked(generation: Generation, tenant: Tenant | None, cache_control: byt
     model = find_model(generation, tenant, data.get("model"))
     try:
         control = DEFAULT if cache_control is None else read_cache_control(cache_control)
-        asked = Asked(model, read_request(data, model.forward, can_forward=model.can_forward), control)
+        request = read_request(data, model.forward, can_forward=model.can_forward)
     except ApiError as error:
         error.model = model.name
         raise
+    namespace = "" if tenant is None else tenant.namespace
+    is_plain = request.dimensions in (None, model.dimensions) and not request.forwarded and not request.are_tokens
+    asked = Asked(model, request, control, namespace, model.get_cache(namespace) if is_plain else None)
     if control is DEFAULT and len(body) <= MAX_REMEMBERED:
         generation.recent.keep(place, asked)
     return asked
 
 
-def is_plain(model: Model, request: EmbeddingRequest) -> bool:
-    """Return whether a request asks for the vectors that the model gives by itself."""
-    return request.dimensions in (None, model.dimensions) and not request.forwarded and not request.are_tokens
-
-
-def find_hit(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings | None:
+def find_hit(service: Service, asked: Asked) -> Embeddings | None:
     """Return the answer to a request of one text that the first tier has, if this tier is in this process.
 
     This is the shortest way to an answer: it does not wait, and makes nothing that such an answer does not need.
     """
-    model, request, control = asked
-    if len(request.texts) > 1 or control.no_cache or not is_plain(model, request):
+    model, request, control, _, cache = asked
+    if cache is None or len(request.texts) > 1 or control.no_cache:
         return None
-    cache = model.get_cache("" if tenant is None else tenant.namespace)
     try:
         entry = cache.find_in_memory(request.texts[0], request.task)
     except TextError:
@@ -127,18 +124,16 @@ async def embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embedd
         ApiError: some inputs have no vector.
     """
     try:
-        return await _embed(service, tenant, *asked)
+        return await _embed(service, tenant, asked)
     except ApiError as error:
         error.model = asked.model.name
         raise
 
 
-async def _embed(
-    service: Service, tenant: Tenant | None, model: Model, request: EmbeddingRequest, control: CacheControl
-) -> Embeddings:
-    namespace = "" if tenant is None else tenant.namespace
-    if is_plain(model, request):
-        fetched = await _fetch(service, tenant, model.get_cache(namespace), request, control)
+async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings:
+    model, request, control, namespace, plain_cache = asked
+    if plain_cache is not None:
+        fetched = await _fetch(service, tenant, plain_cache, request, control)
         _check_result(service, model, fetched)
     else:
         variation = model.find_variation(request.dimensions, request.forwarded, are_tokens=request.are_tokens)
