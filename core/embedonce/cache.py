@@ -16,6 +16,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
+from .admission import Admit
 from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Task, Vectors
 from .drift import DriftGuard
@@ -24,7 +25,6 @@ from .functions import wrap
 from .keys import KeyPolicy, SpaceCard, VectorSpace, extend_namespace
 from .prices import Price
 from .savings import FoundSavings
-from .tasks import TASKS
 from .vectors import Cost, Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ class Cache(Requests, Observable):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
         fresh: bool = False,
+        admit: Admit | None = None,
     ) -> Fetched:
         """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
@@ -227,12 +228,14 @@ class Cache(Requests, Observable):
 
         With ``fresh=True``, every text is computed, even if a tier has it. An entry that is already stored stays as it
         is, and ``changed`` of the result has the positions of the texts whose vector is different now.
+
+        ``admit`` decides which texts are computed: see :data:`embedonce.admission.Admit`.
         """
         hot = self._read_hot_fetched(texts, task) if metadata is None and not fresh else None
         if hot is not None:
             return hot
         port = self._chain.ports.blocking
-        return run_blocking(self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh))
+        return run_blocking(self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh, admit=admit))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Return the vectors that the tiers have; compute nothing. An invalid text is in ``failed``."""
@@ -454,13 +457,14 @@ class Cache(Requests, Observable):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
         fresh: bool = False,
+        admit: Admit | None = None,
     ) -> Fetched:
         """Async twin of :meth:`fetch`."""
         hot = self._read_hot_fetched(texts, task) if metadata is None and not fresh else None
         if hot is not None:
             return hot
         port = self._chain.ports.get_loop_port()
-        return await self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh)
+        return await self._fetch(port, texts, task, store=store, metadata=metadata, fresh=fresh, admit=admit)
 
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Async twin of :meth:`lookup`."""
@@ -563,11 +567,6 @@ class Cache(Requests, Observable):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    def __repr__(self) -> str:
-        space = self._get_route(self._source, TASKS[0]).space
-        chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
-        return f"<embedonce.Cache {chain}>"
 
 
 class _CacheOfSameTiers(Cache):

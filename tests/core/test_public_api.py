@@ -59,7 +59,7 @@ def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
 
 
 def test_options_of_fetch_and_put_are_keyword_only() -> None:
-    for name, options in {"fetch": {"store", "metadata", "fresh"}, "put": {"metadata", "costs"}}.items():
+    for name, options in {"fetch": {"store", "metadata", "fresh", "admit"}, "put": {"metadata", "costs"}}.items():
         parameters = inspect.signature(getattr(Cache, name)).parameters.values()
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == options
 

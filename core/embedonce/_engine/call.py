@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from embedonce._messages import format_count
+from embedonce.admission import Admit
 from embedonce.answers import Fetched
 from embedonce.errors import TextRefused, TierError
 from embedonce.vectors import (
@@ -53,6 +54,12 @@ class Answer:
     first: int = 0
     """The position of the first text in the caller's stream of texts."""
     entries: Entries = field(default_factory=Entries)
+    admit: Admit | None = None
+    """The function that must accept texts before they are computed; None accepts all texts."""
+    refusal: Exception | None = None
+    """The error with which ``admit`` has refused texts. Then no further texts of the call are computed."""
+    settle_error: Exception | None = None
+    """An error of the function that takes what admitted texts have cost. The call raises it in the end."""
     is_fresh: bool = False
     """Whether the vectors are computed even if a tier has them."""
     shared: set[str] = field(default_factory=set)

@@ -49,6 +49,7 @@ async def _compute(engine: Engine, port: Port, answer: Answer, keys: list[str]) 
     """
     texts = answer.texts_by_key()
     fresh = Answer(answer.route, [key + FRESH_SUFFIX for key in keys], [texts[key] for key in keys], store=False)
+    fresh.admit = answer.admit
     fresh.metadata = {key + FRESH_SUFFIX: answer.metadata[key] for key in answer.metadata.keys() & set(keys)}
     refusal: Exception | None
     if engine.replays:
@@ -61,6 +62,7 @@ async def _compute(engine: Engine, port: Port, answer: Answer, keys: list[str]) 
     with engine.in_flight.new_ticket() as ticket:
         await engine.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
     answer.wasted += fresh.wasted
+    answer.refusal, answer.settle_error = fresh.refusal, fresh.settle_error
     for name, seconds in fresh.seconds.items():
         answer.seconds[name] += seconds
     strip = len(FRESH_SUFFIX)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from embedonce.answers import ChainWarning
 from embedonce.contracts import AnyProvider
 from embedonce.events import Event, ProviderStats, Stats
+from embedonce.tasks import TASKS
 
-from .routes import LiveProvider
+from .routes import LiveProvider, Route
 from .running import RunningChain
 
 
@@ -18,6 +19,7 @@ class Observable:
     _chain: RunningChain
     _source: LiveProvider
     _fallback: LiveProvider | None
+    _routes: dict[tuple[LiveProvider, str], Route]
     _closed: bool
 
     def stats(self) -> Stats:
@@ -77,3 +79,8 @@ class Observable:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    def __repr__(self) -> str:
+        space = self._routes[self._source, TASKS[0]].space
+        chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
+        return f"<embedonce.Cache {chain}>"

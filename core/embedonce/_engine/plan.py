@@ -18,6 +18,7 @@ from embedonce.events import Event
 from embedonce.vectors import Dtype, Entries, Entry
 
 from . import ahead
+from .admitting import compute_if_admitted
 from .ahead import Gathered
 from .call import Answer, BegunCall, Call, copy_error
 from .coalescing import request_together
@@ -447,21 +448,44 @@ class Engine(ProviderRequests):
     async def _compute_chunk(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience
     ) -> None:
-        """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone."""
+        """Compute the entries of one chunk if the caller admits its texts. Otherwise, the texts fail in this call."""
+        answer = call.answer
+        if answer.admit is None:
+            await self._request_flights(call, flights, texts, patience, call)
+            return
+
+        def refuse(error: Exception) -> None:
+            answer.failed.update(dict.fromkeys(flights, error))
+            # Another call may be allowed to compute the texts, so the error is not that of its followers.
+            self.in_flight.abandon(flights)
+
+        compute = partial(self._request_flights, call, flights, texts, patience)
+        await compute_if_admitted(call, [texts[key] for key in flights], compute, refuse)
+
+    async def _request_flights(
+        self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience, paying: Call
+    ) -> list[Entry]:
+        """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone.
+
+        Return the new entries. The answer of ``paying`` counts what was wasted.
+        """
+        made: list[Entry] = []
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
             call.answer.failed_alone.update(invalid)
             for key, error in invalid.items():
                 self._fail_flights(call.answer, {key: flights[key]}, error)
+            made.extend(entries.values())
             await self._take_entries(call, entries, flights)
 
         request: RequestChunk = self.request_chunk
         if call.answer.route.source.coalesce is not None:
             request = partial(request_together, self.in_flight, request)
-        alone, together = await request(call, list(flights), texts, take, patience)
+        alone, together = await request(paying, list(flights), texts, take, patience)
         call.answer.failed_alone.update(alone)
         for key, error in {**alone, **together}.items():
             self._fail_flights(call.answer, {key: flights[key]}, error)
+        return made
 
     async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
         """Store the entries of one request and land their flights."""

@@ -22,6 +22,7 @@ from typing import Any
 from weakref import WeakSet
 
 from embedonce._messages import format_count
+from embedonce.admission import Admit
 from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
@@ -235,8 +236,11 @@ class Requests(HotPath):
         store: bool,
         metadata: Sequence[Metadata | None] | None,
         fresh: bool,
+        admit: Admit | None,
     ) -> Fetched:
-        answer = await self._answer_texts(port, texts, task, store=store, metadata=metadata, fresh=fresh)
+        if admit is not None and not callable(admit):
+            raise TypeError(f"admit must be a function, got {type(admit).__name__}")
+        answer = await self._answer_texts(port, texts, task, store=store, metadata=metadata, fresh=fresh, admit=admit)
         return answer.to_fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
@@ -270,6 +274,7 @@ class Requests(HotPath):
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
         fresh: bool = False,
+        admit: Admit | None = None,
         first: int = 0,
         begun: BegunCall | None = None,
     ) -> Answer:
@@ -281,10 +286,10 @@ class Requests(HotPath):
             _require_texts(texts)
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
-        how = (texts, task, store, metadata, fresh, first)
+        how = (texts, task, store, metadata, fresh, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
         fallback = self._fallback
-        if fallback is None or self._chain.replays:
+        if fallback is None or self._chain.replays or answer.refusal is not None:
             return answer
         down = answer.has_failed_provider()
         if not down or (rows_only and self._fetch_only):
@@ -306,6 +311,7 @@ class Requests(HotPath):
         store: bool,
         metadata: Sequence[Metadata | None] | None,
         fresh: bool,
+        admit: Admit | None,
         first: int,
         begun: BegunCall | None = None,
     ) -> Answer:
@@ -317,10 +323,13 @@ class Requests(HotPath):
             if engine.can_change_space:
                 await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
+            answer.admit = admit
             if fresh:
                 await compute_anew(engine, port, answer)
             else:
                 await engine.fetch(port, answer, begun=begun)
+            if answer.settle_error is not None:
+                raise answer.settle_error
             if left is not None:
                 answer.take_waste(left)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
