@@ -134,6 +134,12 @@ async def learn_charges(worker: Budgets, cache: Cache) -> None:
     await fetch_within_budget(worker, make_tenant(1000, "earlier"), cache, ["e" * 400], "document")
 
 
+def cancel_all_tasks() -> None:
+    """Do what happens when the event loop ends."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
 # --- counting -------------------------------------------------------------------------------------
 
 
@@ -349,13 +355,31 @@ async def test_a_text_that_was_not_sent_costs_nothing(worker: Budgets) -> None:
         assert await read_used(worker, tenant) == used
 
 
-async def test_a_tier_that_raises_costs_the_estimate(worker: Budgets) -> None:
+async def test_what_a_tier_fails_to_store_costs_what_the_provider_charges(worker: Budgets) -> None:
     tenant = make_tenant(1000)
     backend = FaultyBackend(DictBackend(), [Fault("raise", on="set")])
     async with Cache(PaidProvider(), [Tier(backend, name="memory", on_error="raise")]) as cache:
         with pytest.raises(TierError):
             await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")
-    assert await read_used(worker, tenant) == (25, 0)
+    assert await read_used(worker, tenant) == (100, 0)
+
+
+@pytest.mark.parametrize("action", ["warn", "new-space"])
+async def test_a_request_reads_each_tier_once_and_is_counted_once(worker: Budgets, action: Any) -> None:
+    slow = FaultyBackend(DictBackend())
+    tiers = [Tier(DictBackend(), name="memory"), Tier(slow, name="slow", lease="off")]
+    guard, clock = DriftGuard(action=action, every=DAY), Clock()
+    async with Cache(PaidProvider(), tiers, drift=guard, clock=clock) as cache:
+        tenant = make_tenant(10_000)
+        await fetch_within_budget(worker, tenant, cache, ["known"], "document")
+        before, reads = cache.stats(), slow.count["get"]
+        await fetch_within_budget(worker, tenant, cache, ["known", "a", "b", "a"], "document")
+        after = cache.stats()
+        assert slow.count["get"] - reads == 1
+        assert after.tiers["memory"].hits - before.tiers["memory"].hits == 1
+        assert [after.tiers[name].misses - before.tiers[name].misses for name in ("memory", "slow")] == [2, 2]
+        assert (after.requested - before.requested, after.found - before.found) == (3, 1)
+        assert after.computed.texts - before.computed.texts == 2
 
 
 # --- the end of the budget ------------------------------------------------------------------------
@@ -491,13 +515,14 @@ async def test_a_request_that_waits_for_too_long_is_to_be_repeated_soon(
         await free
 
 
-async def test_a_provider_that_is_down_is_asked_once(worker: Budgets) -> None:
+async def test_a_provider_that_is_down_is_asked_once_for_each_call(worker: Budgets) -> None:
     provider = PaidProvider(max_batch=2)
     provider.error = ConnectionRefusedError()
     async with open_cache(provider) as cache:
         answer = await fetch_within_budget(worker, make_tenant(300), cache, list("abcdefgh"), "document")
     assert sorted(answer.failed) == list(range(8))
-    assert provider.calls == [["a", "b"]]
+    assert provider.calls == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    assert provider.most_at_once == 1
 
 
 @pytest.mark.parametrize(
@@ -589,9 +614,63 @@ async def test_an_answer_never_mixes_the_vectors_of_the_provider_and_of_its_fall
         assert [row[0] for row in answer.rows if row is not None] == [8.0, 8.0]
         assert answer.computed.tokens == 100
         assert await read_used(worker, tenant) == (101, 0)
-        small = make_tenant(10, "small")
+
+
+async def test_the_fallback_is_asked_only_within_the_budget(worker: Budgets) -> None:
+    tenant = make_tenant(25)
+    provider, fallback = PaidProvider(), PaidProvider(model="fallback", exact=len)
+    provider.error = ProviderTimeout("too slow")
+    async with open_cache(provider, fallback=fallback) as cache:
+        answer = await fetch_within_budget(worker, tenant, cache, ["x" * 90], "document")
+        assert isinstance(answer.failed[0], ProviderTimeout)
+        assert await read_used(worker, tenant) == (23, 0)
+        provider.error = ConnectionRefusedError()
+        answer = await fetch_within_budget(worker, tenant, cache, ["x", "y"], "document")
+        assert answer.space.model == "fallback"
         with pytest.raises(BudgetExceeded):
-            await fetch_within_budget(worker, small, cache, ["a", "c"], "document")
+            await fetch_within_budget(worker, tenant, cache, ["z"], "document")
+    assert fallback.calls == [["x", "y"]]
+    assert await read_used(worker, tenant) == (25, 0)
+
+
+async def test_a_request_for_a_text_that_a_refused_request_was_to_compute_is_answered(worker: Budgets) -> None:
+    poor, rich, provider = make_tenant(5, "poor"), make_tenant(1000, "rich"), PaidProvider()
+    async with open_cache(provider) as cache:  # as if both tenants had the same namespace
+        reserve = worker.reserve
+        reached, go = asyncio.Event(), asyncio.Event()
+
+        async def reserve_slowly(tenant: Tenant, *args: Any, **options: Any) -> Any:
+            if tenant is poor:
+                reached.set()
+                await go.wait()
+            return await reserve(tenant, *args, **options)
+
+        worker.reserve = reserve_slowly  # type: ignore[method-assign]
+        refused = asyncio.create_task(fetch_within_budget(worker, poor, cache, ["x" * 100], "document"))
+        await reached.wait()
+        others = [
+            asyncio.create_task(fetch_within_budget(worker, rich, cache, ["x" * 100], "document")),
+            asyncio.create_task(cache.afetch(["x" * 100])),
+        ]
+        flights = cache._chain.in_flight._flights
+        await wait_until_async(lambda: any(flight._future is not None for flight in flights.values()))
+        go.set()
+        with pytest.raises(BudgetExceeded):
+            await refused
+        for other in others:
+            assert not (await other).failed
+    assert provider.calls == [["x" * 100]]
+    assert await read_used(worker, poor) == (0, 0)
+
+
+async def test_the_calls_of_one_request_wait_for_each_other_without_a_limit(
+    worker: Budgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "MAX_WAIT", 0.0)
+    provider = PaidProvider(max_batch=1)
+    async with open_cache(provider) as cache:
+        await fetch_within_budget(worker, make_tenant(60), cache, ["a", "b", "c", "d"], "document")
+    assert provider.most_at_once == 1
 
 
 # --- cancelled requests, and workers that end -----------------------------------------------------
@@ -683,8 +762,7 @@ async def test_a_worker_that_starts_recovers_its_predecessor(path: Path, clock: 
         with closing(Budgets(path, 1, clock)) as worker:
             running = asyncio.create_task(fetch_within_budget(worker, tenant, cache, ["x" * 100], "document"))
             await wait_until_async(lambda: provider.at_once == 1)
-            for task in worker._running:  # the event loop ends
-                task.cancel()
+            cancel_all_tasks()
             with pytest.raises(asyncio.CancelledError):
                 await running
         with closing(Budgets(path, 1, clock)) as worker:
@@ -702,8 +780,7 @@ async def test_a_server_that_starts_counts_what_all_workers_before_it_have_reser
         for number, dead in enumerate(workers, 1):
             running = asyncio.create_task(fetch_within_budget(dead, tenant, cache, [f"{number:0100}"], "document"))
             await wait_until_async(lambda number=number: provider.at_once == number)  # type: ignore[misc]
-            for task in dead._running:  # the event loop ends
-                task.cancel()
+            cancel_all_tasks()
             with pytest.raises(asyncio.CancelledError):
                 await running
         with closing(Budgets(path, 1, clock)) as worker:

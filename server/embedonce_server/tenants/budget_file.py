@@ -92,8 +92,6 @@ class Reservation(NamedTuple):
     estimate: int
     is_free: bool
     """Whether the upper bound of the tokens fits into the budget, so that other calls may run at the same time."""
-    is_whole: bool
-    """Whether it is for all texts that were asked for, and not only for the first part of them."""
 
 
 Outcome: TypeAlias = Reservation | Literal["wait", "refused"]
@@ -155,26 +153,21 @@ class BudgetFile:
 
     # --- reservations -------------------------------------------------------------------------
 
-    def reserve(self, tenant: str, limit: int, model: str, whole: Load, part: Load, *, has_turn: bool) -> Outcome:
-        """Reserve tokens for all texts if their bound is known and fits, else for the first part of them."""
+    def reserve(self, tenant: str, limit: int, model: str, load: Load, *, has_turn: bool) -> Outcome:
+        """Reserve tokens for texts of one call, freely if their bound is known and fits, else in turn."""
         with self._write() as connection:
             day = self.find_day()
             ratio, factor, is_known = self._read_ratios(connection, tenant, model)
             used, _, held = self._read_day(connection, tenant, day)
+            estimate, bound = _estimate(load, ratio), _bound(load, factor)
             free = limit - used
-            estimate = _estimate(part, ratio)
             if limit == 0 or estimate > free:
                 return "refused"
             free -= held
-            load, bound, is_free = whole, _bound(whole, factor), True
-            if bound > free or not is_known:
-                load, bound = part, _bound(part, factor)
-            if bound > free or not is_known:
-                if not has_turn or estimate > free:
-                    return "wait"
-                is_free = False
-            estimate = _estimate(load, ratio)
-            reservation = Reservation(secrets.randbits(62), tenant, day, model, load, estimate, is_free, load is whole)
+            is_free = is_known and bound <= free
+            if not is_free and (not has_turn or estimate > free):
+                return "wait"
+            reservation = Reservation(secrets.randbits(62), tenant, day, model, load, estimate, is_free)
             connection.execute(
                 """INSERT INTO reservations (id, tenant, day, worker, estimate, held, bound)
                    VALUES (?, ?, ?, ?, ?, ?, ?)""",

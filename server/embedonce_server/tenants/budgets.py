@@ -14,20 +14,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from embedonce import Cache, Fetched
+from embedonce.admission import Settle
 from embedonce.config import Tenant
-from embedonce.contracts import Task
-from embedonce.errors import DriftError
-from embedonce.provider_errors import read_status
+from embedonce.contracts import AnyProvider, Task
+from embedonce.keys import VectorSpace
+from embedonce.vectors import Work
 from embedonce_server.api.api_errors import ApiError
 
 from .budget_file import DAY_SECONDS, BudgetFile, Load, Outcome, Reservation, Settlement, Usage
-from .fetched_parts import Part, combine, fail_rest
-from .text_loads import add_loads, count_texts_of_call, measure_texts
+from .text_loads import measure_texts
 
 T = TypeVar("T")
 
@@ -39,8 +39,6 @@ FIRST_PAUSE, MAX_PAUSE = 0.01, 0.2
 """Seconds between two looks at the file while a request waits."""
 RETRY_SOON = 5.0
 """Seconds after which a refused request is to be repeated, if only calls under way hold the rest of the budget."""
-_STATUSES_OF_TEXTS = frozenset({400, 413, 422, 500})
-"""Statuses that one of the texts may have caused."""
 LOG_SECONDS = 60.0
 """Minimum number of seconds between two log lines about a file that cannot be used."""
 
@@ -99,7 +97,10 @@ class Budgets:
         # One thread, because SQLite may wait for other processes, and because a connection is used by one thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedonce-budgets")
         self._turns: dict[str, _Turn] = {}
-        self._running: set[asyncio.Task[Any]] = set()
+        self._buying = 0
+        """Number of times that tokens are being reserved, or are reserved and not settled."""
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._logged_at = -math.inf
         self._is_closed = False
         try:
@@ -122,9 +123,9 @@ class Budgets:
         return await self._call(lambda: self._file.read_usage(tenants))
 
     async def drain(self) -> None:
-        """Wait until no request computes anything, including those whose clients have gone."""
-        while self._running:
-            await asyncio.wait(self._running)
+        """Wait until all reservations are settled, including those of requests whose clients have gone."""
+        while self._buying:
+            await self._is_idle.wait()
 
     def close(self) -> None:
         """Close the file. What is still reserved counts as used after the next start. A second call does nothing."""
@@ -143,30 +144,28 @@ class Budgets:
         """Return the turns of a tenant in this worker."""
         return self._turns.setdefault(tenant, _Turn())
 
-    def start(self, job: _Job) -> asyncio.Task[Fetched]:
-        """Start to compute in a task of its own, which goes on if the request is cancelled."""
-        task = asyncio.create_task(job.run())
-        self._running.add(task)
-        task.add_done_callback(self._end)
-        return task
+    def begin(self) -> None:
+        """Note that tokens are about to be reserved. Call :meth:`end` when this is settled, or has failed."""
+        self._buying += 1
+        self._is_idle.clear()
 
-    def _end(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # if the client has gone, nobody else asks for it
+    def end(self) -> None:
+        self._buying -= 1
+        if not self._buying:
+            self._is_idle.set()
 
     def compute_seconds_left(self) -> float:
         """Return the seconds until the next UTC day begins."""
         return DAY_SECONDS - self._clock() % DAY_SECONDS
 
-    async def reserve(self, tenant: Tenant, model: str, whole: Load, part: Load, *, has_turn: bool) -> Outcome:
-        """Reserve tokens for all texts, or for the first part of them.
+    async def reserve(self, tenant: Tenant, model: str, load: Load, *, has_turn: bool) -> Outcome:
+        """Reserve tokens for texts that are about to be sent.
 
         Raises:
             BudgetsUnavailable: the file cannot be used.
         """
         limit = tenant.tokens_per_day or 0
-        return await self._call(lambda: self._file.reserve(tenant.name, limit, model, whole, part, has_turn=has_turn))
+        return await self._call(lambda: self._file.reserve(tenant.name, limit, model, load, has_turn=has_turn))
 
     async def settle(self, settlement: Settlement) -> None:
         """Count what was charged. If the file cannot be used, this is done with its next use."""
@@ -196,7 +195,7 @@ class Budgets:
             )
 
     def __repr__(self) -> str:
-        return f"<Budgets {len(self._running)} requests compute>"
+        return f"<Budgets {self._buying} reservations>"
 
 
 class _Turn:
@@ -227,109 +226,115 @@ async def fetch_within_budget(
         BudgetExceeded: the missing texts do not fit into the rest of the budget.
         BudgetsUnavailable: texts are missing, and the file of the budgets cannot be used.
     """
-    found = None if fresh else await cache.alookup(texts, task)
-    if found is None:
-        missing: Sequence[int] = range(len(texts))
-    else:
-        missing = [i for i, row in enumerate(found.rows) if row is None and i not in found.failed]
-        if not missing:
-            return found
-    job = _Job(budgets, tenant, cache, texts, task, missing, found, store=store, fresh=fresh)
-    running = budgets.start(job)
+    buyer = _Buyer(budgets, tenant, cache, task)
     try:
-        return await asyncio.shield(running)
+        fetched = await cache.afetch(texts, task, store=store, fresh=fresh, admit=buyer.admit)
     except asyncio.CancelledError:
-        job.abandon(running)
+        buyer.leave()
         raise
+    for error in fetched.failed.values():
+        if isinstance(error, BudgetExceeded | BudgetsUnavailable):
+            raise error
+    return fetched
 
 
-class _Job:
-    """Computes the missing texts of one request, in as few parts as the budget allows."""
+class _ClientGone(Exception):
+    """The client of a request has gone, so no more texts are computed for it. Nobody sees this exception."""
 
-    def __init__(
-        self,
-        budgets: Budgets,
-        tenant: Tenant,
-        cache: Cache,
-        texts: Sequence[str],
-        task: Task,
-        missing: Sequence[int],
-        found: Fetched | None,
-        *,
-        store: bool,
-        fresh: bool,
-    ) -> None:
+
+class _Buyer:
+    """Reserves tokens for the missing texts of one request, one chunk after the other.
+
+    If the client goes, the calls for which tokens are reserved go on and are settled, and no more calls begin.
+    """
+
+    def __init__(self, budgets: Budgets, tenant: Tenant, cache: Cache, task: Task) -> None:
         self._budgets = budgets
         self._tenant = tenant
         self._cache = cache
-        self._texts = texts
         self._task = task
-        self._missing = missing
-        self._found = found
-        self._store = store
-        self._fresh = fresh
-        space = cache.provider.space(task)
-        self._model = " ".join(filter(None, (space.provider, space.model, space.endpoint)))
         self._turn = budgets.get_turn(tenant.name)
-        self._is_abandoned = False
-        self._is_reserving = False
-        """Whether tokens are reserved, or may be reserved at any moment."""
+        self._line = asyncio.Lock()
+        """Chunks of one request wait here for each other, without a limit. One of them at a time waits for the turn."""
+        self._has_left = False
+        self._limit: asyncio.Timeout | None = None
+        """The time limit of the wait for the turn, during this wait."""
 
-    def abandon(self, running: asyncio.Task[Fetched]) -> None:
-        """End the job, because its client has gone. A call for which tokens are reserved goes on, and is settled."""
-        self._is_abandoned = True
-        if not self._is_reserving:
-            running.cancel()
+    def leave(self) -> None:
+        """Note that the client has gone."""
+        self._has_left = True
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(0)
 
-    async def run(self) -> Fetched:
-        """Return the answer to the request.
+    async def admit(self, texts: Sequence[str], space: VectorSpace) -> Settle:
+        """Reserve tokens for texts that are about to be sent. Return the function that settles the reservation.
+
+        If the event loop ends before that, the reservation stays. The next start of this worker counts it as used.
 
         Raises:
-            BudgetExceeded: the missing texts do not fit into the rest of the budget.
+            BudgetExceeded: the texts do not fit into the rest of the budget.
             BudgetsUnavailable: the file of the budgets cannot be used.
         """
-        places: dict[str, list[int]] = {}
-        for i in self._missing:
-            places.setdefault(self._texts[i], []).append(i)
-        texts = list(places)
-        loads = await measure_texts(self._cache, texts, self._task)
-        parts: list[Part] = []
-        while texts:
-            fetched = await self._fetch_next(texts, loads)
-            count = len(fetched.rows)
-            parts.append(Part(texts[:count], fetched))
-            texts, loads = texts[count:], loads[count:]
-            if texts and len(fetched.failed) == count and all(map(_is_about_all_texts, fetched.failed.values())):
-                # The other texts are not sent. The cache does the same within one call.
-                parts.append(fail_rest(texts, fetched))
-                break
-        answer = combine(len(self._texts), self._found, parts, places)
-        return await self._fetch_in_one_space(parts) if answer is None else answer
-
-    async def _fetch_next(self, texts: Sequence[str], loads: Sequence[Load]) -> Fetched:
-        """Fetch all texts if the upper bound of their tokens is known and fits. Else fetch those of the first call."""
-        end = count_texts_of_call(self._cache.provider, texts)
-        whole, part = add_loads(loads), add_loads(loads[:end])
-        if not self._turn.is_waiting:
-            reservation = await self._reserve(whole, part, has_turn=False)
-            if reservation is not None:
-                return await self._compute(reservation, texts if reservation.is_whole else texts[:end])
-        deadline = asyncio.get_running_loop().time() + MAX_WAIT
+        self._budgets.begin()
         try:
-            async with asyncio.timeout_at(deadline):
+            model = _name_model(space)
+            load = await measure_texts(self._find_provider(model), texts, self._task)
+            reservation = None if self._turn.is_waiting else await self._reserve(model, load, has_turn=False)
+            if reservation is None:
+                reservation = await self._reserve_in_turn(model, load)
+        except BaseException:
+            self._budgets.end()
+            raise
+        return partial(self._settle, reservation)
+
+    async def _settle(self, reservation: Reservation, computed: Work, wasted: Work) -> None:
+        try:
+            await self._budgets.settle(_make_settlement(reservation, computed, wasted))
+        finally:
+            if not reservation.is_free:
+                self._turn.lock.release()
+                self._line.release()
+            self._budgets.end()
+
+    def _find_provider(self, model: str) -> AnyProvider:
+        """Return the provider of a model: that of the cache, or its fallback."""
+        first, second = self._cache.provider, self._cache.fallback
+        return first if second is None or _name_model(first.space(self._task)) == model else second
+
+    async def _reserve_in_turn(self, model: str, load: Load) -> Reservation:
+        """Wait for the turn of this request, and reserve tokens. It keeps its turn unless the reservation is free.
+
+        Raises:
+            BudgetExceeded: the tokens do not fit, or other requests take too long.
+        """
+        is_free = True
+        await self._line.acquire()
+        try:
+            deadline = asyncio.get_running_loop().time() + MAX_WAIT
+            await self._take_turn(deadline)
+            try:
+                reservation = await self._wait_for_tokens(model, load, deadline)
+                is_free = reservation.is_free
+            finally:
+                if is_free:
+                    self._turn.lock.release()
+        finally:
+            if is_free:
+                self._line.release()
+        return reservation
+
+    async def _take_turn(self, deadline: float) -> None:
+        self._raise_if_gone()
+        try:
+            async with asyncio.timeout_at(deadline) as self._limit:
                 await self._turn.lock.acquire()
         except TimeoutError:
+            self._raise_if_gone()
             raise self._refuse_for_now() from None
-        try:
-            reservation = await self._wait_for_tokens(whole, part, deadline)
-            texts = texts if reservation.is_whole else texts[:end]
-            if not reservation.is_free:
-                return await self._compute(reservation, texts)
         finally:
-            self._turn.lock.release()
-        return await self._compute(reservation, texts)
+            self._limit = None
 
-    async def _wait_for_tokens(self, whole: Load, part: Load, deadline: float) -> Reservation:
+    async def _wait_for_tokens(self, model: str, load: Load, deadline: float) -> Reservation:
         """Reserve tokens in turn. If calls under way may need them, wait until these calls have been settled.
 
         Raises:
@@ -337,7 +342,7 @@ class _Job:
         """
         pause = FIRST_PAUSE
         try:
-            while (reservation := await self._reserve(whole, part, has_turn=True)) is None:
+            while (reservation := await self._reserve(model, load, has_turn=True)) is None:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise self._refuse_for_now()
                 self._turn.is_waiting = True
@@ -348,28 +353,27 @@ class _Job:
             self._turn.is_waiting = False
         return reservation
 
-    async def _reserve(self, whole: Load, part: Load, *, has_turn: bool) -> Reservation | None:
-        """Reserve tokens for all texts, or for the first part. Return None if calls under way must end first.
+    async def _reserve(self, model: str, load: Load, *, has_turn: bool) -> Reservation | None:
+        """Reserve tokens. Return None if calls under way must end first.
 
         Raises:
-            BudgetExceeded: the tokens of the first part do not fit today.
+            BudgetExceeded: the tokens do not fit today.
             BudgetsUnavailable: the file cannot be used.
         """
-        self._is_reserving = True
-        outcome: Outcome = "wait"
-        try:
-            outcome = await self._budgets.reserve(self._tenant, self._model, whole, part, has_turn=has_turn)
-        finally:
-            self._is_reserving = isinstance(outcome, Reservation)
-        if self._is_abandoned:
-            if isinstance(outcome, Reservation):
-                await self._budgets.settle(Settlement(outcome, 0))
-            raise asyncio.CancelledError
+        self._raise_if_gone()
+        outcome = await self._budgets.reserve(self._tenant, model, load, has_turn=has_turn)
         if isinstance(outcome, Reservation):
+            if self._has_left:
+                await self._budgets.settle(Settlement(outcome, 0))
+            self._raise_if_gone()
             return outcome
         if outcome == "refused":
             raise await self._refuse_for_today()
         return None
+
+    def _raise_if_gone(self) -> None:
+        if self._has_left:
+            raise _ClientGone
 
     async def _refuse_for_today(self) -> BudgetExceeded:
         """Return the error for a request that does not fit into the rest of this day's tokens."""
@@ -382,70 +386,22 @@ class _Job:
         """Return the error for a request that current requests leave no tokens for."""
         return BudgetExceeded(self._tenant.name, RETRY_SOON, is_final=False, limit=self._tenant.tokens_per_day or 0)
 
-    async def _compute(self, reservation: Reservation, texts: Sequence[str]) -> Fetched:
-        """Fetch texts for which tokens are reserved, and settle the reservation.
 
-        If the event loop ends meanwhile, the reservation stays. The next start of this worker counts it as used.
-        """
-        try:
-            fetched = await self._cache.afetch(texts, self._task, store=self._store, fresh=self._fresh)
-        except Exception:
-            # A tier failed, or the cache was closed. Nobody knows whether the provider was called before.
-            await self._settle(Settlement(reservation, reservation.estimate))
-            raise
-        await self._settle(_make_settlement(reservation, fetched))
-        return fetched
-
-    async def _settle(self, settlement: Settlement) -> None:
-        await self._budgets.settle(settlement)
-        self._is_reserving = False
-        if self._is_abandoned:
-            raise asyncio.CancelledError
-
-    async def _fetch_in_one_space(self, parts: Sequence[Part]) -> Fetched:
-        """Fetch all texts of the request in one call, because the parts belong to different vector spaces.
-
-        That is so if the provider failed in the middle of the request and the cache has a fallback, or if the drift
-        guard opened a new vector space.
-
-        Raises:
-            BudgetExceeded: the upper bound of all texts does not fit into the rest of the budget.
-        """
-        whole = add_loads(await measure_texts(self._cache, list(dict.fromkeys(self._texts)), self._task))
-        reservation = await self._reserve(whole, whole, has_turn=False)
-        if reservation is None:
-            raise self._refuse_for_now()
-        fetched = await self._compute(reservation, self._texts)
-        return replace(
-            fetched,
-            computed=sum((part.fetched.computed for part in parts), fetched.computed),
-            wasted=sum((part.fetched.wasted for part in parts), fetched.wasted),
-        )
+def _name_model(space: VectorSpace) -> str:
+    return " ".join(filter(None, (space.provider, space.model, space.endpoint)))
 
 
-def _make_settlement(reservation: Reservation, fetched: Fetched) -> Settlement:
-    """Return what a call was charged, as far as the provider has reported it; for other texts, what was estimated.
+def _make_settlement(reservation: Reservation, computed: Work, wasted: Work) -> Settlement:
+    """Return what texts were charged, as far as the provider has reported it; for other texts, what was estimated.
 
     A text counts each time that it was sent and may have been charged.
     """
-    work, texts = fetched.computed + fetched.wasted, reservation.load.texts
+    work, texts = computed + wasted, reservation.load.texts
     tokens = work.tokens + math.ceil(reservation.estimate * work.unknown_tokens / texts)
     is_measured = not work.unknown_tokens and work.texts >= texts
     return Settlement(
         reservation,
         tokens,
         measured=work.texts / texts if is_measured else 0.0,
-        is_unreported=bool(fetched.computed.texts) and work.unknown_tokens == work.texts,
+        is_unreported=bool(computed.texts) and work.unknown_tokens == work.texts,
     )
-
-
-def _is_about_all_texts(error: Exception) -> bool:
-    """Return whether any other text would fail too, for example because the provider cannot be reached."""
-    status = read_status(error)
-    if status is not None:
-        return status not in _STATUSES_OF_TEXTS
-    return isinstance(error, OSError | DriftError) or _has_name(error, "Timeout") or _has_name(error, "Connect")
-
-
-def _has_name(error: Exception, part: str) -> bool:
-    return any(part in kind.__name__ for kind in type(error).__mro__)
