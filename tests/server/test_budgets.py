@@ -372,10 +372,10 @@ async def test_a_request_reads_each_tier_once_and_is_counted_once(worker: Budget
     async with Cache(PaidProvider(), tiers, drift=guard, clock=clock) as cache:
         tenant = make_tenant(10_000)
         await fetch_within_budget(worker, tenant, cache, ["known"], "document")
-        before, reads = cache.stats(), slow.count["get"]
+        before, reads = cache.stats(), slow.called("get")
         await fetch_within_budget(worker, tenant, cache, ["known", "a", "b", "a"], "document")
         after = cache.stats()
-        assert slow.count["get"] - reads == 1
+        assert slow.called("get") - reads == 1
         assert after.tiers["memory"].hits - before.tiers["memory"].hits == 1
         assert [after.tiers[name].misses - before.tiers[name].misses for name in ("memory", "slow")] == [2, 2]
         assert (after.requested - before.requested, after.found - before.found) == (3, 1)
@@ -779,7 +779,7 @@ async def test_a_server_that_starts_counts_what_all_workers_before_it_have_reser
         provider.gate.clear()
         for number, dead in enumerate(workers, 1):
             running = asyncio.create_task(fetch_within_budget(dead, tenant, cache, [f"{number:0100}"], "document"))
-            await wait_until_async(lambda number=number: provider.at_once == number)  # type: ignore[misc]
+            await wait_until_async(lambda number=number: len(provider.calls) == number)  # type: ignore[misc]
             cancel_all_tasks()
             with pytest.raises(asyncio.CancelledError):
                 await running
