@@ -53,6 +53,7 @@ from embedonce import (
     VectorSpace,
     hookimpl,
 )
+from embedonce.admission import Settle
 from embedonce.answers import ChainWarning
 from embedonce.contracts import AnyProvider, EntryBackend, FrameBackend, Task
 from embedonce.events import Event, ProviderStats, SpaceStats, TierStats
@@ -92,6 +93,32 @@ def embedding(cache: Cache, texts: list[str], names: tuple[str, ...]) -> None:
     assert_type(cache.put(texts, np.ones((1, 2), np.float64), costs=[Cost(tokens=3), None]), None)
     assert_type(cache.put(texts, cache.embed_batch(texts)), None)
     assert_type(cache.put(texts, [cache.embed(text) for text in texts]), None)
+
+
+def settle(computed: Work, wasted: Work) -> None:
+    pass
+
+
+async def settle_async(computed: Work, wasted: Work) -> None:
+    pass
+
+
+def admit_all(texts: Sequence[str], space: VectorSpace) -> None:
+    pass
+
+
+def admit(texts: Sequence[str], space: VectorSpace) -> Settle:
+    return settle
+
+
+async def admit_async(texts: Sequence[str], space: VectorSpace) -> Settle | None:
+    return settle_async
+
+
+def admitting(cache: Cache, texts: list[str]) -> None:
+    assert_type(cache.fetch(texts, admit=admit_all), Fetched)
+    assert_type(cache.fetch(texts, admit=admit), Fetched)
+    assert_type(cache.fetch(texts, admit=admit_async), Fetched)
 
 
 async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[str]) -> None:
