@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,3 +142,17 @@ def test_what_was_made_before_the_provider_drifted_is_counted() -> None:
 def test_fresh_vectors_count_what_they_wasted() -> None:
     with Cache(Charging(lambda texts: lose(1) or embed(texts)), [DictBackend()]) as cache:
         assert cache.fetch(["a"], fresh=True).wasted == work(1, 10)
+
+
+def test_chunks_that_fail_at_the_same_time_in_threads_are_all_counted() -> None:
+    provider = Charging(lambda texts: raise_(TIMEOUT()))
+    provider.limits = Limits(max_batch=1, concurrency=8)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with Cache(provider, [DictBackend()]) as cache:
+            for _ in range(5):
+                fetched = cache.fetch([str(i) for i in range(300)])
+                assert fetched.wasted == work(300, unknown=300)
+    finally:
+        sys.setswitchinterval(interval)

@@ -8,7 +8,7 @@ from copy import copy
 from typing import Any
 
 from embedonce.admission import Settle
-from embedonce.vectors import NO_WORK, Entry
+from embedonce.vectors import Entry
 
 from .call import Call, sum_work
 from .ports import Port
@@ -37,12 +37,12 @@ async def compute_if_admitted(
         refuse(refusal)
         return
     own = copy(answer)
-    own.wasted = NO_WORK
+    own.waste = []
     made = await compute(call._replace(answer=own))
-    answer.wasted += own.wasted
+    answer.waste += own.waste
     if settle is not None:
         try:
-            await _call_function(call.port, settle, sum_work(list(made)), own.wasted)
+            await _call_function(call.port, settle, sum_work(list(made)), own.sum_waste())
         except Exception as error:  # noqa: BLE001  (raised at the end of the call, whose other chunks may be paid for)
             answer.settle_error = error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -79,10 +78,11 @@ class Answer:
     """
     has_made_entries: bool = False
     """Whether the provider has embedded any text of this call."""
-    wasted: Work = NO_WORK
-    """The provider's work that gave no vectors, as in :attr:`Fetched.wasted`."""
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds spent in calls, by the name of the tier or ``"provider"``."""
+    waste: list[Work] = field(default_factory=list)
+    """The provider's work that gave no vectors, as in :attr:`Fetched.wasted`. It is a list, because threads that
+    compute chunks of one call at the same time can append to a list without a lock, but not add to a number."""
+    spent: list[tuple[str, float]] = field(default_factory=list)
+    """The seconds that each call took, with the name of the tier or ``"provider"``."""
     errors: dict[str, str] = field(default_factory=dict)
     """Causes of failed reads, by tier."""
     failed_tiers: set[str] = field(default_factory=set)
@@ -165,7 +165,17 @@ class Answer:
 
     def take_waste(self, other: Answer) -> None:
         """Count all work of another answer to the same texts, which is not used."""
-        self.wasted += other.wasted + other._sum_computed(other._find_sources())
+        self.waste += [*other.waste, other._sum_computed(other._find_sources())]
+
+    def sum_waste(self) -> Work:
+        return sum(self.waste, NO_WORK)
+
+    def sum_seconds(self) -> dict[str, float]:
+        """Return the seconds spent in calls, by the name of the tier or ``"provider"``."""
+        seconds: dict[str, float] = {}
+        for name, spent in list(self.spent):
+            seconds[name] = seconds.get(name, 0.0) + spent
+        return seconds
 
     def _find_sources(self) -> dict[str, str]:
         """Return the name of the tier that had each entry, or ``"provider"``, by key."""
@@ -192,12 +202,12 @@ class Answer:
             },
             metadata=copy_metadata([None if entry is None else entry.metadata for entry in entries]),
             space=self.route.space,
-            seconds=dict(self.seconds),
+            seconds=self.sum_seconds(),
             errors=self.errors,
             dimensions=self.dimensions,
             computed=self._sum_computed(sources),
             saved=sum_work(saved),
-            wasted=self.wasted,
+            wasted=self.sum_waste(),
             changed=frozenset(i for i, key in enumerate(self.keys) if key in self.changed),
         )
 

@@ -53,8 +53,8 @@ async def request_together(
     part = _Part(call, {key: texts[key] for key in keys})
     if not _Load(part.route.source, [part]).is_full():
         await _wait_in_window(part, call.port, in_flight, request)
-        call.answer.seconds[PROVIDER] += part.seconds
-        call.answer.wasted += part.wasted
+        call.answer.spent.append((PROVIDER, part.seconds))
+        call.answer.waste.append(part.wasted)
         if part.entries or part.invalid:
             await take(part.entries, part.invalid)
     left = part.list_open()
@@ -282,7 +282,8 @@ class _Window:
 
         def share_waste() -> None:
             """Let the chunks that are not done share what was wasted since the last call."""
-            waste, answer.wasted = answer.wasted, NO_WORK
+            waste = answer.sum_waste()
+            answer.waste.clear()
             if waste != NO_WORK:
                 _share_work(waste, [part for part in parts if not part.done.done()] or parts)
 
@@ -294,7 +295,7 @@ class _Window:
                 owners[key].invalid[key] = error
             for part in {owners[key] for key in (*entries, *invalid)}:
                 if not part.list_open():
-                    part.finish(answer.seconds[PROVIDER])
+                    part.finish(answer.sum_seconds()[PROVIDER])
 
         with self._in_flight.new_ticket() as ticket:
             self._in_flight.claim(ticket, (), self._port.loop, Claims())  # the request waits for no flight
@@ -317,8 +318,9 @@ class _Window:
         for key, error in together.items():
             if is_about_provider(error):  # otherwise, the texts of one call may be the reason, so each call tries alone
                 owners[key].together[key] = copy_for(owners[key], error)
+        seconds = answer.sum_seconds().get(PROVIDER, 0.0)
         for part in parts:
-            part.finish(answer.seconds[PROVIDER])
+            part.finish(seconds)
 
 
 def _share_work(work: Work, parts: list[_Part]) -> None:

@@ -61,10 +61,9 @@ async def _compute(engine: Engine, port: Port, answer: Answer, keys: list[str]) 
         return {}
     with engine.in_flight.new_ticket() as ticket:
         await engine.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
-    answer.wasted += fresh.wasted
+    answer.waste += fresh.waste
     answer.refusal, answer.settle_error = fresh.refusal, fresh.settle_error
-    for name, seconds in fresh.seconds.items():
-        answer.seconds[name] += seconds
+    answer.spent += fresh.spent
     strip = len(FRESH_SUFFIX)
     answer.failed.update({key[:-strip]: error for key, error in fresh.failed.items()})
     answer.failed_alone.update(key[:-strip] for key in fresh.failed_alone)

@@ -180,7 +180,7 @@ class Engine(ProviderRequests):
             if not keys:
                 break
             read = reads[depth] if depth < len(reads) else await self._read_tier(call, tier, keys)
-            answer.seconds[tier.name] += read.seconds
+            answer.spent.append((tier.name, read.seconds))
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
             if read.failed:

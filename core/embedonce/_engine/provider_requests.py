@@ -127,9 +127,9 @@ class ProviderRequests:
             failure = error
             raise
         finally:
-            answer.wasted += measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered)
+            answer.waste.append(measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered))
             seconds = time.perf_counter() - start
-            answer.seconds[PROVIDER] += seconds
+            answer.spent.append((PROVIDER, seconds))
             self._count_computed(route, made, len(texts) - len(made), tokens, seconds)
         created = self._clock()
         own_tokens, own_seconds = split_costs(tokens, seconds, texts)
