@@ -401,6 +401,10 @@ class Provider(Protocol):
     - ``check()``, which raises an error if the provider cannot be called as it is set up, for example because its API
       key is missing. It uses neither the network nor a model. ``embedonce check`` and ``Cache.check_providers`` show
       the message of the error, so it must not contain a secret.
+    - ``prepare()``, which does what the first call of ``embed`` or ``aembed`` would do only once, such as importing a
+      library or loading a model. It uses no network. ``embedonce serve`` calls it in a thread before a worker answers
+      requests, so that no request has to wait for it. Several threads may call it at the same time, also together with
+      other methods. A second call does nothing.
     - ``answers_as``, a sequence of names of the model. They count as the same model if an answer names one of them
       (see :attr:`Embedded.model`).
     """

@@ -35,7 +35,7 @@ in the event loop would then wait for that thread, and no other task would run m
 def require_package(package: str) -> None:
     """Check that a package is installed, without importing it.
 
-    Importing the package takes a second, so the package is imported only at the first miss.
+    Importing the package takes a second, so the package is imported only at the first miss, or by ``prepare``.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -108,12 +108,16 @@ class Clients(Generic[Sync, Async]):
             if close_now:
                 self._close(shared.client)
 
+    def prepare(self) -> None:
+        """Import the package."""
+        import_module(self._module)
+        _imported.add(self._module)
+
     async def aget(self) -> Async:
         """Return the async client of the running loop."""
         loop = asyncio.get_running_loop()
         if self._module not in _imported:
-            await asyncio.to_thread(import_module, self._module)
-            _imported.add(self._module)
+            await asyncio.to_thread(self.prepare)
         entry = self._by_loop.get(loop)
         if entry is None:
             # The generator reaches its yield without suspending. So no other asyncio task of this loop runs before the

@@ -1,8 +1,8 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client repeats a request that could not be connected. The engine repeats a
-request that was answered with an error status, as a whole or in parts.
+neither a key nor a network. ``prepare`` imports the package earlier. The client repeats a request that could not be
+connected. The engine repeats a request that was answered with an error status, as a whole or in parts.
 """
 
 from __future__ import annotations
@@ -189,6 +189,10 @@ class GeminiProvider:
         """
         if "authorization" not in self._headers and "x-goog-api-key" not in self._headers:
             require_key(self._api_key, ("GEMINI_API_KEY", "GOOGLE_API_KEY"))
+
+    def prepare(self) -> None:
+        """Import the client's package, which takes about a second."""
+        self._clients.prepare()
 
     def close(self) -> None:
         """Close the clients and their connections."""

@@ -1,8 +1,8 @@
 """Embeddings of OpenAI, Azure, and any endpoint that speaks OpenAI's protocol, through the openai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client repeats a request whose connection failed. The engine repeats a
-request that was answered with an error status, as a whole or in parts.
+neither a key nor a network. ``prepare`` imports the package earlier. The client repeats a request whose connection
+failed. The engine repeats a request that was answered with an error status, as a whole or in parts.
 """
 
 from __future__ import annotations
@@ -305,6 +305,10 @@ class OpenAIProvider:
             require_key(self._api_key, ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"))
         elif self._is_default_endpoint:
             require_key(self._api_key, ("OPENAI_API_KEY",))
+
+    def prepare(self) -> None:
+        """Import the client's package, which takes about a second."""
+        self._clients.prepare()
 
     def close(self) -> None:
         """Close the clients and their connections."""

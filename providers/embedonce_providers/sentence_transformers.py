@@ -1,7 +1,7 @@
 """The ``sentence-transformers`` provider, whose models run in this process.
 
 The provider reads the vector space from the model's small files (:mod:`._model_folder`, :mod:`._hub_cache`). It
-loads torch, the library and the weights at the first miss.
+loads torch, the library and the weights at the first miss, or in ``prepare``.
 """
 
 from __future__ import annotations
@@ -235,6 +235,13 @@ class SentenceTransformersProvider:
         prompt = self._find_prompt(task)
         return None if counter is None else counter.count([prompt + text for text in texts])
 
+    def prepare(self) -> None:
+        """Load the model, unless its weights would have to be downloaded."""
+        source = self._find_source()
+        if not source.is_on_hub or _has_weights(source.folder):
+            with self._lock:
+                self._get_model()
+
     def close(self) -> None:
         """Free the model's memory."""
         self._token_counter = None
@@ -320,13 +327,16 @@ def _load_from_hub(
     cls: type[SentenceTransformer], source: _ModelSource, options: Mapping[str, Any]
 ) -> SentenceTransformer:
     """Load the model at a commit. This uses no network if the local cache has all of the files."""
-    has_weights = any(source.folder.rglob("*.safetensors")) or any(source.folder.rglob("pytorch_model*.bin"))
-    if has_weights:
+    if _has_weights(source.folder):
         try:
             return cls(source.model, revision=source.revision, local_files_only=True, **options)
         except OSError:  # a file other than the weights is missing in the local cache
             pass
     return cls(source.model, revision=source.revision, **options)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin"))
 
 
 def _refuse_long(model: SentenceTransformer, texts: list[str]) -> None:

@@ -6,6 +6,7 @@ space, so it gets a provider and a cache of its own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ from .api.api_errors import ApiError
 from .api.encoding import format_end
 from .api.request_body import MAX_SHOWN, show_field
 from .provider_totals import ProviderTotals
+
+log = logging.getLogger("embedonce.serve")
 
 MAX_SPACES: Final = 64
 """Number of combinations of ``dimensions``, forwarded fields and kind of input that each model has open. The one used
@@ -237,6 +240,23 @@ class Model:
             raise _explain_variation(variation) from error
         return self._base.for_provider(provider, price=config.price, coalesce=config.coalesce)
 
+    def prepare(self) -> None:
+        """Let the providers do now what their first call would do, such as importing a library. This may take long.
+
+        A failure is logged. A request that needs the provider gets its error.
+        """
+        for provider in (self._plain.provider, self._plain.fallback):
+            prepare = getattr(provider, "prepare", None)
+            if callable(prepare):
+                try:
+                    prepare()
+                except Exception as error:  # noqa: BLE001  (a provider may raise anything)
+                    log.warning(
+                        'model "%s": its provider could not be prepared for the first request (%s)',
+                        self.name,
+                        type(error).__name__,
+                    )
+
     def close(self) -> None:
         """Close the caches and providers of the model, but no tiers."""
         for cache in self._roots.values():
@@ -308,6 +328,11 @@ class Models:
 
     def find(self, name: str) -> Model | None:
         return self._models.get(name)
+
+    def prepare(self) -> None:
+        """Prepare all models for their first requests, one after the other."""
+        for model in self._models.values():
+            model.prepare()
 
     def close(self, keep: Iterable[Model] = ()) -> None:
         """Close the models, except those that are in use elsewhere."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 from embedonce.config import Config
 
@@ -17,6 +16,7 @@ from .connections.listening import bind_addresses, format_url, list_open_address
 from .processes.launch import Launch, Source
 from .processes.logs import set_up_logging
 from .processes.reloading import Reloads, check_reach
+from .processes.supervisor import Supervisor
 from .run_folder import open_run_folder
 from .tenants.budget_file import recover_budgets
 
@@ -24,8 +24,6 @@ LIBRARIES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn",
 """What the extra ``serve`` installs."""
 
 log = logging.getLogger("embedonce.serve")
-
-METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,26 +104,12 @@ def serve(
             announce(Started(config=config, urls=urls, models=models, workers=workers))
 
         if workers == 1:
-            # prometheus_client reads the variable when it is imported, so the worker is imported after this line.
-            os.environ[METRICS_VARIABLE] = str(folder.metrics)
+            # It imports the libraries of the extra, which a supervisor and find_missing_library() do without.
             from .processes.lone_worker import LoneWorker
 
-            worker: Any = LoneWorker(launch, config, sockets, reloads, announce_models)
-            signals = worker.run()
+            signals = LoneWorker(launch, config, sockets, reloads, announce_models).run()
         else:
-            from prometheus_client.multiprocess import mark_process_dead
-
-            from .processes.supervisor import Supervisor, WorkerExit
-
-            def clean_up(end: WorkerExit) -> None:
-                # Gauges of a process are shown as long as it lives. Its counters stay.
-                mark_process_dead(end.pid, path=str(folder.metrics))  # type: ignore[no-untyped-call]
-
-            variables = {METRICS_VARIABLE: str(folder.metrics)}
-            supervisor = Supervisor(
-                launch, config, sockets, reloads, announce_models, variables=variables, on_exit=clean_up
-            )
-            signals = supervisor.run()
+            signals = Supervisor(launch, config, sockets, reloads, announce_models).run()
     is_ordered = len(signals) == 1 and signals[0] in (signal.SIGTERM, signal.SIGHUP)
     return 0 if is_ordered else 128 + signals[-1] if signals else 1
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from installed_plugins import write_distribution
 
 import embedonce
 from embedonce import config
@@ -218,11 +219,7 @@ def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["schema"], ["plugins", "--json"], ["check", "--json"]])
 def test_output_printed_by_a_plugin_is_not_in_the_json_document(folder: Path, arguments: list[str]) -> None:
-    info = folder / "site" / "loud-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[embedonce]\nloud = loud\n")
-    (folder / "site" / "loud.py").write_text("print('here I am')\n")
+    write_distribution(folder / "site", "loud", "print('here I am')", plugins=["loud"], distribution="loud")
     environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
     result = subprocess.run(
         [sys.executable, "-m", "embedonce", *arguments], env=environment, capture_output=True, text=True, timeout=100

@@ -13,7 +13,7 @@ import pytest
 from optional import needs
 
 from embedonce import config
-from embedonce.cli.init_sections import PROVIDERS, TIERS, render_file
+from embedonce.cli.init_sections import PROVIDERS, SERVE, TIERS, render_file
 from embedonce.config import schema
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,8 @@ SECRETS = {
     "GEMINI_API_KEY": "gm-test",
     "DATABASE_URL": "postgresql://app@localhost:5432/app",
     "EMBEDONCE_SECRET": "a secret",
+    "EMBEDONCE_ADMIN_KEY": "key-of-the-administrator",
+    "SEARCH_TEAM_KEY": "key-of-the-search-team",
     "EMBEDONCE_KEY": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=",
 }
 
@@ -96,7 +98,7 @@ def test_every_option_is_in_the_schema(folder: Path, variables: dict[str, str], 
     for tier in written["tiers"]:
         (own,) = [one for one in tables["tiers"]["items"]["oneOf"] if one.get("title") == tier["type"]]
         assert set(tier) <= {"type", *own["properties"]}
-    for table in ("cache", "key"):
+    for table in ("cache", "key", "serve"):
         assert set(written[table]) <= set(tables[table]["properties"])
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.validate(written, schema())
@@ -110,12 +112,16 @@ def test_every_option_is_in_the_schema(folder: Path, variables: dict[str, str], 
 def test_every_option_that_is_commented_out_is_valid(folder: Path, variables: dict[str, str], provider: str) -> None:
     lines = render_file(provider, list(TIERS)).splitlines()
     options = [number for number, line in enumerate(lines) if re.match(r"# [a-z_]+ = ", line)]
-    assert len(options) >= 9
+    assert len(options) >= 13
     for number in options:
         changed = [*lines[:number], lines[number].removeprefix("# "), *lines[number + 1 :]]
         Path("x.toml").write_text("\n".join(changed))
         name = lines[number].split()[1]
         loaded = config.load("x.toml")
+        if name == "tenants":
+            (tenant,) = loaded.serve.tenants
+            assert (tenant.name, tenant.tokens_per_day) == ("search", 5_000_000)
+            continue
         (origin,) = [s.origin for s in loaded.settings() if s.origin == f"x.toml:{number + 1}"]
         assert origin, name
 
@@ -130,19 +136,34 @@ def test_the_file_has_only_the_chosen_sections(command: Any, folder: Path) -> No
     assert "pip install 'embedonce[redis]'" in text
 
 
+def test_the_file_shows_the_defaults_of_the_server(command: Any, folder: Path) -> None:
+    command("init")
+    loaded = config.load("embedonce.toml")
+    assert loaded.serve == config.load({"provider": {"type": "ngram"}, "tiers": []}).serve
+    origins = {setting.name: setting.origin for setting in loaded.settings()}
+    assert "embedonce.toml" in origins["serve.host"]
+    assert "embedonce.toml" in origins["serve.port"]
+
+
+def test_the_tutorial_shows_the_default_file_without_its_comments() -> None:
+    lines = [line for line in render_file("ngram", ["memory", "disk"]).splitlines() if line and line[0] != "#"]
+    blocks = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert lines in [[line for line in block.splitlines() if line] for block in blocks]
+
+
 def test_tiers_are_written_from_the_fastest_to_the_slowest(command: Any, folder: Path) -> None:
     done = command("init", *(word for tier in reversed(list(TIERS)) for word in ("--tier", tier)), "--json")
     assert done.json["tiers"] == list(TIERS) == ["memory", "disk", "memcached", "redis", "postgres"]
     assert [tier["type"] for tier in tomllib.loads(Path("embedonce.toml").read_text())["tiers"]] == list(TIERS)
 
 
-@pytest.mark.parametrize("section", [*PROVIDERS.values(), *TIERS.values()], ids=[*PROVIDERS, *TIERS])
+@pytest.mark.parametrize("section", [*PROVIDERS.values(), *TIERS.values(), SERVE], ids=[*PROVIDERS, *TIERS, "serve"])
 def test_secrets_are_references_and_extras_exist(section: Any) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert section.extra is None or section.extra in project["optional-dependencies"]
     options = [line.removeprefix("# ") for line in section.table.splitlines()]
     for option in options:
-        if re.match(r"(api_key|password|secret|encryption|url) = ", option):
+        if re.match(r"(api_key|admin_key|password|secret|encryption|url) = ", option):
             assert re.search(r'= "\$\{[A-Z_]+(:-redis://localhost:6379/0)?\}"', option)
     required = re.findall(r'^\w+ = .*\$\{([A-Z_]+)\}"', section.table, re.MULTILINE)
     assert tuple(required) == section.variables

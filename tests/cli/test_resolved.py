@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from installed_plugins import write_distribution
 
 FILE = """\
 [key]
@@ -44,12 +44,8 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
     def install(code: str) -> None:
         site, number = tmp_path_factory.mktemp("site"), next(_numbers)
-        info = site / f"acme-2.{number}.dist-info"
-        info.mkdir()
-        module = f"cli_stranger_{number}"
-        (site / f"{module}.py").write_text(inspect.cleandoc(code))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme\nVersion: 2.{number}\n")
-        (info / "entry_points.txt").write_text(f"[embedonce]\nstranger = {module}\n")
+        module, version = f"cli_stranger_{number}", f"2.{number}"
+        write_distribution(site, module, code, plugins=["stranger"], distribution="acme", version=version)
         monkeypatch.syspath_prepend(str(site))
 
     return install

@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from installed_plugins import write_distribution
 
 import embedonce
 from embedonce import KeyPolicy, config, plugins
@@ -84,11 +85,7 @@ def embedonce_providers():
 @pytest.fixture(scope="module")
 def probe_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("probe")
-    info = site / "probe-1.0.dist-info"
-    info.mkdir()
-    (site / "config_probe.py").write_text(PROBE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[embedonce]\nprobe = config_probe\nwide = config_probe\n")
+    write_distribution(site, "config_probe", PROBE, plugins=["probe", "wide"], distribution="probe")
     return site
 
 

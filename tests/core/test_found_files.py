@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from installed_plugins import write_distribution
 from optional import needs
 
 import embedonce
@@ -265,10 +266,8 @@ def test_a_path_below_an_unknown_home_folder_is_reported(here: Path) -> None:
 
 
 def test_the_module_does_not_load_plugins_of_the_current_folder(here: Path) -> None:
-    (here / "evil-1.0.dist-info").mkdir()
-    (here / "evil-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
-    (here / "evil-1.0.dist-info" / "entry_points.txt").write_text("[embedonce]\nevil = evil_plugin\n")
-    (here / "evil_plugin.py").write_text("open('loaded', 'w').close()\n")
+    code = "open('loaded', 'w').close()"
+    write_distribution(here, "evil_plugin", code, plugins=["evil"], distribution="evil")
     done = subprocess.run([sys.executable, "-m", "embedonce", "plugins"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "evil" not in done.stdout

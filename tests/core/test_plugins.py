@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from installed_plugins import write_distribution
 from patience import hold_lock
 
 import embedonce
@@ -60,11 +61,15 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         number = next(_numbers)
         name = name or f"plugin-{number}"
         site = tmp_path / f"site-{number}"
-        info = site / f"{distribution}-1.{number}.dist-info"
-        info.mkdir(parents=True)
-        (site / f"acme_module_{number}.py").write_text(inspect.cleandoc(code))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.{number}\n{metadata}")
-        (info / "entry_points.txt").write_text(f"[embedonce]\n{name} = acme_module_{number}\n")
+        write_distribution(
+            site,
+            f"acme_module_{number}",
+            code,
+            plugins=[name],
+            distribution=distribution,
+            version=f"1.{number}",
+            metadata=metadata,
+        )
         monkeypatch.syspath_prepend(str(site))
         return name
 

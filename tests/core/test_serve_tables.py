@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from installed_plugins import write_distribution
 from typer.testing import CliRunner
 
 from embedonce import config
@@ -66,11 +67,7 @@ def embedonce_providers():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sender")
-    info = folder / "sender-1.0.dist-info"
-    info.mkdir()
-    (folder / "serve_sender.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sender\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[embedonce]\nsender = serve_sender\n")
+    write_distribution(folder, "serve_sender", PLUGIN, plugins=["sender"], distribution="sender")
     return folder
 
 

@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 
+from embedonce_providers import _clients
 from embedonce_providers._clients import Clients
 
 PACKAGE = "package_that_is_imported_slowly"
 
 begun = threading.Event()
 may_end = threading.Event()
+
+
+def forget_package() -> None:
+    sys.modules.pop(PACKAGE, None)
+    _clients._imported.discard(PACKAGE)
+    begun.clear()
+    may_end.clear()
 
 
 @pytest.fixture
@@ -28,6 +36,20 @@ def slow_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.syspath_prepend(tmp_path)
     return PACKAGE
+
+
+def test_prepare_imports_the_package(slow_package: str) -> None:
+    may_end.set()
+
+    def make(*_: Any) -> Any:
+        raise AssertionError("a client was made")
+
+    clients: Clients[Any, Any] = Clients(slow_package, make=make, amake=make, aclose=make)
+    try:
+        clients.prepare()
+        assert hasattr(sys.modules[slow_package], "Client")
+    finally:
+        forget_package()
 
 
 def test_the_event_loop_runs_while_several_first_calls_import_the_package(slow_package: str) -> None:
@@ -56,5 +78,5 @@ def test_the_event_loop_runs_while_several_first_calls_import_the_package(slow_p
         found = asyncio.run(run())
     finally:
         may_end.set()
-        sys.modules.pop(slow_package, None)
+        forget_package()
     assert all(client is found[0] for client in found)

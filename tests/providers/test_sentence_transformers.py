@@ -25,7 +25,8 @@ from embedonce.testing.contracts.support import run_in_fork
 pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
-from embedonce_providers.sentence_transformers import SentenceTransformersProvider
+from embedonce_providers._model_folder import read_description
+from embedonce_providers.sentence_transformers import SentenceTransformersProvider, _ModelSource
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
@@ -574,6 +575,27 @@ def test_the_model_is_loaded_at_the_first_miss_and_runs_only_for_misses(
         assert forwards == [1]
     assert loads == [1]
     assert provider._model is None
+
+
+def test_prepare_loads_the_model_for_the_first_call(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[object] = []
+    monkeypatch.setattr(SentenceTransformersProvider, "_load_model", lambda self: loads.append(1) or object())
+    provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu")
+    provider.prepare()
+    model = provider._model
+    provider.prepare()
+    assert provider._get_model() is model
+    assert loads == [1]
+
+
+def test_prepare_downloads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: SentenceTransformersProvider) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(SentenceTransformersProvider, "_load_model", fail)
+    provider = SentenceTransformersProvider(model=NAME)
+    provider._source = _ModelSource(NAME, COMMIT, tmp_path, is_on_hub=True, description=read_description(tmp_path))
+    provider.prepare()
 
 
 def test_threads_load_it_once(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

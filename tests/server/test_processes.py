@@ -44,6 +44,22 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def reach_both_workers(server: ServeProcess, key: str | None = None) -> dict[str, http.client.HTTPConnection]:
+    """Return an open connection to each of two workers."""
+    connections: dict[str, http.client.HTTPConnection] = {}
+
+    def reach_another() -> bool:
+        connection = server.connect()
+        answer = server.embed("a", key=key, connection=connection)
+        assert answer.status == 200
+        if connections.setdefault(answer.worker, connection) is not connection:
+            connection.close()
+        return len(connections) == 2
+
+    wait_until(reach_another)
+    return connections
+
+
 def list_run_folders(file: Path) -> list[Path]:
     return list((file.parent / "run").iterdir())
 
@@ -114,16 +130,7 @@ def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, u
         assert "2 workers" in server.log
         assert "tenants:  none; no key needed" in server.log
         server.embed("a")
-        connections: dict[str, http.client.HTTPConnection] = {}
-
-        def reach_both_workers() -> bool:
-            connection = server.connect()
-            known = connections.setdefault(server.embed("a", connection=connection).worker, connection)
-            if known is not connection:
-                connection.close()
-            return len(connections) == 2
-
-        wait_until(reach_both_workers)
+        connections = reach_both_workers(server)
         before = server.workers
         assert sorted(before) == [1, 2]
 
@@ -169,6 +176,37 @@ def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, u
     write_config(file, upstream.base_url)
     with config.open(file) as cache:
         assert cache.for_namespace("search").lookup(["d"]).sources == ["disk"]
+
+
+def test_all_workers_refuse_a_former_tenant_and_answer_its_current_requests(file: Path, upstream: OpenAIServer) -> None:
+    tenants = [("search", KEYS[0]), ("former", KEYS[1])]
+    state = 'state_dir = "state"'
+    write_config(file, upstream.base_url, tenants=tenants, serve=state)
+    with ServeProcess("--config", file, "--workers", "2", folder=file.parent) as server:
+        connections = reach_both_workers(server, KEYS[1])
+        upstream.misbehave("hang", times=2)
+        waiting = [
+            server.embed_later(f"of former {i}", key=KEYS[1], connection=connection)
+            for i, connection in enumerate(connections.values())
+        ]
+        upstream.until_hanging()
+        upstream.until_hanging()
+        write_config(file, upstream.base_url, tenants=tenants[:1], serve=state)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for_log("reloaded")
+        refused = reach_both_workers(server, KEYS[0])
+        for connection in refused.values():
+            answer = server.embed("a", key=KEYS[1], connection=connection)
+            assert (answer.status, answer.body["error"]["code"]) == (401, "invalid_api_key")
+            connection.close()
+        assert not any(one.done() for one in waiting)
+        upstream.heal()
+        assert [one.result().status for one in waiting] == [200, 200]
+        assert {one.result().worker for one in waiting} == set(connections)
+        for worker, connection in connections.items():
+            answer = server.embed("a", key=KEYS[1], connection=connection)
+            assert (answer.status, answer.worker) == (401, worker)
+            connection.close()
 
 
 def test_workers_end_if_their_supervisor_is_killed(file: Path, upstream: OpenAIServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -194,7 +195,9 @@ async def test_an_answer_that_is_cut_off_is_an_error(pair: list[Worker], answer:
 def test_counts_of_real_workers_survive_one_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "embedonce.toml").write_text('[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n')
     options = ("--config", "embedonce.toml", "--workers", "2")
-    with processes.ServeProcess(*options, folder=tmp_path) as server:
+    # The variable is for programs that use prometheus_client themselves. The server has a folder of its own.
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+    with processes.ServeProcess(*options, folder=tmp_path, env=environment) as server:
 
         def request(method: str, path: str, body: Any = None) -> processes.Answer:
             connection = server.connect()

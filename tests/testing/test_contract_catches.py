@@ -1358,6 +1358,36 @@ class AnswersTheCheck(CountingProvider):
         return False
 
 
+class PreparesOnALoop(CountingProvider):
+    """Has a coroutine function as `prepare`, which never runs."""
+
+    async def prepare(self):
+        self.is_prepared = True
+
+
+class PreparesOnce(CountingProvider):
+    """Raises at the second call of `prepare`."""
+
+    is_prepared = False
+
+    def prepare(self):
+        if self.is_prepared:
+            raise RuntimeError("the model is loaded already")
+        self.is_prepared = True
+
+
+class PreparesAnotherModel(Changes):
+    """Loads another model in `prepare` than at the first call."""
+
+    is_prepared = False
+
+    def prepare(self):
+        self.is_prepared = True
+
+    def change(self, vectors, texts):
+        return -vectors if self.is_prepared else vectors
+
+
 class NamesEachCall(Changes):
     """Names a different model in each answer."""
 
@@ -1448,6 +1478,9 @@ BROKEN_PROVIDERS: list[tuple[str, Callable[[], Any]]] = [
     ("test_check_accepts_a_provider_that_can_be_called", ChecksOnALoop),
     ("test_check_accepts_a_provider_that_can_be_called", ChecksTooMuch),
     ("test_check_accepts_a_provider_that_can_be_called", AnswersTheCheck),
+    ("test_prepare_can_be_called_again_and_changes_no_vector", PreparesOnALoop),
+    ("test_prepare_can_be_called_again_and_changes_no_vector", PreparesOnce),
+    ("test_prepare_can_be_called_again_and_changes_no_vector", PreparesAnotherModel),
     ("test_one_vector_per_text", AnswersAHundred),
     ("test_vectors_are_finite_floats", HalfAnIdea),
     ("test_every_text_has_its_own_vector", AllTheSame),

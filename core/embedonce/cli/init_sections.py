@@ -1,4 +1,4 @@
-"""The text of the file that ``embedonce init`` writes: one section per provider and per tier."""
+"""The text of the file that ``embedonce init`` writes: one section per provider, per tier, and for the server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Section:
     """One table of the file, with its comments. An option that is commented out is valid once its ``#`` is removed."""
 
     comment: str
-    """Description of the provider or tier, as lines of TOML comment."""
+    """Description of the provider, the tier or the server, as lines of TOML comment."""
     table: str
     extra: str | None = None
     """Name of the extra of embedonce that must be installed, or None."""
@@ -224,7 +224,30 @@ table = "embedonce"
 entries in memory come before the database."""
 
 
+SERVE = Section(
+    """\
+# `embedonce serve` serves the provider and the tiers to programs in any language, as OpenAI's embeddings endpoint.
+""",
+    """\
+[serve]
+# Other machines can connect to the address "0.0.0.0". This requires tenants and allowed_hosts.
+host = "127.0.0.1"
+port = 8080
+# Names and addresses, without a port, in the URLs of clients on other machines.
+# allowed_hosts = ["embeddings.internal"]
+# The callers. Each tenant has keys of at least 16 characters, and vectors of its own. Without tenants, requests need no
+# key. Read the keys from the environment, and never write them into this file.
+# tenants = [{ name = "search", keys = ["${SEARCH_TEAM_KEY}"], requests_per_minute = 600, tokens_per_day = 5_000_000 }]
+# Key for the paths below /admin and, if there are tenants, for /metrics. Without it, these paths do not exist.
+# admin_key = "${EMBEDONCE_ADMIN_KEY}"
+# Folder for the counts of the tenants' limits. In a container, use a volume. Default: in the user's state folder.
+# state_dir = "/var/lib/embedonce"
+""",
+    extra="serve",
+)
+
+
 def render_file(provider: str, tiers: Sequence[str]) -> str:
     """Return the whole file for a provider and some tiers; the tiers keep their order."""
-    sections = [TIERS[tier].render() for tier in tiers]
+    sections = [*(TIERS[tier].render() for tier in tiers), SERVE.render()]
     return f"{_HEAD}{PROVIDERS[provider].render()}\n{_TIERS_HEAD}\n" + "\n".join(sections)

@@ -43,12 +43,26 @@ def _or_null(schema: Schema) -> Schema:
     return {**schema, "type": [schema["type"], "null"]}
 
 
+def _list(items: Schema, about: str | None = None) -> Schema:
+    return {"type": "array", "items": items, **({} if about is None else {"description": about})}
+
+
+TEXT: Final[Schema] = {"type": "string"}
 COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 SECONDS: Final[Schema] = {"type": "number", "minimum": 0}
-MAYBE_TEXT: Final[Schema] = {"type": ["string", "null"]}
+FLAG: Final[Schema] = {"type": "boolean"}
+OBJECT: Final[Schema] = {"type": "object"}
+MAYBE_TEXT: Final = _or_null(TEXT)
+MAYBE_INTEGER: Final[Schema] = {"type": ["integer", "null"]}
 MAYBE_NUMBER: Final[Schema] = {"type": ["number", "null"]}
-NAME: Final[Schema] = {"type": ["string", "null"], "minLength": 1}
-FLAG: Final[Schema] = {"type": ["boolean", "null"]}
+MAYBE_FLAG: Final = _or_null(FLAG)
+NAME: Final[Schema] = {**MAYBE_TEXT, "minLength": 1}
+
+_LIST: Final[Schema] = {"const": "list"}
+"""The field ``object`` of OpenAI's lists."""
+_STATE: Final[Schema] = {"enum": ["starting", "ready", "draining"]}
+_WORKERS: Final = _list(COUNT)
+"""The numbers of the workers that took part in an operation."""
 
 _TOKENS: Final[Schema] = {
     "type": "array",
@@ -81,7 +95,7 @@ _DIMENSIONS: Final[Schema] = {
 _NOT_TENANT_AND_NAMESPACE: Final[Schema] = {
     "not": {
         "required": ["namespace", "tenant"],
-        "properties": {"namespace": {"type": "string"}, "tenant": {"type": "string"}},
+        "properties": {"namespace": TEXT, "tenant": TEXT},
     }
 }
 
@@ -92,19 +106,15 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                 "type": "object",
                 "properties": {
                     "message": _text("What is wrong, and what to do."),
-                    "type": {"type": "string"},
+                    "type": TEXT,
                     "param": {**MAYBE_TEXT, "description": "The field that is wrong."},
                     "code": MAYBE_TEXT,
-                    "positions": {
-                        "type": "array",
-                        "items": COUNT,
-                        "description": "With the code not_cached: the positions of the inputs that are missing.",
-                    },
-                    "tiers": _map(
-                        {"type": "string"}, "With the code erase_incomplete: the tiers that failed, and why."
+                    "positions": _list(
+                        COUNT, "With the code not_cached: the positions of the inputs that are missing."
                     ),
-                    "workers": _map({"type": "string"}, "The workers that did not answer, and why."),
-                    "scopes": _map({"type": "string"}, "The scopes that were left, and why."),
+                    "tiers": _map(TEXT, "With the code erase_incomplete: the tiers that failed, and why."),
+                    "workers": _map(TEXT, "The workers that did not answer, and why."),
+                    "scopes": _map(TEXT, "The scopes that were left, and why."),
                 },
                 "required": ["message", "type", "param", "code"],
             }
@@ -128,35 +138,32 @@ _SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Embeddings": _object(
         {
-            "object": {"const": "list"},
-            "data": {
-                "type": "array",
-                "items": _object(
+            "object": _LIST,
+            "data": _list(
+                _object(
                     {
                         "object": {"const": "embedding"},
                         "index": COUNT,
                         "embedding": {
                             "anyOf": [
-                                {"type": "array", "items": {"type": "number"}},
+                                _list({"type": "number"}),
                                 _text("float32 in little-endian order", contentEncoding="base64"),
                             ]
                         },
                     }
-                ),
-            },
-            "model": {"type": "string"},
+                )
+            ),
+            "model": TEXT,
             "usage": _object({"prompt_tokens": COUNT, "total_tokens": COUNT}),
         },
         description="usage counts the tokens that this request has cost. Hits cost none.",
     ),
-    "Model": _object(
-        {"id": {"type": "string"}, "object": {"const": "model"}, "created": COUNT, "owned_by": {"type": "string"}}
-    ),
-    "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
+    "Model": _object({"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT}),
+    "Models": _object({"object": _LIST, "data": _list(_ref("Model"))}),
     "Live": _object({"status": {"const": "ok"}}),
     "Ready": _object(
         {
-            "status": {"enum": ["starting", "ready", "draining"]},
+            "status": _STATE,
             "tiers": _map(
                 _object({"status": {"enum": ["ok", "skipped"]}, "last_error": MAYBE_TEXT}),
                 "A tier is skipped while its breaker is open.",
@@ -170,29 +177,28 @@ _SCHEMAS: Final[dict[str, Schema]] = {
     "Work": _object({"texts": COUNT, "tokens": COUNT, "seconds": SECONDS}),
     "Stats": _object(
         {
-            "version": {"type": "string"},
-            "status": {"enum": ["starting", "ready", "draining"]},
-            "workers": {
-                "type": "array",
-                "items": _object(
+            "version": TEXT,
+            "status": _STATE,
+            "workers": _list(
+                _object(
                     {
                         "worker": COUNT,
                         "pid": COUNT,
-                        "status": {"enum": ["starting", "ready", "draining"]},
+                        "status": _STATE,
                         "uptime_seconds": SECONDS,
                         "requests_in_progress": COUNT,
                         "body_bytes": COUNT,
                     }
-                ),
-            },
-            "missing_workers": _map({"type": "string"}, "Workers that did not answer. Their counts are missing."),
+                )
+            ),
+            "missing_workers": _map(TEXT, "Workers that did not answer. Their counts are missing."),
             "requested": COUNT,
             "found": COUNT,
             "shared": COUNT,
             "computed": _ref("Work"),
             "saved": _ref("Work"),
-            "spent": _map({"type": "string"}, "The price of the computed tokens, by currency."),
-            "money_saved": _map({"type": "string"}, "The price of the saved tokens, by currency."),
+            "spent": _map(TEXT, "The price of the computed tokens, by currency."),
+            "money_saved": _map(TEXT, "The price of the saved tokens, by currency."),
             "tiers": _map(
                 _object(
                     {
@@ -203,7 +209,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                         "seconds": SECONDS,
                         "causes": _map(COUNT, "Errors by cause."),
                         "drops": _map(COUNT, "Dropped entries by cause."),
-                        "is_skipped": {"type": "boolean"},
+                        "is_skipped": FLAG,
                         "last_cause": MAYBE_TEXT,
                     }
                 ),
@@ -215,32 +221,31 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                 ),
                 "Counters by provider.",
             ),
-            "models": {
-                "type": "array",
-                "items": _object(
+            "models": _list(
+                _object(
                     {
-                        "name": {"type": "string"},
-                        "provider": {"type": "string"},
-                        "model": {"type": "string"},
-                        "dimensions": {"type": ["integer", "null"]},
+                        "name": TEXT,
+                        "provider": TEXT,
+                        "model": TEXT,
+                        "dimensions": MAYBE_INTEGER,
                         "price": MAYBE_TEXT,
-                        "forward": {"type": "array", "items": {"type": "string"}},
+                        "forward": _list(TEXT),
                         "spaces": {**COUNT, "description": "Combinations of dimensions and forwarded fields in use."},
                     }
-                ),
-            },
+                )
+            ),
             "tenants": {
                 "type": ["array", "null"],
                 "description": "null if the file with the budgets cannot be read.",
                 "items": _object(
                     {
-                        "name": {"type": "string"},
-                        "namespace": {"type": "string"},
-                        "models": {"type": ["array", "null"], "items": {"type": "string"}},
+                        "name": TEXT,
+                        "namespace": TEXT,
+                        "models": _or_null(_list(TEXT)),
                         "requests_per_minute": MAYBE_NUMBER,
-                        "tokens_per_day": {"type": ["integer", "null"]},
-                        "tokens_used": {"type": ["integer", "null"]},
-                        "tokens_reserved": {"type": ["integer", "null"]},
+                        "tokens_per_day": MAYBE_INTEGER,
+                        "tokens_used": MAYBE_INTEGER,
+                        "tokens_reserved": MAYBE_INTEGER,
                     }
                 ),
             },
@@ -248,7 +253,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                 "type": "array",
                 "description": "With contents=true: what each tier holds, by scope. Memory tiers are those of the "
                 "worker that answers.",
-                "items": {"type": "object"},
+                "items": OBJECT,
             },
         },
         required=(
@@ -268,16 +273,16 @@ _SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "Explanation": _object(
         {
-            "model": {"type": "string"},
-            "key": {"type": "string"},
-            "scope": {"type": "string"},
-            "fingerprint": {"type": "string"},
-            "task": {"type": "string"},
-            "space": {"type": "object"},
-            "policy": {"type": "object"},
-            "normalized": {"type": "boolean", "description": "Whether normalisation has changed the text."},
-            "tiers": _map({"type": "string"}, "What each tier has for the key."),
-            "reasons": {"type": "array", "items": {"type": "string"}},
+            "model": TEXT,
+            "key": TEXT,
+            "scope": TEXT,
+            "fingerprint": TEXT,
+            "task": TEXT,
+            "space": OBJECT,
+            "policy": OBJECT,
+            "normalized": {**FLAG, "description": "Whether normalisation has changed the text."},
+            "tiers": _map(TEXT, "What each tier has for the key."),
+            "reasons": _list(TEXT),
             "found": {**MAYBE_TEXT, "description": "The first tier that has the text."},
         },
         description="The text itself is not part of it. Memory tiers are those of the worker that answers.",
@@ -299,8 +304,8 @@ _SCHEMAS: Final[dict[str, Schema]] = {
     "Forgotten": _object(
         {
             "inputs": COUNT,
-            "models": {"type": "array", "items": {"type": "string"}},
-            "workers": {"type": "array", "items": COUNT},
+            "models": _list(TEXT),
+            "workers": _WORKERS,
         }
     ),
     "PurgeRequest": _object(
@@ -310,61 +315,62 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "version": NAME,
             "namespace": {**NAME, "description": "The whole namespace, as the space cards have it."},
             "tenant": {**NAME, "description": "All entries in the namespace of this tenant."},
-            "dry_run": {**FLAG, "description": "true (the default): only count."},
+            "dry_run": {**MAYBE_FLAG, "description": "true (the default): only count."},
         },
         required=(),
         description="All fields that are given must match. At least one other than dry_run is required.",
         anyOf=[
-            {"required": [name], "properties": {name: {"type": "string"}}}
+            {"required": [name], "properties": {name: TEXT}}
             for name in ("scope", "model", "version", "namespace", "tenant")
         ],
         **_NOT_TENANT_AND_NAMESPACE,
     ),
     "Purged": _object(
         {
-            "dry_run": {"type": "boolean"},
-            "scopes": _map({"type": ["object", "null"]}, "The scopes that matched, with their space cards."),
+            "dry_run": FLAG,
+            "scopes": _map(_or_null(OBJECT), "The scopes that matched, with their space cards."),
             "removed": _map(COUNT, "Number of entries by tier, over all workers."),
-            "workers": {"type": "array", "items": COUNT},
+            "workers": _WORKERS,
         }
     ),
     "CheckRequest": _object(
         {
-            "provider": {**FLAG, "description": "Whether to check the providers too, without calling them."},
-            "embed": {**FLAG, "description": "Whether each provider embeds one constant text, which may cost money."},
+            "provider": {**MAYBE_FLAG, "description": "Whether to check the providers too, without calling them."},
+            "embed": {
+                **MAYBE_FLAG,
+                "description": "Whether each provider embeds one constant text, which may cost money.",
+            },
         },
         required=(),
     ),
     "Checked": _object(
         {
-            "ok": {"type": "boolean"},
-            "tiers": {
-                "type": "array",
-                "items": _object(
+            "ok": FLAG,
+            "tiers": _list(
+                _object(
                     {
-                        "tier": {"type": "string"},
-                        "type": {"type": "string"},
-                        "ok": {"type": "boolean"},
+                        "tier": TEXT,
+                        "type": TEXT,
+                        "ok": FLAG,
                         "seconds": SECONDS,
-                        "detail": {"type": "string"},
-                        "writes": {"type": ["boolean", "null"]},
+                        "detail": TEXT,
+                        "writes": MAYBE_FLAG,
                     }
-                ),
-            },
-            "providers": {
-                "type": "array",
-                "items": _object(
+                )
+            ),
+            "providers": _list(
+                _object(
                     {
-                        "name": {"type": "string"},
-                        "provider": {"type": "string"},
-                        "ok": {"type": "boolean"},
+                        "name": TEXT,
+                        "provider": TEXT,
+                        "ok": FLAG,
                         "seconds": SECONDS,
-                        "dimensions": {"type": ["integer", "null"]},
+                        "dimensions": MAYBE_INTEGER,
                         "model": MAYBE_TEXT,
-                        "detail": {"type": "string"},
+                        "detail": TEXT,
                     }
-                ),
-            },
+                )
+            ),
         }
     ),
 }
@@ -385,10 +391,10 @@ _ABOUT: Final = {
     "503": "It is not possible at the moment.",
     "504": "The model did not answer in time.",
 }
-_HEADERS: Final = {"x-request-id": {"description": "Identifies the request in the log.", "schema": {"type": "string"}}}
+_HEADERS: Final = {"x-request-id": {"description": "Identifies the request in the log.", "schema": TEXT}}
 _RETRY: Final = {"retry-after": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
-_ALLOW: Final = {"allow": {"description": "The methods.", "schema": {"type": "string"}}}
-_CHALLENGE: Final = {"www-authenticate": {"description": "Bearer.", "schema": {"type": "string"}}}
+_ALLOW: Final = {"allow": {"description": "The methods.", "schema": TEXT}}
+_CHALLENGE: Final = {"www-authenticate": {"description": "Bearer.", "schema": TEXT}}
 _MORE: Final = {"401": _CHALLENGE, "405": _ALLOW, "429": _RETRY, "503": _RETRY}
 
 
@@ -485,7 +491,7 @@ def make_document() -> dict[str, Any]:
                     "operationId": "show_model",
                     "summary": "Return a model.",
                     "security": _TENANT_KEY,
-                    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+                    "parameters": [{"name": "model", "in": "path", "required": True, "schema": TEXT}],
                     "responses": _answers(_ref("Model"), "401", "404"),
                 }
             },
@@ -516,14 +522,14 @@ def make_document() -> dict[str, Any]:
                     "summary": "Return the metrics of all workers for Prometheus.",
                     "description": "With tenants, it needs the admin key, and without an admin key it does not exist.",
                     "security": [*_ADMIN_KEY, {}],
-                    "responses": _answers({"type": "string"}, "401", "404", kind="text/plain"),
+                    "responses": _answers(TEXT, "401", "404", kind="text/plain"),
                 }
             },
             "/openapi.json": {
                 "get": {
                     "operationId": "show_openapi",
                     "summary": "Return this document.",
-                    "responses": _answers({"type": "object"}),
+                    "responses": _answers(OBJECT),
                 }
             },
             "/admin/stats": {

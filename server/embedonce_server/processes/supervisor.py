@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from embedonce.config import Config
@@ -32,24 +32,6 @@ KILL_MARGIN = 4.0
 """Seconds after the drain timeout until a worker that still runs is killed. It should have ended itself before."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerExit:
-    """The end of a worker process."""
-
-    worker: int
-    """Number of the worker, from 1. The process that replaces it has the same number."""
-    pid: int
-    code: int
-    """Exit code; the negative number of the signal that has killed the process."""
-
-    def __str__(self) -> str:
-        if self.code >= 0:
-            return f"ended with exit code {self.code}"
-        with suppress(ValueError):
-            return f"was ended by {signal.Signals(-self.code).name}"
-        return f"was ended by signal {-self.code}"
-
-
 class Supervisor:
     """The parent process of all workers. It answers no requests itself."""
 
@@ -60,18 +42,12 @@ class Supervisor:
         sockets: Sequence[socket.socket],
         reloads: Reloads,
         announce: Callable[[Sequence[str]], None],
-        *,
-        variables: Mapping[str, str],
-        on_exit: Callable[[WorkerExit], None],
     ) -> None:
-        """``variables`` are added to the environment of each worker. ``on_exit`` is called after each worker's end."""
         self._launch = launch
         self._drain_timeout = config.serve.drain_timeout
         self._sockets = list(sockets)
         self._reloads = reloads
         self._announce = announce
-        self._variables = dict(variables)
-        self._on_exit = on_exit
         self._processes: dict[int, _Process] = {}
         """The running processes by the number of the worker."""
         self._signals: list[int] = []
@@ -145,13 +121,13 @@ class Supervisor:
         Raises:
             ConfigError: it could not start.
         """
-        process = self._processes[number] = await _Process.start(replace(self._launch, worker=number), self._variables)
+        process = self._processes[number] = await _Process.start(replace(self._launch, worker=number))
         answer = await process.read_answer()
         if "ready" not in answer:
             if "problems" in answer:
                 raise decode_problems(answer["problems"])
             code = await process.wait()
-            raise ConfigError([Problem(f"worker {number} {WorkerExit(number, process.pid, code)} before it was ready")])
+            raise ConfigError([Problem(f"worker {number} {_describe_exit(code)} before it was ready")])
         process.is_ready = True
         log.info("worker %d (process %d) is ready", number, process.pid)
         if process.launch.latest is not self._launch.latest and self._launch.latest is not None:
@@ -165,10 +141,9 @@ class Supervisor:
         while True:
             process = self._processes[number]
             code = await process.wait()
-            self._report_exit(process, code)
             if self._stop.is_set():
                 return
-            end = f"worker {number} (process {process.pid}) {WorkerExit(number, process.pid, code)}"
+            end = f"worker {number} (process {process.pid}) {_describe_exit(code)}"
             pause = 0.0 if process.age > SOON else _lengthen(pause)
             log.error("%s; starting it again%s", end, f" in {pause:g} s" if pause else "")
             while not await self._restart(number, pause):
@@ -191,12 +166,6 @@ class Supervisor:
             log.error("worker %d cannot start: %s", number, error.strerror)
             return False
         return True
-
-    def _report_exit(self, process: _Process, code: int) -> None:
-        try:
-            self._on_exit(WorkerExit(process.launch.worker, process.pid, code))
-        except Exception:
-            log.exception("cleaning up after worker %d failed", process.launch.worker)
 
     # --- reloading ---
 
@@ -283,7 +252,7 @@ class _Process:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def start(cls, launch: Launch, variables: Mapping[str, str]) -> _Process:
+    async def start(cls, launch: Launch) -> _Process:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -294,7 +263,6 @@ class _Process:
                     "embedonce_server.processes.worker",
                     stdin=theirs.fileno(),
                     pass_fds=(*launch.listeners, *launch.locks),
-                    env={**os.environ, **variables},
                 )
             except BaseException:
                 ours.close()
@@ -335,6 +303,15 @@ class _Process:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _describe_exit(code: int) -> str:
+    """Say how a process has ended. ``code`` is its exit code, or the negative number of the signal that killed it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"was ended by signal {-code}"
 
 
 def _lengthen(pause: float) -> float:

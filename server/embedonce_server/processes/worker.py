@@ -34,6 +34,9 @@ from .logs import set_up_logging
 
 log = logging.getLogger("embedonce.serve")
 
+PREPARE_SECONDS = 30.0
+"""Maximum number of seconds that a worker waits for its providers before it answers requests. They go on after that."""
+
 END_MARGIN = 2.0
 """Seconds after the drain timeout until a worker that still runs is ended."""
 
@@ -52,6 +55,7 @@ class Worker:
         self.service = Service(config, run=launch.folder, worker=launch.worker)
         self._sockets = list(sockets)
         self._signals: list[int] = []
+        self._preparing: asyncio.Task[None] | None = None
         self._app = App(self.service)
         self._server = WorkerServer(
             self._app,
@@ -75,6 +79,8 @@ class Worker:
         if self.service.state == "draining":
             return
         self.service.state = "draining"
+        if self._preparing is not None:
+            self._preparing.cancel()
         timeout = self.service.generation.settings.drain_timeout
         log.info("stopping: waiting up to %g s for the current requests", timeout)
         self._server.begin_drain(timeout)
@@ -97,6 +103,8 @@ class Worker:
             ConfigError: it cannot be used; nothing has changed.
         """
         self.service.reload(config)
+        if self.service.state != "draining":
+            self._prepare_models()
 
     async def prepare(self) -> None:
         """Do what must be done on the event loop before the first request."""
@@ -120,7 +128,10 @@ class Worker:
         await self.prepare()
         beside = asyncio.create_task(self._watch())
         try:
-            await self._server.serve(self._sockets)
+            if self.service.state == "starting":
+                await asyncio.wait([self._prepare_models()], timeout=PREPARE_SECONDS)
+            if self.service.state == "starting":
+                await self._server.serve(self._sockets)
         finally:
             self.service.state = "draining"
             beside.cancel()
@@ -129,6 +140,11 @@ class Worker:
                 await self.service.close(max(self._server.deadline - time.monotonic(), 0.0))
             finally:
                 self._app.metrics.close()
+
+    def _prepare_models(self) -> asyncio.Task[None]:
+        """Prepare the models in a thread, because importing a library would block the event loop."""
+        self._preparing = asyncio.create_task(asyncio.to_thread(self.service.generation.models.prepare))
+        return self._preparing
 
     async def _watch(self) -> None:
         try:

@@ -137,6 +137,25 @@ class ProviderContract(Contract):
             assert answer is None, f"check must raise an error or return None, got {type(answer).__name__}"
             opened.embed(self.texts[:1])
 
+    def test_prepare_can_be_called_again_and_changes_no_vector(self) -> None:
+        with self._open() as one, self._open() as other:
+            if not hasattr(one.provider, "prepare"):
+                pytest.skip('requires the optional method "prepare"')
+            for call in ("first", "second"):
+                try:
+                    answer = one.provider.prepare()
+                except Exception as error:
+                    raise AssertionError(f"the {call} call of prepare raised {type(error).__name__}") from error
+                if asyncio.iscoroutine(answer):
+                    answer.close()
+                    raise AssertionError("prepare must be a blocking method; nobody awaits a coroutine of prepare")
+            for task in self.tasks:
+                first, second = (opened.provider.space(task).fingerprint() for opened in (one, other))
+                assert first == second, f"space({task!r}) returned a different space after prepare"
+                self._require_near(
+                    one.embed(self.texts, task), other.embed(self.texts, task), "the vectors with and without prepare"
+                )
+
     # --- what the provider returns ------------------------------------------------------------
 
     def test_one_vector_per_text(self) -> None:
