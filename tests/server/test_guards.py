@@ -6,7 +6,7 @@ import pytest
 
 from embedonce_server.api.api_errors import ApiError, list_positions
 from embedonce_server.api.cache_control import DEFAULT, CacheControl, read_cache_control
-from embedonce_server.api.guards import HostGuard, check_json, check_origin, is_loopback, read_headers
+from embedonce_server.api.guards import HostGuard, check_json, check_sender, is_loopback, read_headers
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,12 @@ def test_other_names_are_not_loopback(name: str) -> None:
 
 
 def test_the_origin_must_be_the_server_itself() -> None:
-    check_origin(None, b"localhost:8080")
-    check_origin(b"http://localhost:8080", b"localhost:8080")
+    hosts = HostGuard([])
+    check_sender(hosts, {b"host": b"localhost:8080"})
+    check_sender(hosts, {b"host": b"localhost:8080", b"origin": b"http://localhost:8080"})
     for origin in (b"null", b"http://localhost:9090", b"https://evil.example", b"", b"file://", b"localhost:8080"):
         with pytest.raises(ApiError) as refused:
-            check_origin(origin, b"localhost:8080")
+            check_sender(hosts, {b"host": b"localhost:8080", b"origin": origin})
         assert refused.value.status == 403
 
 
