@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from budget_calls import fetch_within_budget
 from patience import LONG_TIMEOUT, wait_until_async
 
 from embedonce import Cache, Tier, TierError
@@ -25,7 +26,7 @@ from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_server.tenants import budget_file, budgets
 from embedonce_server.tenants.budget_file import recover_budgets
-from embedonce_server.tenants.budgets import BudgetExceeded, Budgets, BudgetsUnavailable, fetch_within_budget
+from embedonce_server.tenants.budgets import BudgetExceeded, Budgets, BudgetsUnavailable
 
 DAY = 86_400
 NOON = 20_000 * DAY + DAY / 2

@@ -169,6 +169,8 @@ def test_doubled_headers_are_refused_if_they_matter() -> None:
         (b"No-Cache , no-store", CacheControl(no_store=True, no_cache=True)),
         (b"only-if-cached, max-stale=5", CacheControl(only_if_cached=True)),
         (b'no-cache="x"', CacheControl(no_cache=True)),
+        (b'a="b, only-if-cached, c", no-store', CacheControl(no_store=True)),
+        (b'a="b\\", only-if-cached', DEFAULT),
     ],
 )
 def test_directives_of_cache_control(header: bytes | None, control: CacheControl) -> None:
