@@ -387,6 +387,7 @@ _ABOUT: Final = {
     "415": "The body is not application/json in UTF-8.",
     "429": "A limit of the tenant, or of the model's endpoint, is reached.",
     "500": "The server failed.",
+    "501": "The body has another Transfer-Encoding than chunked.",
     "502": "The model failed.",
     "503": "It is not possible at the moment.",
     "504": "The model did not answer in time.",
@@ -421,7 +422,7 @@ def _body(name: str) -> dict[str, Any]:
 _ADMIN_KEY: Final[list[dict[str, list[str]]]] = [{"admin_key": []}]
 _TENANT_KEY: Final[list[dict[str, list[str]]]] = [{"tenant_key": []}, {"tenant_api_key": []}, {}]
 """A server without tenants needs no key."""
-_BODY_ERRORS: Final = ("413", "415", "503")
+_BODY_ERRORS: Final = ("413", "415", "501", "503")
 
 
 def _administer(name: str, about: str, request: str, answer: str, *errors: str) -> dict[str, Any]:
