@@ -298,7 +298,8 @@ class Requests(HotPath):
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await self._answer_in_one_space(port, fallback, *how)
-        used, unused = (answer, other) if other.has_failed_provider() else (other, answer)
+        is_used = other.refusal is not None or not other.has_failed_provider()
+        used, unused = (other, answer) if is_used else (answer, other)
         used.take_waste(unused)
         return used
 
@@ -324,6 +325,7 @@ class Requests(HotPath):
                 await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
             answer.admit = admit
+            answer.refusal = None if left is None else left.refusal
             if fresh:
                 await compute_anew(engine, port, answer)
             else:
