@@ -32,7 +32,7 @@ from .ports import Port
 from .probing import probe_writes
 from .routes import Route
 from .served import ServedModels
-from .tiers import PROBE_KEY, LiveTier
+from .tiers import PROBE_KEY, LiveTier, TierUnable
 
 MOST_NAMED = 5
 """Maximum number of settings that one reason for a miss names, and of scopes that one error message names."""
@@ -47,8 +47,8 @@ class FoundKeys(NamedTuple):
     keys: list[str]
     left: dict[str, SpaceCard]
     """The cards of the scopes that hold one of the texts and were not wanted."""
-    failed: dict[str, str]
-    """The tiers that could not be listed, with the reasons."""
+    failed: dict[str, TierError]
+    """The tiers that could not be listed."""
     unknown: dict[str, str]
     """The scopes whose keys could not be made, with the reasons."""
 
@@ -79,7 +79,7 @@ class Upkeep:
         self,
         port: Port,
         keys: Sequence[str],
-        failed: Mapping[str, str] = MappingProxyType({}),
+        failed: Mapping[str, TierError] = MappingProxyType({}),
         unknown: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
@@ -93,7 +93,7 @@ class Upkeep:
         async def erase(tier: LiveTier) -> None:
             await tier.erase(port, keys if tier.lease is None else [*keys, *lease_keys(keys)])
             if tier.name in failed:
-                raise TierError(failed[tier.name], tier.name)
+                raise failed[tier.name]
 
         await self._erase(port, Erasure(keys), erase, "forget", unknown)
 
@@ -101,13 +101,13 @@ class Upkeep:
         self, port: Port, texts: Sequence[str], policy: KeyPolicy, where: Callable[[SpaceCard], bool]
     ) -> FoundKeys:
         """Find the keys of normalised texts in every scope whose space card satisfies ``where``."""
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         cards: dict[str, SpaceCard] = {}
         for tier in self._tiers:
             try:
                 stored = await self._read_cards(port, tier)
             except TierError as error:
-                failed[tier.name] = _describe(error)
+                failed[tier.name] = error
             else:
                 cards |= {name: card for name, card in stored.items() if name not in cards or FINGERPRINT in card}
         cards |= self._cards
@@ -120,7 +120,7 @@ class Upkeep:
                 try:
                     listed = group_by_scope(await tier.scan(port, KEY_PREFIX))
                 except TierError as error:
-                    failed[tier.name] = _describe(error)
+                    failed[tier.name] = error
                 else:
                     held |= listed.keys()
                     holding |= {owners[key] for scope in listed for key in listed[scope] if key in owners}
@@ -165,7 +165,7 @@ class Upkeep:
         Raises:
             EraseIncomplete: a tier failed, or a tier cannot list or delete keys. The error names each such tier.
         """
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         kept = () if keep is None else keep
         scopes: dict[str, SpaceCard | None] = {}
         if scope is not None and not wanted and where is None and scope not in kept:
@@ -176,7 +176,7 @@ class Upkeep:
                 if keep is not None:
                     cards = dict.fromkeys(group_by_scope(await tier.scan(port, KEY_PREFIX))) | cards
             except TierError as error:
-                failed[tier.name] = _describe(error)
+                failed[tier.name] = error
             else:
                 matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
                 scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
@@ -190,7 +190,7 @@ class Upkeep:
 
         async def erase(tier: LiveTier) -> None:
             if tier.name in failed:
-                raise TierError(failed[tier.name], tier.name)
+                raise failed[tier.name]
             keys = await self._list_keys(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
@@ -216,7 +216,7 @@ class Upkeep:
         unknown: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Erase from all tiers. ``unknown`` has the scopes that cannot be erased, with the reasons."""
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         with self._in_flight.forbid_stores(erasure) as busy:
             end = time.monotonic() + self._busy_timeout
             while (writing := busy()) and time.monotonic() < end:
@@ -225,10 +225,10 @@ class Upkeep:
                 try:
                     await erase(tier)
                 except TierError as error:
-                    failed[tier.name] = _describe(error)
+                    failed[tier.name] = error
                 else:
                     if tier.name in writing:
-                        failed[tier.name] = "a write that has not ended may restore entries"
+                        failed[tier.name] = TierError("a write that has not ended may restore entries", tier.name)
         _raise_if_incomplete(failed, operation, unknown)
 
     # --- listing ------------------------------------------------------------------------------
@@ -452,15 +452,19 @@ def _describe(error: TierError) -> str:
 
 
 def _raise_if_incomplete(
-    failed: Mapping[str, str], operation: str, unknown: Mapping[str, str] = MappingProxyType({})
+    failed: Mapping[str, TierError], operation: str, unknown: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     if failed or unknown:
-        causes = [f"tier {name!r}: {cause}" for name, cause in failed.items()]
+        tiers = {name: _describe(error) for name, error in failed.items()}
+        unable = [name for name, error in failed.items() if isinstance(error, TierUnable)]
+        causes = [f"tier {name!r}: {cause}" for name, cause in tiers.items()]
         causes += [f"scope {scope}: {cause}" for scope, cause in list(unknown.items())[:MOST_NAMED]]
         if len(unknown) > MOST_NAMED:
             causes.append(f"{len(unknown) - MOST_NAMED} more scopes")
         advice = [
-            *(["Call it again once these tiers are reachable"] if failed else ()),
+            *(["Call it again once these tiers are reachable"] if len(unable) < len(failed) else ()),
+            *(["Entries of tiers that cannot list or delete stay until they expire or are evicted"] if unable else ()),
             *(["The keys of these scopes are not known; remove the scopes with purge(scope=…)"] if unknown else ()),
         ]
-        raise EraseIncomplete(f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}", failed, unknown)
+        message = f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}"
+        raise EraseIncomplete(message, tiers, unknown, unable)
