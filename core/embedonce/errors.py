@@ -193,7 +193,9 @@ class EraseIncomplete(EmbedonceError):
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     ``scopes`` maps each scope whose keys ``forget`` cannot make to the reason. ``purge`` can remove such a scope.
     ``unable`` has the names of those of ``tiers`` that cannot list or cannot delete keys at all. Calling the method
-    again does not help there: their entries stay until they expire or are evicted.
+    again does not help there: their entries stay until they expire or are evicted. After ``purge``, ``matched``
+    maps the scopes that matched to their space cards, and ``removed`` has the number of removed entries of each tier
+    that worked, as ``Purged`` has them.
     """
 
     def __init__(
@@ -207,6 +209,8 @@ class EraseIncomplete(EmbedonceError):
         self.tiers = dict(tiers or {})
         self.scopes = dict(scopes or {})
         self.unable = frozenset(unable)
+        self.matched: dict[str, Mapping[str, Any] | None] = {}
+        self.removed: dict[str, int] = {}
 
 
 class CacheClosed(EmbedonceError, RuntimeError):

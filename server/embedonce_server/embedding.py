@@ -196,7 +196,7 @@ async def _fetch(
                 raise
         return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
     except SpaceError as error:  # the provider does not know the task
-        raise ApiError(400, str(error), param="input_type") from None
+        raise ApiError(400, str(error), param=request.task_field) from None
 
 
 def _check_result(service: Service, model: Model, fetched: Fetched) -> None:

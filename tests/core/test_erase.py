@@ -362,6 +362,7 @@ def test_purge_reports_tiers_that_cannot_list_and_purges_the_others() -> None:
             cache.purge(version="v1")
         assert caught.value.tiers == {"blind": "it cannot list its keys"}
         assert caught.value.unable == {"blind"}
+        assert (len(caught.value.matched), caught.value.removed) == (1, {"good": 1})
         assert len(good) == 0
 
 

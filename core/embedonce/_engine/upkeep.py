@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -185,8 +185,10 @@ class Upkeep:
             for tier in self._tiers:
                 if tier.name not in failed:
                     removed[tier.name] = len(await self._list_keys(port, tier, scopes))
-            _raise_if_incomplete(failed, "purge --dry-run")
-            return Purged(scopes, removed)
+            purged = Purged(scopes, removed)
+            with _attach(purged):
+                _raise_if_incomplete(failed, "purge --dry-run")
+            return purged
 
         async def erase(tier: LiveTier) -> None:
             if tier.name in failed:
@@ -198,11 +200,13 @@ class Upkeep:
             removed[tier.name] = len(keys)
 
         prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]
+        purged = Purged(scopes, removed)
         try:
-            await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
+            with _attach(purged):
+                await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
         finally:
             self._served.forget(scopes)
-        return Purged(scopes, removed)
+        return purged
 
     async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
         return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
@@ -449,6 +453,16 @@ def _describe(error: TierError) -> str:
     cause = error.__cause__
     detail = " ".join(str(cause).split()) if cause is not None else ""
     return f"{error}: {detail}" if detail and detail != str(error) else str(error)
+
+
+@contextmanager
+def _attach(purged: Purged) -> Iterator[None]:
+    """Attach the result of a purge to the error that says that it is incomplete."""
+    try:
+        yield
+    except EraseIncomplete as error:
+        error.matched, error.removed = dict(purged.scopes), dict(purged.removed)
+        raise
 
 
 def _raise_if_incomplete(
