@@ -1,7 +1,6 @@
-"""``/admin/*``: statistics, explanations and erasures over all workers of a host. No answer contains a text.
+"""``/admin/stats``, ``/admin/explain`` and ``/admin/check``. No answer contains a text.
 
-Each worker has memory tiers of its own, so erasures and statistics ask the other workers too. A worker that does not
-answer makes the answer incomplete, and the answer says so.
+Each worker has counters of its own, so statistics ask the other workers too. A worker that does not answer is named.
 """
 
 from __future__ import annotations
