@@ -195,7 +195,7 @@ class EraseIncomplete(EmbedonceError):
     ``unable`` has the names of those of ``tiers`` that cannot list or cannot delete keys at all. Calling the method
     again does not help there: their entries stay until they expire or are evicted. After ``purge``, ``matched``
     maps the scopes that matched to their space cards, and ``removed`` has the number of removed entries of each tier
-    that worked, as ``Purged`` has them.
+    that worked, as ``Purged`` has them. After ``forget(where=…)``, ``left`` has the cards that it would have returned.
     """
 
     def __init__(
@@ -211,6 +211,7 @@ class EraseIncomplete(EmbedonceError):
         self.unable = frozenset(unable)
         self.matched: dict[str, Mapping[str, Any] | None] = {}
         self.removed: dict[str, int] = {}
+        self.left: dict[str, Mapping[str, Any]] = {}
 
 
 class CacheClosed(EmbedonceError, RuntimeError):

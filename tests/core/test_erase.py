@@ -339,6 +339,7 @@ def test_forget_names_tiers_that_cannot_list_and_scopes_whose_keys_are_not_known
         cache.embed("tea")
         with pytest.raises(EraseIncomplete, match="space card is missing") as caught:
             cache.forget(["tea"], where=lambda card: card["namespace"] in ("", "three"))
+        assert caught.value.left.keys() == {scopes["one"]}
         assert caught.value.tiers == {"blind": "it cannot list its keys"}
         assert caught.value.unable == {"blind"}
         assert "Call it again" not in str(caught.value)

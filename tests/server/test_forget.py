@@ -342,8 +342,22 @@ async def test_a_tier_that_cannot_list_loses_what_the_configuration_names(
         assert "retry-after" not in answer.headers
         assert "once the" not in answer.error["message"]
         assert not await is_cached(server, "private", model="one", tenant="search")
+        await server.embed("private", model="one", headers=key_of("search"))
+        other = await ask(server, "forget", {"input": "private", "namespace": "none"})
+        assert (other.status, other.error["scopes"]) == (503, {})
         for task, status in (("qurey", 400), ("query", 503)):
             assert (await ask(server, "forget", {"input": "private", "task": task})).status == status
+
+
+async def test_scopes_of_other_namespaces_are_named_although_a_tier_failed(tmp_path: Path) -> None:
+    async with serve({**configure(tmp_path), "key": {"namespace": "other"}}, tmp_path) as server:
+        await server.embed("private")
+    settings = configure(tmp_path)
+    settings["tiers"].append({"type": "redis", "url": "redis://127.0.0.1:1/0"})
+    async with serve(settings, tmp_path) as server:
+        answer = await ask(server, "forget", {"input": "private"})
+        assert (answer.status, list(answer.error["tiers"]), len(answer.error["scopes"])) == (503, ["redis"], 1)
+        assert answer.headers["retry-after"] == "1"
 
 
 async def test_an_erasure_names_a_model_without_room_for_another_space(

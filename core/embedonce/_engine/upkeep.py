@@ -45,11 +45,11 @@ class FoundKeys(NamedTuple):
     """The keys of texts in several scopes, and what could not be found."""
 
     keys: list[str]
-    left: dict[str, SpaceCard]
+    left: Mapping[str, SpaceCard] = MappingProxyType({})
     """The cards of the scopes that hold one of the texts and were not wanted."""
-    failed: dict[str, TierError]
+    failed: Mapping[str, TierError] = MappingProxyType({})
     """The tiers that could not be listed."""
-    unknown: dict[str, str]
+    unknown: Mapping[str, str] = MappingProxyType({})
     """The scopes whose keys could not be made, with the reasons."""
 
 
@@ -75,27 +75,24 @@ class Upkeep:
 
     # --- erasing ------------------------------------------------------------------------------
 
-    async def forget(
-        self,
-        port: Port,
-        keys: Sequence[str],
-        failed: Mapping[str, TierError] = MappingProxyType({}),
-        unknown: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    async def forget(self, port: Port, found: FoundKeys) -> None:
         """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
 
-        ``failed`` has the tiers that could not be listed, and ``unknown`` the scopes whose keys could not be made.
-
         Raises:
-            EraseIncomplete: a tier failed or cannot delete. The error names each such tier, and what was given.
+            EraseIncomplete: a tier failed or cannot delete, or keys could not be found. The error names the tiers and
+                scopes.
         """
 
         async def erase(tier: LiveTier) -> None:
-            await tier.erase(port, keys if tier.lease is None else [*keys, *lease_keys(keys)])
-            if tier.name in failed:
-                raise failed[tier.name]
+            await tier.erase(port, found.keys if tier.lease is None else [*found.keys, *lease_keys(found.keys)])
+            if tier.name in found.failed:
+                raise found.failed[tier.name]
 
-        await self._erase(port, Erasure(keys), erase, "forget", unknown)
+        try:
+            await self._erase(port, Erasure(found.keys), erase, "forget", found.unknown)
+        except EraseIncomplete as error:
+            error.left = dict(found.left)
+            raise
 
     async def find_keys(
         self, port: Port, texts: Sequence[str], policy: KeyPolicy, where: Callable[[SpaceCard], bool]

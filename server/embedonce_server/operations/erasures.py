@@ -278,12 +278,13 @@ async def _refuse_unknown_task(base: Cache, erasure: _Erasure) -> None:
 async def _forget(call: Call, erasure: _Erasure) -> _Incomplete:
     """Remove texts from the tiers. Return what could not be erased."""
     incomplete, problems = await _forget_in_caches(erasure)
-    left: dict[str, SpaceCard] = {}
+    left: Mapping[str, SpaceCard]
     try:
         left = await call.service.base.aforget(
             erasure.texts, where=lambda card: erasure.is_of_request(card) and erasure.covers(card)
         )
     except EraseIncomplete as error:
+        left = error.left
         # Lists of keys cover the spaces of all caches, so problems with caches matter only where there are no lists.
         if error.tiers:
             incomplete.models |= problems
