@@ -446,7 +446,7 @@ class Requests(HotPath):
             await self._chain.upkeep.forget(port, found)
         finally:
             self._chain.discard_texts(set(found.keys))
-        return found.left
+        return dict(found.left)
 
     async def _purge(
         self,
