@@ -8,6 +8,7 @@ changes it. Paths for siblings do not exist for anybody else.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -55,7 +56,8 @@ class Siblings:
 
     async def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> list[SiblingAnswer]:
         """Send a request to each of the other workers at the same time. A failure is part of the answers."""
-        content = b"" if body is None else orjson.dumps(body)
+        # A text may have a lone surrogate, which orjson does not write.
+        content = b"" if body is None else json.dumps(body).encode()
         return await asyncio.gather(
             *(self._call_worker(worker, method, path, content, timeout) for worker in self.list_workers())
         )

@@ -20,7 +20,7 @@ from worker_pairs import Worker, serve_workers
 
 from embedonce import Cache
 from embedonce_server.connections.http_server import WorkerServer
-from embedonce_server.operations import admin
+from embedonce_server.operations import erasures
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -107,6 +107,16 @@ async def test_forget_clears_the_memory_of_the_other_workers(pair: list[Worker])
         assert explained.json["tiers"] == {"memory": "miss", "disk": "miss"}
         explained = await worker.call("POST", "/admin/explain", {"input": "kept"}, ADMIN)
         assert explained.json["tiers"] == {"memory": "hit", "disk": "hit"}
+
+
+async def test_a_text_with_a_lone_surrogate_is_forgotten_in_all_workers(tmp_path: Path) -> None:
+    async with serve_workers({**settings(tmp_path), "key": {"normalize": ["surrogates"]}}, tmp_path) as workers:
+        for worker in workers:
+            await worker.embed("cut \ud83d")
+        answer = await workers[0].call("POST", "/admin/forget", {"input": ["cut \ud83d"]}, ADMIN)
+        assert (answer.status, answer.json["workers"]) == (200, [1, 2])
+        for worker in workers:
+            assert (await worker.embed("cut \ud83d", headers={"cache-control": "only-if-cached"})).status == 404
 
 
 async def test_forget_reaches_vector_spaces_that_only_another_worker_knows(pair: list[Worker]) -> None:
@@ -291,7 +301,7 @@ async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
 ) -> None:
     async with serve_workers(settings(tmp_path), tmp_path, 3) as (first, second, third):
         models = list(third.service.generation.models)
-        forget, has_stored = admin._forget, asyncio.Event()
+        forget, has_stored = erasures._forget, asyncio.Event()
         done: list[object] = []
 
         async def forget_late(base: Cache, erasure: Any) -> Any:
@@ -305,7 +315,7 @@ async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
             done.append(erasure)
             return incomplete
 
-        monkeypatch.setattr(admin, "_forget", forget_late)
+        monkeypatch.setattr(erasures, "_forget", forget_late)
         answer = await first.call("POST", "/admin/forget", {"input": "private"}, ADMIN)
         assert (answer.status, has_stored.is_set()) == (200, True)
         for worker in (first, second, third):

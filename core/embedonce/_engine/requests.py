@@ -54,6 +54,7 @@ from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 from .single_reads import read_one
+from .upkeep import FoundKeys
 
 ITER_BATCH = 1024
 MAX_ROUTES = 256
@@ -421,7 +422,7 @@ class Requests(HotPath):
         routes = [*current, *(route.with_generation(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
-            await self._chain.upkeep.forget(port, list(keys))
+            await self._chain.upkeep.forget(port, FoundKeys(list(keys)))
         finally:
             self._discard_texts(keys)
         if task is None and not self._knows_all_tasks:
@@ -444,10 +445,10 @@ class Requests(HotPath):
         both = list(dict.fromkeys([*normalized, *texts]))
         found = await self._chain.upkeep.find_keys(port, both, self._policy, where)
         try:
-            await self._chain.upkeep.forget(port, found.keys, found.failed, found.unknown)
+            await self._chain.upkeep.forget(port, found)
         finally:
             self._chain.discard_texts(set(found.keys))
-        return found.left
+        return dict(found.left)
 
     async def _purge(
         self,
