@@ -283,9 +283,8 @@ class Requests(HotPath):
 
         ``first`` is the position of the first text in the caller's stream; errors name positions in that stream.
         """
-        if not isinstance(texts, list):
+        if not isinstance(texts, list):  # an iterator can be read only once, and the fallback may need the texts again
             _require_texts(texts)
-            # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
         how = (texts, task, store, metadata, fresh, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
@@ -299,8 +298,8 @@ class Requests(HotPath):
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await self._answer_in_one_space(port, fallback, *how)
-        is_used = other.refusal is not None or not other.has_failed_provider()
-        used, unused = (other, answer) if is_used else (answer, other)
+        is_useless = other.has_failed_provider() and other.refusal is None
+        used, unused = (answer, other) if is_useless else (other, answer)
         used.take_waste(unused)
         return used
 
