@@ -182,6 +182,23 @@ async def test_a_worker_that_hangs_is_missing_after_the_deadline(pair: list[Work
     assert answer.error == "no answer within 0.01 s"
 
 
+async def test_an_erasure_asks_a_worker_that_does_not_answer_only_once(pair: list[Worker]) -> None:
+    first, second = pair
+    await second.stop_listening()
+    path = second.service.run.get_socket(2)
+    path.unlink()
+    requests: list[bytes] = []
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readline())
+        writer.close()
+
+    async with await asyncio.start_unix_server(hang_up, str(path)):
+        answer = await first.call("POST", "/admin/forget", {"input": "a"}, ADMIN)
+    assert requests == [b"POST /siblings/forget HTTP/1.1\r\n"]
+    assert list(answer.error["workers"]) == ["2"]
+
+
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}"]
 )

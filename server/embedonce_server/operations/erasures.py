@@ -501,7 +501,8 @@ async def _erase_everywhere(
 
     If there are other workers, there are two rounds. In the first one, a worker may copy an entry from a shared tier
     while another one still stores it there. After the first round, no worker stores an entry from before. The second
-    round removes such copies.
+    round removes such copies. It leaves out workers that have not answered, because that could take the whole time
+    again.
     """
     own, answers = (
         [await erase()],
@@ -509,5 +510,6 @@ async def _erase_everywhere(
     )
     if answers:
         own.append(await erase())
-        answers += await service.siblings.call("POST", f"{PREFIX}{what}", fields, timeout=ERASE_SECONDS)
+        silent = [answer.worker for answer in answers if answer.error is not None and answer.body is None]
+        answers += await service.siblings.call("POST", f"{PREFIX}{what}", fields, timeout=ERASE_SECONDS, skip=silent)
     return own, answers
