@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -17,13 +17,16 @@ from .flights import calls_in_provider
 async def compute_if_admitted(
     call: Call,
     texts: Sequence[str],
-    compute: Callable[[Call], Awaitable[Iterable[Entry]]],
+    compute: Callable[[Call, list[Entry]], Awaitable[None]],
     refuse: Callable[[Exception], None],
 ) -> None:
     """Compute a chunk of texts if ``admit`` accepts them. After a refusal, all later chunks of the call are refused.
 
-    ``compute`` gets a call whose answer counts what only this chunk has wasted, and returns the new entries. If it is
-    interrupted, nobody knows what was charged, so the chunk is not settled.
+    ``compute`` gets a call whose answer counts what only this chunk has wasted, and a list, to which it adds the new
+    entries. If it is interrupted, nobody knows what was charged, so the chunk is not settled.
+
+    Raises:
+        Exception: the error of ``compute``, after what was charged until then is settled.
     """
     answer = call.answer
     refusal = answer.refusal
@@ -38,13 +41,20 @@ async def compute_if_admitted(
         return
     own = copy(answer)
     own.waste = []
-    made = await compute(call._replace(answer=own))
+    made: list[Entry] = []
+    problem: Exception | None = None
+    try:
+        await compute(call._replace(answer=own), made)
+    except Exception as error:  # noqa: BLE001  (raised below)
+        problem = error
     answer.waste += own.waste
     if settle is not None:
         try:
-            await _call_function(call, settle, sum_work(list(made)), own.sum_waste())
+            await _call_function(call, settle, sum_work(made), own.sum_waste())
         except Exception as error:  # noqa: BLE001  (raised at the end of the call, whose other chunks may be paid for)
             answer.settle_error = error
+    if problem is not None:
+        raise problem
 
 
 async def _call_function(call: Call, function: Callable[..., Any], *args: object) -> Any:

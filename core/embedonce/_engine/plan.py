@@ -451,7 +451,7 @@ class Engine(ProviderRequests):
         """Compute the entries of one chunk if the caller admits its texts. Otherwise, the texts fail in this call."""
         answer = call.answer
         if answer.admit is None:
-            await self._request_flights(call, flights, texts, patience, call)
+            await self._request_flights(call, flights, texts, patience, call, [])
             return
 
         def refuse(error: Exception) -> None:
@@ -463,13 +463,18 @@ class Engine(ProviderRequests):
         await compute_if_admitted(call, [texts[key] for key in flights], compute, refuse)
 
     async def _request_flights(
-        self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience, paying: Call
-    ) -> list[Entry]:
+        self,
+        call: Call,
+        flights: dict[str, Flight],
+        texts: Mapping[str, str],
+        patience: Patience,
+        paying: Call,
+        made: list[Entry],
+    ) -> None:
         """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone.
 
-        Return the new entries. The answer of ``paying`` counts what was wasted.
+        Add the new entries to ``made``. The answer of ``paying`` counts what was wasted.
         """
-        made: list[Entry] = []
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
             call.answer.failed_alone.update(invalid)
@@ -485,7 +490,6 @@ class Engine(ProviderRequests):
         call.answer.failed_alone.update(alone)
         for key, error in {**alone, **together}.items():
             self._fail_flights(call.answer, {key: flights[key]}, error)
-        return made
 
     async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
         """Store the entries of one request and land their flights."""
