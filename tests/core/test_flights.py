@@ -267,6 +267,45 @@ def test_waiting_has_a_limit_after_which_the_caller_computes() -> None:
         assert (leader.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
 
 
+def test_later_calls_follow_the_call_that_has_waited_too_long() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1, 2})])
+    with Cache(provider, [MemoryBackend()], max_wait=0.0) as cache, ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(cache.embed, "text")]
+        provider.gate.until(1)
+        (late,) = cache._chain.in_flight._flights.values()
+        calls.append(pool.submit(cache.embed, "text"))
+        provider.gate.until(2)
+        (flight,) = cache._chain.in_flight._flights.values()
+        assert flight is not late
+        cache._chain.engine._max_wait = 1e6
+        calls.append(pool.submit(cache.embed, "text"))
+        wait_until(lambda: count_followers(cache))
+        assert list(cache._chain.in_flight._flights.values()) == [flight]
+        provider.release()
+        for call in calls:
+            assert (call.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
+        assert not cache._chain.in_flight._flights
+    assert provider.inner.count["text"] == 2
+
+
+def test_after_several_leaders_are_interrupted_one_follower_computes_once() -> None:
+    calls: list[int] = []
+
+    def embed(texts: list[str]) -> Any:
+        calls.append(len(texts))
+        if len(calls) <= 3:
+            wait_until(lambda: count_followers(cache) == 8 - len(calls))
+            raise KeyboardInterrupt
+        return [[1.0, 2.0]] * len(texts)
+
+    with Cache(embed, [MemoryBackend()], space={"model": "m"}) as cache, ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(cache.embed, "text") for _ in range(8)]
+        outcomes = [future.exception(LONG_TIMEOUT) for future in futures]
+    assert sum(isinstance(error, KeyboardInterrupt) for error in outcomes) == 3
+    assert outcomes.count(None) == 5
+    assert len(calls) == 4
+
+
 def test_a_follower_stores_the_vector_of_a_leader_with_store_false() -> None:
     provider = FaultyProvider(CountingProvider(), [ProviderFault("hang")])
     backend = DictBackend()

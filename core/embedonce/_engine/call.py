@@ -69,6 +69,8 @@ class Answer:
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
     read_at: float = 0.0
     """Monotonic time at which the call began to read the tiers."""
+    waited: float = 0.0
+    """Seconds for which the call has waited for flights of other calls in its current try."""
     hits: int = 0
     """Number of texts that the tiers had."""
     failed: dict[str, Exception] = field(default_factory=dict)

@@ -140,7 +140,7 @@ class DriftCheckingEngine(Engine):
                 state.next_check = now + RETRY_SECONDS
                 return
             # Calls that check at the same time share one computation.
-            await self.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+            await self.compute_all(Call(port, ticket, fresh))
             if state.next_check != due or state.generation != route.generation:
                 # Another call shared this check and has handled its result, or the answer named a different model.
                 return

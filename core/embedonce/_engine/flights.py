@@ -43,9 +43,9 @@ of these calls, because the wait would deadlock."""
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or the call's event loop ended.
+    """The call that computed a flight was refused or cancelled, or the call's event loop ended.
 
-    Each call that waits for the flight then embeds the text itself.
+    The calls that wait for the flight then claim its key again, and one of them embeds the text.
     """
 
 
@@ -69,7 +69,7 @@ class Flight:
     """
 
     entry: Entry | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
     pending_writes = 0
     """Number of queued background writes of the entry."""
     stored = False
@@ -303,6 +303,23 @@ class InFlight:
                     claims.followed[key] = flight
             self._end_reading(ticket.number)
 
+    def take_over(
+        self, ticket: Ticket, late: Mapping[str, Flight], loop: asyncio.AbstractEventLoop | None, claims: Claims
+    ) -> dict[str, Flight]:
+        """Start and return new flights for keys whose flights do not land in time. Add them to ``claims`` first.
+
+        Calls that claim these keys from now on follow the new flights. If another call has taken a key over already,
+        its flight stays in the table, and no other call follows ours.
+        """
+        leader = Leader(ticket.number, loop)
+        taken = {key: Flight(leader) for key in late}
+        claims.led.update(taken)
+        with self._lock:
+            for key, flight in late.items():
+                if self._flights.get(key, flight) is flight:
+                    self._flights[key] = taken[key]
+        return taken
+
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
         """Set the entries of flights and wake the waiting calls. ``stored`` says whether the tiers got the entries."""
         with self._lock:
@@ -324,7 +341,7 @@ class InFlight:
         if left:
             self.fail(left, Abandoned())
 
-    def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
+    def fail(self, flights: Mapping[str, Flight], error: Exception) -> None:
         """Set the error of flights, remove these flights, and wake the calls that wait for them."""
         with self._lock:
             for key, flight in flights.items():

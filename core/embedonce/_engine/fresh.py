@@ -60,7 +60,7 @@ async def _compute(engine: Engine, port: Port, answer: Answer, keys: list[str]) 
         answer.failed.update(dict.fromkeys(keys, refusal))
         return {}
     with engine.in_flight.new_ticket() as ticket:
-        await engine.compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+        await engine.compute_all(Call(port, ticket, fresh))
     answer.waste += fresh.waste
     answer.refusal, answer.settle_error = fresh.refusal, fresh.settle_error
     answer.spent += fresh.spent

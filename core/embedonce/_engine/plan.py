@@ -23,7 +23,7 @@ from .ahead import Gathered
 from .call import Answer, BegunCall, Call, copy_error
 from .coalescing import request_together
 from .counters import RequestCounters
-from .flights import Abandoned, Claims, Flight, InFlight, Leader, list_unlanded
+from .flights import Abandoned, Claims, Flight, InFlight, list_unlanded
 from .isolation import Patience
 from .leases import Leases
 from .ledger import Ledger
@@ -69,6 +69,9 @@ class Engine(ProviderRequests):
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True, begun: BegunCall | None = None) -> None:
         """Fill the answer from the tiers, landed flights, the provider and other calls' flights, in this order.
 
+        If the provider fails in another call that computes a text, this call tries once more. If the other call is
+        refused or ends early, this call goes on as if the other call had never begun.
+
         A call that has ``begun`` has read some tiers already.
 
         Raises:
@@ -76,13 +79,15 @@ class Engine(ProviderRequests):
         """
         missing = answer.find_missing()
         requested = len(missing)
+        is_repeat = is_last_try = False
         try:
-            for is_retry in (False, True):
+            while True:
+                abandoned: list[str] = []
                 with self.in_flight.new_ticket() if begun is None else begun.ticket as ticket:
                     call = Call(port, ticket, answer)
                     looked_up = len(missing)
-                    missing = await self.read_tiers(call, missing, begun)
-                    begun = None
+                    missing = await self.read_tiers(call, missing, begun, is_repeat=is_repeat)
+                    begun, is_repeat = None, True
                     answer.hits += looked_up - len(missing)
                     if missing and compute and not self.replays:
                         refusal = await self.find_refusal(port, answer.route)
@@ -90,7 +95,7 @@ class Engine(ProviderRequests):
                             answer.failed.update(dict.fromkeys(missing, refusal))
                             break
                         leases = self._choose_leases(answer)
-                        await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
+                        abandoned = await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_last_try)
                     elif missing:
                         await self._take_flights(call, self.in_flight.find_landed(missing))
                 missing = answer.find_missing() if missing else missing
@@ -100,6 +105,10 @@ class Engine(ProviderRequests):
                     miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
                     answer.failed.update(dict.fromkeys(missing, miss))
                     break
+                if is_last_try and not abandoned:
+                    break
+                if not is_last_try and len(abandoned) < len(missing):
+                    is_last_try, answer.waited = True, 0.0
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
@@ -120,15 +129,26 @@ class Engine(ProviderRequests):
         """Return the route to the vector space in which texts are embedded now."""
         return route
 
-    async def compute_or_follow(self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool) -> None:
-        """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute."""
+    async def compute_all(self, call: Call) -> None:
+        """Compute the vectors of an answer that no tier can have. Calls that do so at the same time share the work."""
+        keys = call.answer.find_missing()
+        while keys:
+            keys = await self.compute_or_follow(call, keys, leases=None, is_last_try=True)
+
+    async def compute_or_follow(
+        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
+    ) -> list[str]:
+        """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute.
+
+        Return the keys to claim again, because the calls that were computing their vectors have ended without them.
+        """
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
             await self._take_flights(call, claims.landed)
             await self._compute_flights(call, claims.led, leases=leases)
             ahead.raise_if_run_has_ended()
-            await self._follow_flights(call, claims, is_last_try=is_last_try)
+            return await self._follow_flights(call, claims, is_last_try=is_last_try)
         except BaseException:
             self._give_up_flights(call, claims, blocking=loop is None)
             raise
@@ -171,15 +191,20 @@ class Engine(ProviderRequests):
 
     # --- tiers --------------------------------------------------------------------------------
 
-    async def read_tiers(self, call: Call, keys: list[str], begun: BegunCall | None = None) -> list[str]:
-        """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has."""
+    async def read_tiers(
+        self, call: Call, keys: list[str], begun: BegunCall | None = None, *, is_repeat: bool = False
+    ) -> list[str]:
+        """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has.
+
+        With ``is_repeat``, the tiers do not count the misses again.
+        """
         answer = call.answer
         answer.read_at = time.monotonic() if begun is None else begun.read_at
         reads = () if begun is None else begun.reads
         for depth, tier in enumerate(self.tiers):
             if not keys:
                 break
-            read = reads[depth] if depth < len(reads) else await self._read_tier(call, tier, keys)
+            read = reads[depth] if depth < len(reads) else await self._read_tier(call, tier, keys, is_repeat)
             answer.spent.append((tier.name, read.seconds))
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
@@ -209,9 +234,17 @@ class Engine(ProviderRequests):
         if call.answer.store_error is not None:
             raise call.answer.store_error
 
-    async def _read_tier(self, call: Call, tier: LiveTier, keys: list[str]) -> ReadResult:
-        route, dimensions, has_use = call.answer.route, call.answer.dimensions, not call.answer.is_fresh
-        return await tier.read(call.port, keys, route=route, dtype=self.dtype, dimensions=dimensions, has_use=has_use)
+    async def _read_tier(self, call: Call, tier: LiveTier, keys: list[str], is_repeat: bool = False) -> ReadResult:
+        answer = call.answer
+        return await tier.read(
+            call.port,
+            keys,
+            route=answer.route,
+            dtype=self.dtype,
+            dimensions=answer.dimensions,
+            is_repeat=is_repeat,
+            has_use=not answer.is_fresh,
+        )
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
         await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
@@ -259,35 +292,47 @@ class Engine(ProviderRequests):
         if unstored:
             await self.store(call, unstored)
 
-    async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
-        """Wait for other calls' flights.
+    async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> list[str]:
+        """Wait for other calls' flights. Return the keys of those that were abandoned.
 
         Begin to wait only after the flights that this call leads have landed. Otherwise two calls could wait for each
-        other's flights for ever.
+        other's flights for ever. A call that was refused does not wait, because its caller has to know soon.
         """
-        end = time.monotonic() + self._max_wait
-        unanswered: list[str] = []
+        answer = call.answer
+        late: dict[str, Flight] = {}
+        abandoned: list[str] = []
         for key, flight in claims.followed.items():
-            await self._follow_flight(call.port, key, flight, end)
+            if answer.refusal is None:
+                await self._follow_flight(call, key, flight)
             error = flight.error
             if flight.entry is not None:
                 continue
-            if error is None or (is_last_try and isinstance(error, Abandoned)):
-                unanswered.append(key)
-            elif isinstance(error, TextRefused) or (is_last_try and isinstance(error, Exception)):
-                call.answer.failed[key] = copy_error(error)
+            if isinstance(error, TextRefused):
+                answer.failed[key] = copy_error(error)
+            elif answer.refusal is not None:
+                answer.failed[key] = answer.refusal
+            elif error is None:
+                late[key] = flight
+            elif isinstance(error, Abandoned):
+                abandoned.append(key)
+            elif is_last_try:
+                answer.failed[key] = copy_error(error)
         await self._take_flights(call, claims.followed)
-        if unanswered:
-            leader = Leader(call.ticket.number, call.port.loop)
-            flights = {key: Flight(leader) for key in unanswered}
+        if late:
+            flights = self.in_flight.take_over(call.ticket, late, call.port.loop, claims)
             await self._compute_flights(call, flights, leases=None)
+        return abandoned
 
-    async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
-        """Wait until a flight lands, fails or is abandoned, or until ``end``. Do not wait if waiting would deadlock."""
+    async def _follow_flight(self, call: Call, key: str, flight: Flight) -> None:
+        """Wait until a flight lands, fails or is abandoned, or for too long. Do not wait if waiting would deadlock."""
+        port, answer = call.port, call.answer
         if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
         is_gone = partial(self.in_flight.is_abandoned, flight)
-        if not await port.wait(flight.get_future(), end - time.monotonic(), lambda: not is_gone()) and is_gone():
+        start = time.monotonic()
+        is_done = await port.wait(flight.get_future(), self._max_wait - answer.waited, lambda: not is_gone())
+        answer.waited += time.monotonic() - start
+        if not is_done and is_gone():
             self.in_flight.remove_abandoned(key, flight)
             flight.error = flight.error or Abandoned()
 
@@ -389,6 +434,9 @@ class Engine(ProviderRequests):
     async def _poll(self, call: Call, theirs: dict[str, Flight], texts: Mapping[str, str], leases: Leases) -> None:
         """Wait for vectors that other processes compute. Compute those whose leases become free."""
         for pause, is_last_look in leases.pauses(self._max_wait):
+            if call.answer.refusal is not None:
+                self._refuse_flights(call.answer, theirs, call.answer.refusal)
+                return
             await call.port.sleep(pause)
             read_at = time.monotonic()
             answered = await self._read_written(call, theirs, leases.tier)
@@ -454,13 +502,10 @@ class Engine(ProviderRequests):
             await self._request_flights(call, flights, texts, patience, call, [])
             return
 
-        def refuse(error: Exception) -> None:
-            answer.failed.update(dict.fromkeys(flights, error))
-            # Another call may be allowed to compute the texts, so the error is not that of its followers.
-            self.in_flight.abandon(flights)
-
         compute = partial(self._request_flights, call, flights, texts, patience)
-        await compute_if_admitted(call, [texts[key] for key in flights], compute, refuse)
+        await compute_if_admitted(
+            call, [texts[key] for key in flights], compute, partial(self._refuse_flights, answer, flights)
+        )
 
     async def _request_flights(
         self,
@@ -528,3 +573,11 @@ class Engine(ProviderRequests):
         answer.failed.update(dict.fromkeys(flights, error))
         answer.route.source.count_failed(len(flights), error)
         self.in_flight.fail(flights, error)
+
+    def _refuse_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
+        """Set the error of texts that ``admit`` has refused.
+
+        Another call may be allowed to compute the texts, so the error is not that of its followers.
+        """
+        answer.failed.update(dict.fromkeys(flights, error))
+        self.in_flight.abandon(flights)
