@@ -299,6 +299,7 @@ class Engine(ProviderRequests):
         other's flights for ever. A call that was refused does not wait, because its caller has to know soon.
         """
         answer = call.answer
+        landed: dict[str, Flight] = {}
         late: dict[str, Flight] = {}
         abandoned: list[str] = []
         for key, flight in claims.followed.items():
@@ -306,8 +307,8 @@ class Engine(ProviderRequests):
                 await self._follow_flight(call, key, flight)
             error = flight.error
             if flight.entry is not None:
-                continue
-            if isinstance(error, TextRefused):
+                landed[key] = flight
+            elif isinstance(error, TextRefused):
                 answer.failed[key] = copy_error(error)
             elif answer.refusal is not None:
                 answer.failed[key] = answer.refusal
@@ -317,7 +318,7 @@ class Engine(ProviderRequests):
                 abandoned.append(key)
             elif is_last_try:
                 answer.failed[key] = copy_error(error)
-        await self._take_flights(call, claims.followed)
+        await self._take_flights(call, landed)  # not the flights that land only now, because they count as late
         if late:
             flights = self.in_flight.take_over(call.ticket, late, call.port.loop, claims)
             await self._compute_flights(call, flights, leases=None)
