@@ -412,7 +412,7 @@ def test_texts_of_a_chunk_that_is_cut_are_refused_from_the_first_refusal_on(face
 
 
 async def test_a_joined_request_that_fails_is_cut_into_requests_that_each_call_is_asked_for() -> None:
-    provider, guards = Charging(max_batch=8), [Guard(), Guard(), Guard()]
+    provider, guards = Charging(max_batch=6), [Guard(), Guard(), Guard()]
     provider.takes = 2
     batches = [["0 a", "0 b"], ["1 a", "1 b", "1 c"], ["2 a"]]
     async with Cache(provider, [DictBackend()], coalesce=1.0) as cache:

@@ -24,7 +24,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 
-from embedonce.vectors import NO_WORK, Entry, Work, apportion
+from embedonce.vectors import NO_WORK, Entry, Work
 
 from . import ahead
 from .admitting import Admitted, ask_to_send, settle_request
@@ -66,11 +66,11 @@ async def request_together(
             return {}, dict.fromkeys(keys, stop.error)
     await _wait_in_window(part, call.port, requests, in_flight)
     call.answer.spent.append((PROVIDER, part.seconds))
-    call.answer.waste.append(part.wasted)
+    call.answer.waste += part.waste
     if part.entries or part.invalid:
         await take(part.entries, part.invalid)
     if admitted is not None and part.is_sent:
-        await settle_request(call, admitted, part.entries.values(), part.wasted)
+        await settle_request(call, admitted, part.entries.values(), sum((work for _, work in part.waste), NO_WORK))
         admitted = None
     left = part.list_open()
     if not left:
@@ -150,8 +150,8 @@ class _Part:
         """The error of the texts that were given up together."""
         self.seconds = 0.0
         """Seconds of the requests that were made until the chunk was done."""
-        self.wasted = NO_WORK
-        """Its share of the work that gave no vectors."""
+        self.waste: list[tuple[str, Work]] = []
+        """The work that gave no vectors for its texts, like :attr:`Answer.waste`."""
         self.is_asked_for = call.answer.admit is not None
         """Whether the call asks before each of its requests."""
         self.is_sent = False
@@ -301,15 +301,14 @@ class _Window:
         answer = Answer(self._route, list(texts), list(texts.values()), store=False)
         answer.failed_tiers.update(*(part.failed_tiers for part in parts))
 
-        def share_waste() -> None:
-            """Let the chunks that are not done share what was wasted since the last call."""
-            waste = answer.sum_waste()
+        def assign_waste() -> None:
+            """Give each chunk what was wasted for its texts since the last call."""
+            for key, work in answer.waste:
+                owners[key].waste.append((key, work))
             answer.waste.clear()
-            if waste != NO_WORK:
-                _share_work(waste, [part for part in parts if not part.done.done()] or parts)
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
-            share_waste()
+            assign_waste()
             for key, entry in entries.items():
                 owners[key].entries[key] = entry
             for key, error in invalid.items():
@@ -322,7 +321,7 @@ class _Window:
             self._in_flight.claim(ticket, (), self._port.loop, Claims())  # the request waits for no flight
             call = Call(self._port, ticket, answer)
             alone, together = await self._send(call, texts, take, is_divisible=not any(p.is_asked_for for p in parts))
-        share_waste()
+        assign_waste()
         copies: dict[tuple[int, int], Exception] = {}
 
         def copy_for(part: _Part, error: Exception) -> Exception:
@@ -360,12 +359,3 @@ class _Window:
         if batches.is_in_doubt:
             batches.note_success(list(texts.values()))
         return {}, {}
-
-
-def _share_work(work: Work, parts: list[_Part]) -> None:
-    """Add a share of the work to each chunk, by the length of its texts. The shares add up to the work."""
-    weights = [max(part.size, 1) for part in parts]
-    counts = (work.texts, work.tokens, work.unknown_tokens, work.unknown_seconds)
-    columns = [apportion(count, weights) for count in counts]
-    for part, texts, tokens, unknown_tokens, unknown_seconds in zip(parts, *columns, strict=True):
-        part.wasted += Work(texts, tokens, 0.0, unknown_tokens, unknown_seconds)

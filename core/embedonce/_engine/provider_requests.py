@@ -110,7 +110,8 @@ class ProviderRequests:
         source = call.answer.route.source
         chunk = [texts[key] for key in keys]
         try:
-            compute = partial(call_at_rate, call, chunk, self._embed, repeats_failures=repeats_failures)
+            embed = partial(self._embed, keys=keys)
+            compute = partial(call_at_rate, call, chunk, embed, repeats_failures=repeats_failures)
             entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
             return error, ()
@@ -119,8 +120,10 @@ class ProviderRequests:
         await take(dict(zip(made, entries, strict=True)), invalid)
         return None, entries
 
-    async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
-        """Make one call to the provider and check its answer.
+    async def _embed(
+        self, call: Call, texts: list[str], *, keys: Sequence[str]
+    ) -> tuple[list[Entry], dict[int, ProviderError]]:
+        """Make one call to the provider with the texts of some keys, and check its answer.
 
         Return the entries of the valid vectors in order, and the errors of the other texts by position.
         """
@@ -148,7 +151,9 @@ class ProviderRequests:
             failure = error
             raise
         finally:
-            answer.waste.append(measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered))
+            waste = measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered)
+            if waste:
+                answer.waste += zip(keys, waste, strict=True)
             seconds = time.perf_counter() - start
             answer.spent.append((PROVIDER, seconds))
             self._count_computed(route, made, len(texts) - len(made), tokens, seconds)
