@@ -294,7 +294,7 @@ async def test_refused_answers_cost_what_they_report_and_later_estimates_follow_
         more = make_tenant(10_000_000)
         request = asyncio.create_task(fetch_within_budget(worker, more, cache, ["x" * 6000], "document"))
         await wait_until_async(lambda: provider.at_once == 1)
-        assert (await read_used(worker, more))[1] > 5000
+        assert (await read_used(worker, more))[1] > 2000  # without these answers, 1,500
         provider.gate.set()
         await request
     assert sum(provider.charged) == 6000
