@@ -9,9 +9,10 @@ them per tenant, for one call of the provider. So at the end, the tokens exceed 
 worker was charged more than it was estimated.
 
 No upper bound is known for a model until one of its calls has been settled. Until then, all reservations are in turn.
-The same is true after a call that was charged more than its upper bound, until another call is within the bound. So if a
-provider reports one wrong number of tokens, the calls of other tenants wait only until the next call has ended. Nor does
-that lock a tenant out, because an estimate is never more than the tokens that texts of this size can plausibly have.
+The same is true after a call that was charged more than its upper bound, until another call is within the bound. So if
+a provider reports one wrong number of tokens, the calls of other tenants wait only until the next call has ended. Nor
+does that lock a tenant out, because an estimate is never more than the tokens that texts of this size can plausibly
+have.
 """
 
 from __future__ import annotations
@@ -103,9 +104,19 @@ class Reservation(NamedTuple):
     """Whether the upper bound of the tokens fits into the budget, so that other calls may run at the same time."""
 
 
-Outcome: TypeAlias = Reservation | Literal["wait", "refused"]
-"""``"wait"``: the tokens fit only if calls under way need less than is held for them. ``"refused"``: they do not fit
-today."""
+class Refusal(NamedTuple):
+    """The answer for texts that do not fit into the rest of the budget of a day."""
+
+    day: int
+    """Number of the day since 1970-01-01 in UTC."""
+    left: int
+    """Tokens of this day that are not used."""
+    seconds: float
+    """Seconds until the next day begins."""
+
+
+Outcome: TypeAlias = Reservation | Refusal | Literal["wait"]
+"""``"wait"``: the tokens fit only if calls under way need less than is held for them."""
 
 
 class Settlement(NamedTuple):
@@ -165,7 +176,8 @@ class BudgetFile:
     def reserve(self, tenant: str, limit: int, model: str, load: Load, *, has_turn: bool) -> Outcome:
         """Reserve tokens for texts of one call, freely if their bound is known and fits, else in turn."""
         with self._write() as connection:
-            day = self.find_day()
+            day, passed = divmod(self._clock(), DAY_SECONDS)
+            day = int(day)
             tokens, size = self._read_sizes(connection, tenant, model, day)
             ratio = (tokens + USUAL_RATIO * USUAL_BYTES) / (size + USUAL_BYTES)
             factor, is_known = self._read_bound(connection, model)
@@ -173,7 +185,7 @@ class BudgetFile:
             estimate, bound = _estimate(load, ratio), _bound(load, factor)
             free = limit - used
             if limit == 0 or estimate > free:
-                return "refused"
+                return Refusal(day, max(free, 0), DAY_SECONDS - passed)
             free -= held
             is_free = is_known and bound <= free
             if not is_free and (not has_turn or estimate > free):

@@ -26,7 +26,7 @@ from embedonce.keys import VectorSpace
 from embedonce.vectors import Work
 from embedonce_server.api.api_errors import ApiError
 
-from .budget_file import DAY_SECONDS, BudgetFile, Load, Outcome, Reservation, Settlement, Usage
+from .budget_file import BudgetFile, Load, Outcome, Refusal, Reservation, Settlement, Usage
 from .text_loads import measure_texts
 
 T = TypeVar("T")
@@ -92,7 +92,6 @@ class Budgets:
 
     def __init__(self, path: Path, worker: int, clock: Callable[[], float] = time.time) -> None:
         self._path = path
-        self._clock = clock
         self._file = BudgetFile(path, worker, clock)
         # One thread, because SQLite may wait for other processes, and because a connection is used by one thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedonce-budgets")
@@ -154,9 +153,9 @@ class Budgets:
         if not self._buying:
             self._is_idle.set()
 
-    def compute_seconds_left(self) -> float:
-        """Return the seconds until the next UTC day begins."""
-        return DAY_SECONDS - self._clock() % DAY_SECONDS
+    def find_day(self) -> int:
+        """Return the number of the current day in UTC."""
+        return self._file.find_day()
 
     async def reserve(self, tenant: Tenant, model: str, load: Load, *, has_turn: bool) -> Outcome:
         """Reserve tokens for texts that are about to be sent.
@@ -353,27 +352,28 @@ class _Buyer:
             BudgetExceeded: the tokens do not fit today.
             BudgetsUnavailable: the file cannot be used.
         """
-        self._raise_if_gone()
-        outcome = await self._budgets.reserve(self._tenant, model, load, has_turn=has_turn)
-        if isinstance(outcome, Reservation):
-            if self._has_left:
-                await self._budgets.settle(Settlement(outcome, 0))
+        while True:
             self._raise_if_gone()
-            return outcome
-        if outcome == "refused":
-            raise await self._refuse_for_today()
-        return None
+            outcome = await self._budgets.reserve(self._tenant, model, load, has_turn=has_turn)
+            if not isinstance(outcome, Refusal):
+                break
+            if outcome.day == self._budgets.find_day():  # else the day has ended meanwhile
+                raise self._refuse_for_today(outcome)
+        if outcome == "wait":
+            return None
+        if self._has_left:
+            await self._budgets.settle(Settlement(outcome, 0))
+        self._raise_if_gone()
+        return outcome
 
     def _raise_if_gone(self) -> None:
         if self._has_left:
             raise _ClientGone
 
-    async def _refuse_for_today(self) -> BudgetExceeded:
+    def _refuse_for_today(self, refusal: Refusal) -> BudgetExceeded:
         """Return the error for a request that does not fit into the rest of this day's tokens."""
-        name, limit = self._tenant.name, self._tenant.tokens_per_day or 0
-        left = limit - (await self._budgets.read_usage([self._tenant]))[name].used if limit else 0
-        seconds = self._budgets.compute_seconds_left()
-        return BudgetExceeded(name, seconds, is_final=True, limit=limit, left=max(left, 0))
+        limit = self._tenant.tokens_per_day or 0
+        return BudgetExceeded(self._tenant.name, refusal.seconds, is_final=True, limit=limit, left=refusal.left)
 
     def _refuse_for_now(self) -> BudgetExceeded:
         """Return the error for a request that current requests leave no tokens for."""
