@@ -235,7 +235,7 @@ class _ClientGone(Exception):
 
 
 class _Buyer:
-    """Reserves tokens for the missing texts of one request, one chunk after the other.
+    """Reserves tokens for the missing texts of one request, for one call of the model after the other.
 
     If the client goes, the calls for which tokens are reserved go on and are settled, and no more calls begin.
     """
