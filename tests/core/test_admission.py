@@ -172,6 +172,16 @@ def test_something_that_is_not_a_function_is_refused() -> None:
         cache.fetch(["a"], admit=5)  # type: ignore[arg-type]
 
 
+@FACES
+def test_a_result_that_is_not_a_function_is_refused_before_anything_is_computed(face: str) -> None:
+    provider = CountingProvider()
+    with Cache(provider, [DictBackend()]) as cache:
+        with pytest.raises(TypeError, match="admit must return a function or None, got int"):
+            fetch(cache, ["a", "b"], face, admit=lambda texts, space: 5)
+        assert provider.texts == 0
+        assert fetch(cache, ["a"], face, admit=lambda texts, space: None).sources == ["provider"]
+
+
 # --- other calls ----------------------------------------------------------------------------------
 
 

@@ -33,6 +33,10 @@ async def compute_if_admitted(
             settle = await _call_function(call.port, answer.admit, texts, answer.route.space)
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, as an error of the provider does)
             refusal = answer.refusal = error
+        if settle is not None and not callable(settle):
+            # It is a mistake in the program, so the call raises it, and pays for nothing more.
+            message = f"admit must return a function or None, got {type(settle).__name__}"
+            refusal = answer.refusal = answer.settle_error = TypeError(message)
     if refusal is not None:
         refuse(refusal)
         return
