@@ -49,9 +49,7 @@ async def test_beyond_the_budget_the_answer_says_when_to_come_back_and_hits_are_
         assert len(api.requests) == 1
 
 
-async def test_a_tenant_without_tokens_is_told_to_use_cached_texts(
-    api: OpenAIServer, tmp_path: Path
-) -> None:
+async def test_a_tenant_without_tokens_is_told_to_use_cached_texts(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api, 0), tmp_path) as server:
         refused = await server.embed("a", headers=HEADERS)
         assert refused.status == 429
