@@ -173,4 +173,4 @@ def check_rate(service: Service, tenant: Tenant) -> None:
         service.counters.count_refused(tenant, "rate")
         limit = f"{tenant.requests_per_minute:,g} request{'s' if tenant.requests_per_minute != 1 else ''} per minute"
         message = f'the limit of tenant "{tenant.name}" is {limit}; try again in {math.ceil(seconds)} s'
-        raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=seconds)
+        raise ApiError(429, message, kind="rate_limit_error", code="requests_per_minute_exceeded", retry_after=seconds)
