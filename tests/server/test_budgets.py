@@ -395,7 +395,7 @@ async def test_beyond_the_budget_misses_are_refused_until_the_next_day_and_hits_
             await fetch_within_budget(worker, tenant, cache, ["x" * 100, "y"], "document")
         assert (caught.value.status, caught.value.retry_after) == (429, DAY / 2)
         assert caught.value.headers == {"retry-after": str(DAY // 2), "x-should-retry": "false"}
-        assert "'search'" in str(caught.value)
+        assert 'tenant "search" has 0 tokens left' in str(caught.value)
         assert (await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")).sources == ["memory"]
         clock.now += DAY / 2 - 1
         with pytest.raises(BudgetExceeded):
