@@ -33,18 +33,23 @@ def write(
     The path is quoted, because a client may put line breaks into it.
     """
     client = scope.get("client")
-    found = outcome if isinstance(outcome, Embeddings) else None
-    status = outcome if isinstance(outcome, int) else outcome.status if isinstance(outcome, ApiError) else 200
+    model, inputs, hits = "-", "-", "-"
+    if isinstance(outcome, Embeddings):
+        status, model, inputs, hits = 200, outcome.model.name, f"{outcome.inputs}", f"{outcome.hits}"
+    elif isinstance(outcome, ApiError):
+        status, model = outcome.status, outcome.model or "-"
+    else:
+        status = outcome
     log.info(
-        "%s %s %s %d %.1f ms tenant=%s model=%s inputs=%d hits=%d id=%s",
+        "%s %s %s %d %.1f ms tenant=%s model=%s inputs=%s hits=%s id=%s",
         client[0] if client else "-",
         scope["method"],
         quote(scope["path"][:MAX_PATH]),
         status,
         seconds * 1e3,
         "-" if tenant is None else tenant.name,
-        "-" if found is None else found.model.name,
-        0 if found is None else found.inputs,
-        0 if found is None else found.hits,
+        model,
+        inputs,
+        hits,
         request_id.decode(),
     )

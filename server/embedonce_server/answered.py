@@ -41,6 +41,7 @@ class Embeddings(NamedTuple):
     hits: int
     """Number of inputs that a tier had: the sum of ``tiers``."""
     saved_tokens: int
-    computed_tokens: int = 0
+    charged_tokens: int = 0
+    """Tokens that the model has charged for this request, as far as its endpoint has reported them."""
     changed: int = 0
     """Number of inputs whose stored vector is not the vector that was computed now."""

@@ -41,14 +41,14 @@ class Latency:
 class _Work:
     """What a tenant's requests to a model took and saved, at one price."""
 
-    __slots__ = ("computed", "computed_tokens", "hits", "price", "saved_tokens")
+    __slots__ = ("charged_tokens", "computed", "hits", "price", "saved_tokens")
 
     def __init__(self, price: Price | None) -> None:
         self.price = price
         self.hits: dict[str, int] = {}
         """Number of inputs by tier."""
         self.computed = 0
-        self.computed_tokens = 0
+        self.charged_tokens = 0
         self.saved_tokens = 0
 
 
@@ -118,9 +118,14 @@ class Counters:
         work.saved_tokens += found.saved_tokens
         if found.hits < found.inputs:
             work.computed += found.inputs - found.hits
-            work.computed_tokens += found.computed_tokens
+            work.charged_tokens += found.charged_tokens
             if found.changed:
                 self._add_changed(name, found.changed)
+
+    def count_charged(self, tenant: Tenant | None, model: str, price: Price | None, tokens: int) -> None:
+        """Count the tokens of a request that has failed after a part of it was computed."""
+        if tokens:
+            self._find_work(NO_TENANT if tenant is None else tenant.name, model, price).charged_tokens += tokens
 
     def count_refused(self, tenant: Tenant, reason: str) -> None:
         """Count a request that a limit of the tenant has refused: ``"rate"`` or ``"budget"``."""
@@ -142,10 +147,11 @@ class Counters:
         for (tenant, model, price), work in self._work.items():
             for tier, hits in work.hits.items():
                 add("hits", (tier, tenant, model), hits)
-            for name in ("computed", "computed_tokens", "saved_tokens"):
-                add(name, (tenant, model), getattr(work, name))
+            add("computed", (tenant, model), work.computed)
+            add("computed_tokens", (tenant, model), work.charged_tokens)
+            add("saved_tokens", (tenant, model), work.saved_tokens)
             if price is not None:
-                add("computed_money", (tenant, model, price.currency), float(price.of(work.computed_tokens)))
+                add("computed_money", (tenant, model, price.currency), float(price.of(work.charged_tokens)))
                 add("saved_money", (tenant, model, price.currency), float(price.of(work.saved_tokens)))
         for model, inputs in self._changed.items():
             add("changed", (model,), inputs)

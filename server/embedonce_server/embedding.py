@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedonce import Cache, Fetched, SpaceError, TextError
+from embedonce import Cache, EmbedonceError, Fetched, SpaceError, TextError
 from embedonce.config import Tenant
 
 from .answered import Asked, Embeddings
 from .api.answer_memory import PART_BYTES
-from .api.api_errors import ApiError, explain_failures
+from .api.api_errors import ApiError, explain_error, explain_failures
 from .api.cache_control import DEFAULT, CacheControl, read_cache_control
 from .api.encoding import format_end
 from .api.request_body import MAX_INPUTS, EmbeddingRequest, parse_body, read_request
@@ -133,13 +133,12 @@ async def embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embedd
 async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings:
     model, request, control, namespace, plain_cache = asked
     if plain_cache is not None:
-        fetched = await _fetch(service, tenant, plain_cache, request, control)
-        _check_result(service, model, fetched)
+        fetched = await _fetch(service, tenant, model, plain_cache, request, control)
     else:
         variation = model.find_variation(request.dimensions, request.forwarded, are_tokens=request.are_tokens)
         with model.use(variation):
-            fetched = await _fetch(service, tenant, model.get_cache(namespace, variation), request, control)
-            _check_result(service, model, fetched)
+            cache = model.get_cache(namespace, variation)
+            fetched = await _fetch(service, tenant, model, cache, request, control)
     sources = fetched.sources
     count = len(sources)
     first = sources[0]
@@ -168,41 +167,58 @@ async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embed
         tiers,
         hits,
         fetched.saved.tokens,
-        fetched.computed.tokens,
+        _sum_charged(fetched),
         len(fetched.changed),
     )
 
 
 async def _fetch(
-    service: Service, tenant: Tenant | None, cache: Cache, request: EmbeddingRequest, control: CacheControl
+    service: Service,
+    tenant: Tenant | None,
+    model: Model,
+    cache: Cache,
+    request: EmbeddingRequest,
+    control: CacheControl,
 ) -> Fetched:
-    texts, task = request.texts, request.task
+    """Return the vectors of all inputs.
+
+    Raises:
+        ApiError: some inputs have no vector.
+    """
+    texts, task, count = request.texts, request.task, len(request.texts)
+    store, fresh = not control.no_store, control.no_cache
     try:
         if control.only_if_cached:
-            found = await cache.alookup(texts, task)
-            missing = [i for i, row in enumerate(found.rows) if row is None and i not in found.failed]
-            if missing:
-                message = f"{len(missing):,} of {len(texts):,} inputs are not in the cache; see positions"
-                raise ApiError(404, message, param="input", code="not_cached", positions=missing)
-            return found
-        store = not control.no_store
-        if tenant is not None and tenant.tokens_per_day is not None:
-            try:
-                return await fetch_within_budget(
-                    service.budgets, tenant, cache, texts, task, store=store, fresh=control.no_cache
-                )
-            except BudgetExceeded:
-                service.counters.count_refused(tenant, "budget")
-                raise
-        return await cache.afetch(texts, task, store=store, fresh=control.no_cache)
+            fetched = await cache.alookup(texts, task)
+        elif tenant is not None and tenant.tokens_per_day is not None:
+            fetched = await fetch_within_budget(service.budgets, tenant, cache, texts, task, store=store, fresh=fresh)
+        else:
+            fetched = await cache.afetch(texts, task, store=store, fresh=fresh)
     except SpaceError as error:  # the provider does not know the task
-        raise ApiError(400, str(error), param="input_type") from None
-
-
-def _check_result(service: Service, model: Model, fetched: Fetched) -> None:
+        raise ApiError(400, str(error), param=request.task_field) from None
+    except EmbedonceError as error:
+        service.failures.record(model.name, [error])
+        raise explain_error(error, count) from None
+    missing = [i for i, row in enumerate(fetched.rows) if row is None and i not in fetched.failed]
+    if missing:  # the request has only-if-cached
+        be = "is" if len(missing) == 1 else "are"
+        message = (
+            f"{len(missing):,} of {count:,} inputs {be} not in the cache; error.positions lists the missing inputs"
+        )
+        raise ApiError(404, message, param="input", code="not_cached", positions=missing)
     if fetched.failed:
-        service.failures.record(model.name, fetched.failed.values())
-        raise explain_failures(fetched.failed, len(fetched.rows))
+        errors = fetched.failed.values()
+        service.failures.record(model.name, errors)
+        service.counters.count_charged(tenant, model.name, model.get_price(fetched.space), _sum_charged(fetched))
+        if tenant is not None and any(isinstance(error, BudgetExceeded) for error in errors):
+            service.counters.count_refused(tenant, "budget")
+        is_stored = store and not fresh and bool(cache.tiers)
+        raise explain_failures(fetched.failed, count, is_stored=is_stored)
+    return fetched
+
+
+def _sum_charged(fetched: Fetched) -> int:
+    return fetched.computed.tokens + fetched.wasted.tokens
 
 
 async def _encode(service: Service, request: EmbeddingRequest, model: Model, fetched: Fetched) -> list[bytes]:

@@ -10,15 +10,15 @@ from embedonce import CacheClosed, DriftError, EmbedonceError, ProviderError, Re
 from embedonce.errors import TextError, TextRefused
 from embedonce.provider_errors import read_status
 
-from .api.api_errors import is_connection_error, is_timeout
+from .api.api_errors import ApiError, describe_invalid_answer, is_connection_error, is_timeout
 
 log = logging.getLogger("embedonce.serve")
 
 LOG_SECONDS = 60.0
 """Minimum number of seconds between two lines about the same model and cause."""
 
-_OTHERS = (TextError, TextRefused, ReplayMiss, SpaceError, DriftError, TierError, CacheClosed)
-"""Errors of one input or request, and errors that the cache itself logs."""
+_OTHERS = (ApiError, TextError, TextRefused, ReplayMiss, SpaceError, CacheClosed)
+"""Errors of one input or request."""
 
 _HINTS = {
     401: "check api_key of the model",
@@ -62,6 +62,11 @@ def _describe_cause(error: Exception) -> str | None:
     """
     if isinstance(error, _OTHERS):
         return None
+    if isinstance(error, DriftError):
+        return "it has drifted: it does not return the vectors that are stored, and nothing is computed"
+    if isinstance(error, TierError):
+        tier = "a tier" if error.tier is None else f'tier "{error.tier}"'
+        return f'{tier} has failed, and its on_error is "raise"'
     status = read_status(error)
     if status is not None:
         hint = _HINTS.get(status)
@@ -72,5 +77,5 @@ def _describe_cause(error: Exception) -> str | None:
     if is_connection_error(error):
         return f"the endpoint cannot be reached ({name}); check base_url of the model's provider"
     if isinstance(error, ProviderError):
-        return f"the answer of the endpoint was invalid ({name})"
+        return f"the endpoint's answer was refused: {describe_invalid_answer(error)}"
     return f"the provider failed ({name})" if not isinstance(error, EmbedonceError) else None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from serving import KEY, serve
 
-from embedonce.errors import DriftError, ProviderError, TextRefused
+from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextError, TextRefused
 from embedonce.testing.servers.loopback import Reply
 from embedonce.testing.servers.openai import OpenAIServer
 from embedonce_server.api.api_errors import explain_failures
@@ -65,9 +65,70 @@ def test_messages_that_may_have_foreign_words_are_replaced() -> None:
         (TextRefused("hunter2 is not allowed"), "the model refuses it"),
         (TextRefused("a text has more than 512 tokens; hunter2"), "more than 512 tokens"),
     ):
-        message = str(explain_failures({0: error}, 2))
+        message = str(explain_failures({0: error}, 2, is_stored=True))
         assert words in message
         assert "hunter2" not in message
+
+
+def test_messages_agree_with_the_number_of_inputs() -> None:
+    for error, one, several in (
+        (TextError("x"), "input 3 is not valid Unicode", "inputs 3 and 5 are not valid Unicode"),
+        (
+            TextRefused("a text has more than 9 tokens"),
+            "input 3 cannot be embedded: more than 9 tokens",
+            "inputs 3 and 5",
+        ),
+        (ReplayMiss("x"), "input 3 is not in the cache", "inputs 3 and 5 are not in the cache"),
+    ):
+        assert one in str(explain_failures({3: error}, 8, is_stored=True))
+        assert several in str(explain_failures({3: error, 5: error}, 8, is_stored=True))
+
+
+@pytest.mark.parametrize(
+    ("directive", "tiers", "is_stored"),
+    [("max-age=0", True, True), ("no-store", True, False), ("no-cache", True, False), ("max-age=0", False, False)],
+)
+async def test_a_message_says_that_vectors_are_stored_only_if_they_are(
+    api: OpenAIServer, tmp_path: Path, directive: str, tiers: bool, is_stored: bool
+) -> None:
+    settings = {**configure(api), "tiers": [{"type": "memory"}] if tiers else []}
+    async with serve(settings, tmp_path) as server:
+        answer = await server.embed(["good", "x " * 10_000], headers={"cache-control": directive})
+        assert ("are stored" in answer.error["message"]) == is_stored
+        again = await server.embed("good", headers={"cache-control": "only-if-cached"})
+        assert (again.status == 200) == (is_stored or directive == "no-cache")
+
+
+async def test_drift_that_refuses_requests_is_logged(
+    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(configure(api), tmp_path) as server:
+        await server.embed("a")
+        api.served_model = "another"
+        for text in ("b", "c"):
+            assert (await server.embed(text)).error["code"] == "drift"
+    lines = [record.getMessage() for record in caplog.records if record.name == "embedonce.serve"]
+    assert [line for line in lines if "drifted" in line] == [
+        f'model "{api.model}": it has drifted: it does not return the vectors that are stored, and nothing is computed '
+        "(1 request)"
+    ]
+
+
+@pytest.mark.parametrize("directive", ["max-age=0", "only-if-cached"])
+async def test_a_tier_that_must_work_is_an_error_of_the_server_and_one_line_a_minute(
+    api: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, directive: str
+) -> None:
+    tier = {"type": "redis", "url": "redis://127.0.0.1:1", "on_error": "raise"}
+    async with serve({**configure(api), "tiers": [tier]}, tmp_path) as server:
+        for _ in range(3):
+            answer = await server.embed("private text", headers={"cache-control": directive})
+            assert (answer.status, answer.error["code"]) == (503, "tier_error")
+            assert answer.headers["retry-after"] == "1"
+    lines = [record.getMessage() for record in caplog.records if record.name == "embedonce.serve"]
+    assert [line for line in lines if "on_error" in line] == [
+        f'model "{api.model}": tier "redis" has failed, and its on_error is "raise" (1 request)'
+    ]
+    assert "Traceback" not in caplog.text
 
 
 async def test_an_unexpected_error_is_logged_without_its_message(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from budget_calls import fetch_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import LONG_TIMEOUT
@@ -24,7 +25,7 @@ from embedonce.config import Tenant
 from embedonce.contracts import Embedded, Limits
 from embedonce.keys import VectorSpace
 from embedonce.testing.fakes import DictBackend
-from embedonce_server.tenants.budgets import BudgetExceeded, Budgets, fetch_within_budget
+from embedonce_server.tenants.budgets import BudgetExceeded, Budgets
 
 NOON = 20_000.5 * 86_400
 

@@ -133,8 +133,9 @@ async def test_tasks_separate_queries_from_documents(api: OpenAIServer, tmp_path
 
 async def test_a_misspelled_task_is_refused_and_nothing_is_sent(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api, prefixes={"query": "query: "}), tmp_path) as server:
-        answer = await server.embed("a", input_type="qurey")
-        assert (answer.status, answer.error["param"]) == (400, "input_type")
+        for field in ("input_type", "task", "task_type"):
+            answer = await server.embed("a", **{field: "qurey"})
+            assert (answer.status, answer.error["param"]) == (400, field)
         assert "query" in answer.error["message"]
         assert len(api.requests) == 0
 

@@ -7,6 +7,7 @@ import pytest
 from embedonce_server.api.api_errors import ApiError, list_positions
 from embedonce_server.api.cache_control import DEFAULT, CacheControl, read_cache_control
 from embedonce_server.api.guards import HostGuard, check_json, check_sender, is_loopback, read_headers
+from embedonce_server.api.incoming import BodyMemory, read_body
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,8 @@ def test_doubled_headers_are_refused_if_they_matter() -> None:
         (b"No-Cache , no-store", CacheControl(no_store=True, no_cache=True)),
         (b"only-if-cached, max-stale=5", CacheControl(only_if_cached=True)),
         (b'no-cache="x"', CacheControl(no_cache=True)),
+        (b'a="b, only-if-cached, c", no-store', CacheControl(no_store=True)),
+        (b'a="b\\", only-if-cached', DEFAULT),
     ],
 )
 def test_directives_of_cache_control(header: bytes | None, control: CacheControl) -> None:
@@ -184,3 +187,16 @@ def test_lists_of_positions_are_short() -> None:
     assert list_positions([4]) == "4"
     assert list_positions([0, 4, 7]) == "0, 4 and 7"
     assert len(list_positions(list(range(2048)))) < 100
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"deflate", b"identity", b""])
+async def test_bodies_in_another_transfer_coding_are_refused(coding: bytes) -> None:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b"{}"}
+
+    memory = BodyMemory()
+    with pytest.raises(ApiError) as refused:
+        await read_body(memory, {b"transfer-encoding": coding}, receive, 1000)
+    assert refused.value.status == 501
+    assert await read_body(memory, {b"transfer-encoding": b"Chunked"}, receive, 1000) == b"{}"
+    assert memory.bytes == 2

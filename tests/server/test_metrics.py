@@ -139,6 +139,35 @@ async def test_durations_fall_into_buckets(api: OpenAIServer, tmp_path: Path) ->
         assert value("request_seconds_sum", endpoint="/health/live") == pytest.approx(180.0002, abs=1e-4)
 
 
+class ChargingServer(OpenAIServer):
+    """Adds up the tokens that it reports."""
+
+    charged = 0
+
+    def embed(self, request: Any, fault: Any) -> Any:
+        reply = super().embed(request, fault)
+        self.charged += reply.content["usage"]["total_tokens"]
+        return reply
+
+
+async def test_tokens_of_requests_that_fail_are_counted_too(tmp_path: Path) -> None:
+    with ChargingServer(max_tokens=8) as api:
+        async with serve(configure(api, tokens_per_day=80), tmp_path) as server:
+            assert (await server.embed(["good text", "too long " * 8], headers=TENANT)).status == 400
+            api.misbehave("nan")
+            assert (await server.embed("this is refused", headers=TENANT)).status == 502
+            api.heal()
+            statuses = {
+                (await server.embed([f"text {i} {n}" for n in range(3)], headers=TENANT)).status for i in range(10)
+            }
+            assert statuses == {200, 429}
+            value = await scrape(server)
+            assert value("computed_tokens_total", tenant="search") == api.charged
+            assert value("computed_money_total", tenant="search") == 2 * api.charged
+            assert value("refused_total", tenant="search", reason="budget") > 0
+            assert value.sum("embed_cache_computed_tokens_total") == api.charged
+
+
 async def test_a_vector_that_changes_counts_as_drift(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api), tmp_path) as server:
         await server.embed(["a", "b"], headers=TENANT)

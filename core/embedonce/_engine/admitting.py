@@ -11,7 +11,7 @@ from embedonce.admission import Settle
 from embedonce.vectors import Entry
 
 from .call import Call, sum_work
-from .ports import Port
+from .flights import calls_in_provider
 
 
 async def compute_if_admitted(
@@ -30,7 +30,7 @@ async def compute_if_admitted(
     settle: Settle | None = None
     if refusal is None and answer.admit is not None:
         try:
-            settle = await _call_function(call.port, answer.admit, texts, answer.route.space)
+            settle = await _call_function(call, answer.admit, texts, answer.route.space)
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, as an error of the provider does)
             refusal = answer.refusal = error
         if settle is not None and not callable(settle):
@@ -46,18 +46,27 @@ async def compute_if_admitted(
     answer.waste += own.waste
     if settle is not None:
         try:
-            await _call_function(call.port, settle, sum_work(list(made)), own.sum_waste())
+            await _call_function(call, settle, sum_work(list(made)), own.sum_waste())
         except Exception as error:  # noqa: BLE001  (raised at the end of the call, whose other chunks may be paid for)
             answer.settle_error = error
 
 
-async def _call_function(port: Port, function: Callable[..., Any], *args: object) -> Any:
-    """Return the result of a function or of an async function."""
-    result = function(*args)
+async def _call_function(call: Call, function: Callable[..., Any], *args: object) -> Any:
+    """Return the result of a function or of an async function.
+
+    If the function uses the cache, it does not wait there for this call, as code of the provider does not.
+    """
+    outer_calls = calls_in_provider.get() | {call.ticket.number}
+    token = calls_in_provider.set(outer_calls)
+    try:
+        result = function(*args)
+    finally:
+        calls_in_provider.reset(token)
     if not inspect.isawaitable(result):
         return result
 
     async def wait() -> Any:
+        calls_in_provider.set(outer_calls)  # the asyncio task has its own context
         return await result
 
-    return await port.run_coroutine(wait, None)
+    return await call.port.run_coroutine(wait, None)

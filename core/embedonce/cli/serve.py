@@ -8,7 +8,7 @@ import typer
 
 from .opened import describe_source
 from .options import ConfigOption
-from .output import OK, TERMINATED, Failed, Refused, say
+from .output import OK, TERMINATED, Failed, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,13 +83,12 @@ def serve(
             described.append(loaded)
         return loaded
 
-    def announce(started: Started) -> None:
-        for line in describe_server(started.config, started.urls, started.models, started.workers):
-            say(line)
+    def describe(started: Started) -> list[str]:
+        return describe_server(started.config, started.urls, started.models, started.workers)
 
     try:
         code = serve(
-            load_and_describe, host=host, port=port, workers=workers, has_access_log=access_log, announce=announce
+            load_and_describe, host=host, port=port, workers=workers, has_access_log=access_log, describe=describe
         )
     except (CannotListen, NoStateFolder) as error:
         raise Failed(str(error)) from None

@@ -12,6 +12,7 @@ import orjson
 from embedonce import (
     CacheClosed,
     DriftError,
+    EmbedonceError,
     ProviderError,
     ReplayMiss,
     SpaceError,
@@ -59,10 +60,10 @@ which may repeat texts or name internal addresses."""
 
 _REFUSALS = (
     (re.compile(r"an empty text has no embedding"), "an empty text has no embedding"),
-    (re.compile(r"a text has more than (\d+) tokens"), "it has more than {} tokens"),
-    (re.compile(r"a text has more tokens than the endpoint accepts"), "it has more tokens than the model accepts"),
-    (re.compile(r"a text has no word that the model knows"), "it has no word that the model knows"),
-    (re.compile(r"with token_inputs, each text must be"), "it is not a list of token numbers"),
+    (re.compile(r"a text has more than (\d+) tokens"), "more than {} tokens"),
+    (re.compile(r"a text has more tokens than the endpoint accepts"), "more tokens than the model accepts"),
+    (re.compile(r"a text has no word that the model knows"), "no word that the model knows"),
+    (re.compile(r"with token_inputs, each text must be"), "no list of token numbers"),
 )
 """Beginnings of the messages about refused texts, and what clients are told."""
 
@@ -113,15 +114,25 @@ def list_positions(positions: list[int]) -> str:
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
-def explain_failures(failed: Mapping[int, Exception], count: int) -> ApiError:
+def explain_failures(failed: Mapping[int, Exception], count: int, *, is_stored: bool) -> ApiError:
     """Return the answer to a request of which some inputs failed. ``count`` is the number of its inputs.
 
-    An error that concerns the whole request comes before an error of a single input.
+    ``is_stored`` says whether the vectors of the other inputs are hits when the same request comes again. An error that
+    concerns the whole request comes before an error of a single input.
     """
+    for error in failed.values():
+        if isinstance(error, ApiError):  # a limit of the server itself
+            return error
     whole = [position for position, error in failed.items() if not _is_of_input(error)]
     first = min(whole or failed)
+    error = failed[first]
     same = sorted(position for position, error in failed.items() if type(error) is type(failed[first]))
-    return _explain(failed[first], same, count, others_kept=len(failed) < count)
+    return _explain(error, same, count, others_kept=is_stored and len(failed) < count)
+
+
+def explain_error(error: EmbedonceError, count: int) -> ApiError:
+    """Return the answer to a request of ``count`` inputs that failed as a whole."""
+    return _explain(error, list(range(count)), count, others_kept=False)
 
 
 def _is_of_input(error: Exception) -> bool:
@@ -129,17 +140,19 @@ def _is_of_input(error: Exception) -> bool:
 
 
 def _explain(error: Exception, positions: list[int], count: int, *, others_kept: bool) -> ApiError:
-    where = "the input" if count == 1 else f"input {list_positions(positions)}"
+    is_one = len(positions) == 1
+    where = "the input" if count == 1 else f"input{'' if is_one else 's'} {list_positions(positions)}"
+    be = "is" if is_one else "are"
     kept = " The vectors of the other inputs are stored, so a repeated request does not pay for them." * others_kept
     if isinstance(error, TextError):
-        return ApiError(400, f"{where} is not valid Unicode: it has a lone surrogate.{kept}", param="input")
+        return ApiError(400, f"{where} {be} not valid Unicode, because of a lone surrogate.{kept}", param="input")
     if isinstance(error, TextRefused):
         return ApiError(400, f"{where} cannot be embedded: {_describe(error)}.{kept}", param="input")
     if isinstance(error, ReplayMiss):
-        message = f'{where} is not in the cache, and mode = "replay" computes nothing'
+        message = f'{where} {be} not in the cache, and mode = "replay" computes nothing'
         return ApiError(404, message, param="input", code="not_cached", positions=positions)
     if isinstance(error, SpaceError):
-        return ApiError(400, f"{error}", param="input_type")
+        return ApiError(400, f"{error}")
     status = read_status(error)
     if status in (401, 403):
         message = (
@@ -149,9 +162,10 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
         wait = _read_wait(error, status)
         return ApiError(status, message, kind=UPSTREAM, code="upstream_unauthorized", retry_after=wait)
     if status is not None:
+        what = f"an error (code {status})" if isinstance(error, ErrorInAnswer) else f"status {status}"
         return ApiError(
             status,
-            f"the endpoint of the model answered with status {status} for {where}.{kept}",
+            f"the endpoint of the model answered with {what} for {where}.{kept}",
             kind="rate_limit_error" if status == 429 else UPSTREAM,
             code=_read_code(error),
             retry_after=_read_wait(error, status),
@@ -168,7 +182,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
             502, f"the model's answer for {where} contains an error{shown}.{kept}", kind=UPSTREAM, code=code
         )
     if isinstance(error, ProviderError):
-        message = f"the model's answer for {where} was refused: {_describe_invalid_answer(error)}.{kept}"
+        message = f"the model's answer for {where} was refused: {describe_invalid_answer(error)}.{kept}"
         return ApiError(502, message, kind=UPSTREAM)
     if isinstance(error, TierError):
         tier = "a tier" if error.tier is None else f'tier "{error.tier}"'
@@ -206,7 +220,7 @@ def _describe(error: TextRefused) -> str:
     return "the model refuses it"
 
 
-def _describe_invalid_answer(error: ProviderError) -> str:
+def describe_invalid_answer(error: ProviderError) -> str:
     """Return why an answer was refused, in words that do not come from the answer."""
     message = str(error)
     return next((shown for words, shown in _INVALID_ANSWERS if words in message), "it is invalid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import NamedTuple
+from urllib.request import parse_http_list
 
 from .api_errors import ApiError
 
@@ -29,8 +30,9 @@ def read_cache_control(header: bytes | None) -> CacheControl:
     """
     if header is None:
         return DEFAULT
-    names = {part.partition(b"=")[0].strip().lower() for part in header.split(b",")}
-    control = CacheControl(b"no-store" in names, b"no-cache" in names, b"only-if-cached" in names)
+    # The value of a directive may be a quoted string with commas.
+    names = {part.partition("=")[0].strip().lower() for part in parse_http_list(header.decode("latin-1"))}
+    control = CacheControl("no-store" in names, "no-cache" in names, "only-if-cached" in names)
     if control.no_cache and control.only_if_cached:
         message = "Cache-Control: no-cache and only-if-cached exclude each other; send one of them"
         raise ApiError(400, message, code="invalid_cache_control")

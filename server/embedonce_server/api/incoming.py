@@ -44,8 +44,10 @@ async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive:
         ApiError: the body is too large.
         ClientGone: the client has closed the connection.
     """
-    length = headers.get(b"content-length", b"")
-    if length.isdigit() and int(length[:20]) > limit:
+    length = headers.get(b"content-length")
+    if length is None:
+        _check_coding(headers.get(b"transfer-encoding"))
+    elif length.isdigit() and int(length[:20]) > limit:
         raise _make_too_large(limit)
     parts: list[bytes] = []
     size = 0
@@ -65,6 +67,16 @@ async def read_body(memory: BodyMemory, headers: Mapping[bytes, bytes], receive:
     except BaseException:
         memory.bytes -= size
         raise
+
+
+def _check_coding(coding: bytes | None) -> None:
+    """Check that a body is not compressed on its way (RFC 9112, section 6.1).
+
+    Raises:
+        ApiError: it is in another coding than ``chunked``.
+    """
+    if coding is not None and coding.strip().lower() != b"chunked":
+        raise ApiError(501, "send the body with no other Transfer-Encoding than chunked", code="not_implemented")
 
 
 def _make_too_large(limit: int) -> ApiError:

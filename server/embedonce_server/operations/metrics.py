@@ -53,7 +53,7 @@ _FAMILIES: Final = (
     _Family("requests", "Requests for vectors.", ("tenant", "model", "status")),
     _Family("hits", "Inputs that a tier had.", ("tier", "tenant", "model")),
     _Family("computed", "Inputs that no tier had.", ("tenant", "model")),
-    _Family("computed_tokens", "Tokens charged for computed inputs.", ("tenant", "model")),
+    _Family("computed_tokens", "Tokens that the endpoint has charged.", ("tenant", "model")),
     _Family("saved_tokens", "Tokens that hits have saved.", ("tenant", "model")),
     _Family("computed_money", "Price of the computed tokens.", ("tenant", "model", "currency")),
     _Family("saved_money", "Price of the saved tokens.", ("tenant", "model", "currency")),

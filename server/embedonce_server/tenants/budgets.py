@@ -224,23 +224,16 @@ async def fetch_within_budget(
 ) -> Fetched:
     """Return what ``cache.afetch`` returns. Compute missing texts only within the tenant's tokens of this day.
 
-    If the budget is used up in the middle of a long request, the texts that are computed until then are stored, so that
-    the next request does not pay for them again.
-
-    Raises:
-        BudgetExceeded: the missing texts do not fit into the rest of the budget.
-        BudgetsUnavailable: texts are missing, and the file of the budgets cannot be used.
+    The other missing texts fail with :class:`BudgetExceeded`, or with :class:`BudgetsUnavailable` if the file of the
+    budgets cannot be used. If the budget is used up in the middle of a long request, the texts that are computed until
+    then are stored, so that the next request does not pay for them again.
     """
     buyer = _Buyer(budgets, tenant, cache, task)
     try:
-        fetched = await cache.afetch(texts, task, store=store, fresh=fresh, admit=buyer.admit)
+        return await cache.afetch(texts, task, store=store, fresh=fresh, admit=buyer.admit)
     except asyncio.CancelledError:
         buyer.leave()
         raise
-    for error in fetched.failed.values():
-        if isinstance(error, BudgetExceeded | BudgetsUnavailable):
-            raise error
-    return fetched
 
 
 class _ClientGone(Exception):
