@@ -37,14 +37,17 @@ class Answer(NamedTuple):
 
 
 class ServeProcess:
-    """A running ``embedonce serve``."""
+    """A running ``embedonce serve``. ``code`` runs before it in its process, for example to shorten a timeout."""
 
-    def __init__(self, *arguments: str | Path, folder: Path, **options: Any) -> None:
-        command = [sys.executable, "-P", "-c", COMMAND, "serve", "--port", "0", *map(str, arguments)]
+    def __init__(self, *arguments: str | Path, folder: Path, code: str = "", **options: Any) -> None:
+        command = [sys.executable, "-P", "-c", f"{code}\n{COMMAND}", "serve", "--port", "0", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
         )
         self.lines: list[str] = []
+        self.may_read = threading.Event()
+        """Clear it to stop reading the standard error of the server."""
+        self.may_read.set()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -53,6 +56,7 @@ class ServeProcess:
         with self.process.stderr as stream:
             for line in stream:
                 self.lines.append(line.rstrip())
+                self.may_read.wait()
 
     @property
     def log(self) -> str:
@@ -147,6 +151,7 @@ class ServeProcess:
         return code
 
     def close(self) -> None:
+        self.may_read.set()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)

@@ -7,7 +7,7 @@ No message contains a text, a vector or a secret.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,14 +192,26 @@ class EraseIncomplete(EmbedonceError):
 
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     ``scopes`` maps each scope whose keys ``forget`` cannot make to the reason. ``purge`` can remove such a scope.
+    ``unable`` has the names of those of ``tiers`` that cannot list or cannot delete keys at all. Calling the method
+    again does not help there: their entries stay until they expire or are evicted. After ``purge``, ``matched``
+    maps the scopes that matched to their space cards, and ``removed`` has the number of removed entries of each tier
+    that worked, as ``Purged`` has them. After ``forget(where=…)``, ``left`` has the cards that it would have returned.
     """
 
     def __init__(
-        self, message: str, tiers: Mapping[str, str] | None = None, scopes: Mapping[str, str] | None = None
+        self,
+        message: str,
+        tiers: Mapping[str, str] | None = None,
+        scopes: Mapping[str, str] | None = None,
+        unable: Iterable[str] = (),
     ) -> None:
         super().__init__(message)
         self.tiers = dict(tiers or {})
         self.scopes = dict(scopes or {})
+        self.unable = frozenset(unable)
+        self.matched: dict[str, Mapping[str, Any] | None] = {}
+        self.removed: dict[str, int] = {}
+        self.left: dict[str, Mapping[str, Any]] = {}
 
 
 class CacheClosed(EmbedonceError, RuntimeError):

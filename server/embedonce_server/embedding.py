@@ -195,7 +195,7 @@ async def _fetch(
         else:
             fetched = await cache.afetch(texts, task, store=store, fresh=fresh)
     except SpaceError as error:  # the provider does not know the task
-        raise ApiError(400, str(error), param="input_type") from None
+        raise ApiError(400, str(error), param=request.task_field) from None
     except EmbedonceError as error:
         service.failures.record(model.name, [error])
         raise explain_error(error, count) from None

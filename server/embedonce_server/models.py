@@ -166,8 +166,9 @@ class Model:
 
     @property
     def accepts_tokens(self) -> bool:
-        """Whether inputs may be token numbers."""
-        return "token_inputs" in self._options
+        """Whether inputs may be token numbers. A provider cannot add a prefix to them."""
+        has_prefixes = any((self.provider_config.options.get("prefixes") or {}).values())
+        return "token_inputs" in self._options and not has_prefixes
 
     def list_variations(self, *, are_tokens: bool = False) -> list[Variation]:
         """Return the variations that this worker knows and that have this kind of input."""
@@ -224,8 +225,7 @@ class Model:
             except (ValueError, SpaceError) as error:
                 raise ApiError(400, str(error)) from None
         if variation.are_tokens:
-            has_prefixes = any((config.options.get("prefixes") or {}).values())
-            if "token_inputs" not in self._options or has_prefixes:
+            if not self.accepts_tokens:
                 message = (
                     "this model accepts texts only, not token numbers; send texts (in LangChain: "
                     "check_embedding_ctx_length=False)"

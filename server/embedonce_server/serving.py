@@ -52,12 +52,12 @@ def serve(
     port: int | None = None,
     workers: int = 1,
     has_access_log: bool = False,
-    announce: Callable[[Started], None],
+    describe: Callable[[Started], Sequence[str]],
 ) -> int:
     """Serve until a signal ends that, and return the exit code.
 
     ``load`` reads the configuration, at startup and for each reload. ``host`` and ``port`` replace those of
-    ``[serve]``. ``announce`` is called once, when requests are answered.
+    ``[serve]``. ``describe`` returns the lines that are written to standard error once requests are answered.
 
     Raises:
         CannotListen: the address or the port cannot be used.
@@ -77,11 +77,13 @@ def serve(
         sockets = bind_addresses(addresses, config.serve.port)
         for listener in sockets:
             stack.callback(listener.close)
-        set_up_logging()
+        lines = set_up_logging()
+        stack.callback(lines.close)
         for warning in list_warnings(config, workers, open_addresses):
             log.warning("%s", warning)
         previous = signal.signal(signal.SIGTERM, _terminate)
         stack.callback(signal.signal, signal.SIGTERM, previous)
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         folder, locks = stack.enter_context(open_run_folder(config))
         recover_budgets(folder.budgets)
@@ -100,16 +102,17 @@ def serve(
         urls = [format_url(listener) for listener in sockets]
         reloads = Reloads(load_with_options, config, open_addresses, keeps_budgets=folder.is_lasting)
 
-        def announce_models(models: Sequence[str]) -> None:
-            announce(Started(config=config, urls=urls, models=models, workers=workers))
+        def announce(models: Sequence[str]) -> None:
+            for line in describe(Started(config=config, urls=urls, models=models, workers=workers)):
+                lines.write_line(line)
 
         if workers == 1:
             # It imports the libraries of the extra, which a supervisor and find_missing_library() do without.
             from .processes.lone_worker import LoneWorker
 
-            signals = LoneWorker(launch, config, sockets, reloads, announce_models).run()
+            signals = LoneWorker(launch, config, sockets, reloads, announce).run()
         else:
-            signals = Supervisor(launch, config, sockets, reloads, announce_models).run()
+            signals = Supervisor(launch, config, sockets, reloads, announce).run()
     is_ordered = len(signals) == 1 and signals[0] in (signal.SIGTERM, signal.SIGHUP)
     return 0 if is_ordered else 128 + signals[-1] if signals else 1
 

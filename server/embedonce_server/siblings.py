@@ -8,7 +8,8 @@ changes it. Paths for siblings do not exist for anybody else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+import json
+from collections.abc import Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,12 +54,17 @@ class Siblings:
                 workers.append(int(number))
         return sorted(workers)
 
-    async def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> list[SiblingAnswer]:
-        """Send a request to each of the other workers at the same time. A failure is part of the answers."""
-        content = b"" if body is None else orjson.dumps(body)
-        return await asyncio.gather(
-            *(self._call_worker(worker, method, path, content, timeout) for worker in self.list_workers())
-        )
+    async def call(
+        self, method: str, path: str, body: Any = None, *, timeout: float, skip: Collection[int] = ()
+    ) -> list[SiblingAnswer]:
+        """Send a request to each of the other workers at the same time. A failure is part of the answers.
+
+        ``skip`` has the numbers of workers that are not asked.
+        """
+        # A text may have a lone surrogate, which orjson does not write.
+        content = b"" if body is None else json.dumps(body).encode()
+        workers = [worker for worker in self.list_workers() if worker not in skip]
+        return await asyncio.gather(*(self._call_worker(worker, method, path, content, timeout) for worker in workers))
 
     async def _call_worker(self, worker: int, method: str, path: str, content: bytes, timeout: float) -> SiblingAnswer:
         try:

@@ -173,6 +173,16 @@ def test_something_that_is_not_a_function_is_refused() -> None:
         cache.fetch(["a"], admit=5)  # type: ignore[arg-type]
 
 
+@FACES
+def test_a_result_that_is_not_a_function_is_refused_before_anything_is_computed(face: str) -> None:
+    provider = CountingProvider()
+    with Cache(provider, [DictBackend()]) as cache:
+        with pytest.raises(TypeError, match="admit must return a function or None, got int"):
+            fetch(cache, ["a", "b"], face, admit=lambda texts, space: 5)
+        assert provider.texts == 0
+        assert fetch(cache, ["a"], face, admit=lambda texts, space: None).sources == ["provider"]
+
+
 # --- other calls ----------------------------------------------------------------------------------
 
 
@@ -465,7 +475,7 @@ def test_the_fallback_asks_too_and_is_not_used_after_a_refusal(face: str) -> Non
         assert fetched.space.provider == "fallback"
         assert guard.costs[0].tokens == 10
         guard = Guard(most=1)
-        assert isinstance(fetch(cache, ["b"], face, admit=guard).failed[0], ConnectionRefusedError)
+        assert isinstance(fetch(cache, ["b"], face, admit=guard).failed[0], OverBudget)
     assert fallback.requests == [["a"]]
 
 
@@ -482,3 +492,45 @@ def test_a_call_that_moves_to_a_new_vector_space_asks_again(face: str) -> None:
     assert guard.spaces[0] != guard.spaces[1] == fetched.space
     assert [(computed.tokens, wasted.tokens) for computed, wasted in guard.settled] == [(0, 10), (10, 0)]
     assert (fetched.computed.tokens, fetched.wasted.tokens) == (10, 10)
+
+
+@FACES
+def test_a_refusal_holds_in_the_new_vector_space(face: str) -> None:
+    provider, guard = Charging(), Guard(most=1)
+    provider.limits = Limits(max_batch=1, concurrency=1)
+    with Cache(provider, [DictBackend()], drift=DriftGuard(action="new-space")) as cache:
+        cache.embed("a")
+        provider.served = "another"
+        fetched = fetch(cache, ["b", "c"], face, admit=guard)
+    assert set(map(type, fetched.failed.values())) == {OverBudget}
+    assert len(guard.asked) == 2
+
+
+# --- code of the caller that uses the cache -------------------------------------------------------
+
+
+@FACES
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("max_batch", [1, 8])
+def test_the_functions_may_embed_the_same_text_without_waiting_for_the_call(
+    face: str, is_async: bool, max_batch: int
+) -> None:
+    provider = Charging()
+    provider.limits = Limits(max_batch=max_batch, concurrency=1)
+    waits = LONG_TIMEOUT * 10  # a call that waited for itself would exceed the time limit of the test
+    with Cache(provider, [DictBackend()], max_wait=waits) as cache:
+
+        def admit(texts: Sequence[str], space: VectorSpace) -> Any:
+            cache.embed(texts[0])
+            return lambda computed, wasted: cache.embed(texts[0]) is None
+
+        async def admit_async(texts: Sequence[str], space: VectorSpace) -> Any:
+            await cache.aembed(texts[0])
+
+            async def settle(computed: Work, wasted: Work) -> None:
+                await cache.aembed(texts[0])
+
+            return settle
+
+        fetched = fetch(cache, ["a", "b"], face, admit=admit_async if is_async else admit)
+        assert fetched.failed == {}

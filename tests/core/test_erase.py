@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -208,6 +209,8 @@ def test_forget_reports_every_tier_that_fails(forget: Forget) -> None:
             "down": "ConnectionRefusedError: an injected fault",
             "stubborn": "it cannot delete",
         }
+        assert caught.value.unable == {"stubborn"}
+        assert "Call it again" in str(caught.value)
         assert "text" not in str(caught.value)
         assert entries(near) == []  # forget has removed the text from the tier that works
 
@@ -336,7 +339,10 @@ def test_forget_names_tiers_that_cannot_list_and_scopes_whose_keys_are_not_known
         cache.embed("tea")
         with pytest.raises(EraseIncomplete, match="space card is missing") as caught:
             cache.forget(["tea"], where=lambda card: card["namespace"] in ("", "three"))
+        assert caught.value.left.keys() == {scopes["one"]}
         assert caught.value.tiers == {"blind": "it cannot list its keys"}
+        assert caught.value.unable == {"blind"}
+        assert "Call it again" not in str(caught.value)
         assert caught.value.scopes.keys() == {scopes["two"], scopes["three"]}
         assert "tea" not in str(caught.value)
         assert cache.lookup(["tea"]).sources == [None]
@@ -356,7 +362,20 @@ def test_purge_reports_tiers_that_cannot_list_and_purges_the_others() -> None:
         with pytest.raises(EraseIncomplete) as caught:
             cache.purge(version="v1")
         assert caught.value.tiers == {"blind": "it cannot list its keys"}
+        assert caught.value.unable == {"blind"}
+        assert (len(caught.value.matched), caught.value.removed) == (1, {"good": 1})
         assert len(good) == 0
+
+
+def test_a_failure_of_a_tier_that_cannot_list_either_may_pass() -> None:
+    down = FaultyBackend(DictBackend(scan=False, scope="host"))
+    with Cache(CountingProvider(), [Tier(down, name="down")]) as cache:
+        cache.embed("text")
+        for forget in (partial(cache.forget, ["text"]), partial(cache.forget, ["text"], where=lambda card: True)):
+            down.faults.append(Fault("refuse"))
+            with pytest.raises(EraseIncomplete, match="Call it again once these tiers are reachable") as caught:
+                forget()
+            assert (set(caught.value.tiers), caught.value.unable) == ({"down"}, set())
 
 
 def test_purge_wins_over_a_running_flight() -> None:

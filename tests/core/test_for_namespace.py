@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from embedonce import Cache, CacheClosed, KeyPolicy
+from embedonce import Cache, CacheClosed, DriftError, DriftGuard, KeyPolicy
 from embedonce.testing.fakes import CountingProvider, DictBackend
 
 
@@ -77,3 +78,32 @@ async def test_namespaces_compute_the_same_text_at_the_same_time_without_sharing
         caches = [cache.for_namespace(name) for name in "abc"]
         await asyncio.gather(*(one.aembed("text") for one in caches))
         assert provider.texts == 3
+
+
+class Drifting(CountingProvider):
+    """Returns other vectors after a while."""
+
+    has_drifted = False
+
+    def vector_of(self, text: str, task: str = "document") -> Any:
+        vector = super().vector_of(text, task)
+        return -vector if self.has_drifted else vector
+
+
+@pytest.mark.parametrize("action", ["refuse", "new-space"])
+def test_a_namespace_detects_drift_although_another_one_is_always_checked_first(action: Any) -> None:
+    now = 1e9
+    provider = Drifting()
+    with Cache(provider, [DictBackend()], drift=DriftGuard(action=action, every=100), clock=lambda: now) as cache:
+        known, other = cache.for_namespace("known"), cache.for_namespace("other")
+        known.embed("old")
+        provider.has_drifted = True
+        for day in range(3):
+            now += 101
+            other.fetch([f"other {day}"])
+            fetched = known.fetch(["old", f"new {day}"])
+            if action == "refuse":
+                assert isinstance(fetched.failed[1], DriftError)
+            else:
+                assert fetched.failed == {}
+                assert fetched.space.extra == {"drift": 1}

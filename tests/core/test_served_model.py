@@ -452,6 +452,23 @@ def test_new_space_repeats_the_call_in_a_new_space(asynchronous: bool, caplog: p
         assert again.sources[0] == again.sources[1] != "provider"
 
 
+@faces
+@pytest.mark.parametrize("action", ["refuse", "new-space"])
+def test_an_answer_of_another_model_ends_the_other_requests_of_the_call(asynchronous: bool, action: Any) -> None:
+    provider = Served()
+    provider.limits = Limits(max_batch=1, concurrency=1)
+    with guarded(provider, action, DictBackend(scope="host")) as cache:
+        cache.embed("a")
+        provider.answers, before = "e5", provider.calls
+        fetched = fetch(cache, asynchronous, [f"text {i}" for i in range(20)])
+        assert fetched.wasted.texts == 1
+        if action == "refuse":
+            assert len(fetched.failed) == 20
+            assert provider.calls == before + 1
+        else:
+            assert fetched.failed == {}
+
+
 def test_new_space_when_the_process_starts_with_another_model() -> None:
     store = DictBackend(scope="host")
     with guarded(Served(), "new-space", store) as cache:

@@ -7,50 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ADMIN_KEY, KEY, Answer, Served, serve
+from admin_calls import ADMIN, TENANTS, ask, configure, is_cached, key_of, make_disk_unlistable, with_tenants
+from serving import ADMIN_KEY, KEY, serve
 
 from embedonce.testing.servers.openai import OpenAIServer
-
-ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
-OTHER_KEY = "key-of-the-other-team"
-TENANTS = {"search": KEY, "other": OTHER_KEY}
-CACHED = {"cache-control": "only-if-cached"}
 
 
 @pytest.fixture
 def api() -> Iterator[OpenAIServer]:
     with OpenAIServer() as server:
         yield server
-
-
-def configure(folder: Path, **serve: Any) -> dict[str, Any]:
-    return {
-        "provider": {"type": "ngram"},
-        "tiers": [{"type": "memory"}, {"type": "disk", "path": str(folder / "disk")}],
-        "serve": {"admin_key": ADMIN_KEY, **serve},
-    }
-
-
-def with_tenants(folder: Path) -> dict[str, Any]:
-    models = [{"name": name, "provider": {"type": "ngram", "dimensions": n}} for name, n in (("one", 64), ("two", 128))]
-    tenants: list[dict[str, Any]] = [{"name": name, "keys": [key]} for name, key in TENANTS.items()]
-    tenants[1]["tokens_per_day"] = 1000
-    return configure(folder, models=models, tenants=tenants)
-
-
-async def ask(server: Served, path: str, body: Any) -> Answer:
-    return await server.call("POST", f"/admin/{path}", body, ADMIN)
-
-
-def key_of(tenant: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {TENANTS[tenant]}"}
-
-
-async def is_cached(server: Served, text: str, *, tenant: str | None = None, **fields: Any) -> bool:
-    headers = {**CACHED, **({} if tenant is None else key_of(tenant))}
-    answer = await server.embed(text, headers=headers, **fields)
-    assert answer.status in (200, 404)
-    return answer.status == 200
 
 
 # --- stats ------------------------------------------------------------------------------------
@@ -140,171 +106,6 @@ async def test_invalid_fields_are_named(tmp_path: Path, fields: dict[str, Any], 
     async with serve(with_tenants(tmp_path), tmp_path) as server:
         answer = await ask(server, "explain", fields)
         assert (answer.status, answer.error["param"]) == (status, param)
-
-
-# --- forget -----------------------------------------------------------------------------------
-
-
-async def test_forget_removes_a_text_everywhere_by_default(tmp_path: Path) -> None:
-    async with serve(with_tenants(tmp_path), tmp_path) as server:
-        places: list[dict[str, Any]] = [
-            {"tenant": tenant, "model": model, **fields}
-            for tenant in TENANTS
-            for model in ("one", "two")
-            for fields in ({}, {"dimensions": 32}, {"task": "query"}, {"task": "classification"})
-        ]
-        for place in places:
-            fields = {**place, "headers": key_of(place["tenant"])}
-            del fields["tenant"]
-            assert (await server.embed(["a", "b"], **fields)).status == 200
-        answer = await ask(server, "forget", {"input": "a"})
-        assert (answer.status, answer.json) == (200, {"inputs": 1, "models": ["one", "two"], "workers": [1]})
-        assert [await is_cached(server, "a", **place) for place in places] == [False] * len(places)
-        assert [await is_cached(server, "b", **place) for place in places] == [True] * len(places)
-
-
-async def test_forget_leaves_no_remembered_request_with_a_text(tmp_path: Path) -> None:
-    async with serve(with_tenants(tmp_path), tmp_path) as server:
-        for _ in range(2):
-            await server.embed("a", model="one", headers=key_of(next(iter(TENANTS))))
-        assert len(server.service.generation.recent) == 1
-        assert (await ask(server, "forget", {"input": "a"})).status == 200
-        assert len(server.service.generation.recent) == 0
-
-
-async def test_forget_of_one_tenant_model_and_task_leaves_the_others(tmp_path: Path) -> None:
-    async with serve(with_tenants(tmp_path), tmp_path) as server:
-        for tenant in TENANTS:
-            for model in ("one", "two"):
-                await server.embed("a", model=model, headers=key_of(tenant))
-        assert (await ask(server, "forget", {"input": ["a"], "model": "one", "tenant": "search"})).status == 200
-        assert not await is_cached(server, "a", model="one", tenant="search")
-        assert await is_cached(server, "a", model="two", tenant="search")
-        assert await is_cached(server, "a", model="one", tenant="other")
-
-
-async def test_forget_reaches_entries_from_before_there_were_tenants(tmp_path: Path) -> None:
-    async with serve(configure(tmp_path), tmp_path) as server:
-        await server.embed("a")
-    tenants = [{"name": "search", "keys": [KEY]}]
-    async with serve(configure(tmp_path, tenants=tenants), tmp_path) as server:
-        assert (await ask(server, "forget", {"input": "a"})).status == 200
-    async with serve(configure(tmp_path), tmp_path) as server:
-        assert not await is_cached(server, "a")
-
-
-async def test_forget_of_token_numbers(api: OpenAIServer, tmp_path: Path) -> None:
-    provider = {"type": "openai", "model": "m", "base_url": api.base_url, "api_key": "k"}
-    models = [{"name": "m", "provider": provider}, {"name": "texts", "provider": {"type": "ngram"}}]
-    async with serve(configure(tmp_path, models=models), tmp_path) as server:
-        await server.embed([[1, 2], [3]])
-    async with serve(configure(tmp_path, models=models), tmp_path) as server:
-        assert (await ask(server, "forget", {"input": [1, 2]})).status == 200
-        answer = await server.embed([[1, 2], [3]], headers=CACHED)
-        assert answer.error["positions"] == [0]
-        answer = await ask(server, "forget", {"input": [1, 2], "model": "texts"})
-        assert (answer.status, answer.error["param"]) == (400, "input")
-
-
-async def test_an_incomplete_erasure_names_the_tiers(tmp_path: Path) -> None:
-    settings = configure(tmp_path)
-    settings["tiers"].append({"type": "redis", "url": "redis://127.0.0.1:1/0"})
-    async with serve(settings, tmp_path) as server:
-        for path, fields in (("forget", {"input": "private"}), ("purge", {"version": "v1", "dry_run": False})):
-            answer = await ask(server, path, fields)
-            assert (answer.status, answer.error["code"]) == (503, "erase_incomplete")
-            assert list(answer.error["tiers"]) == ["redis"]
-            assert answer.headers["retry-after"]
-            assert b"private" not in answer.body
-
-
-async def test_forget_refuses_a_task_that_no_model_knows(tmp_path: Path) -> None:
-    async with serve(configure(tmp_path), tmp_path) as server:
-        answer = await ask(server, "forget", {"input": "a", "task": "qurey"})
-        assert (answer.status, answer.error["param"]) == (400, "task")
-
-
-async def test_forget_reaches_spaces_and_tenants_that_this_process_does_not_know(
-    api: OpenAIServer, tmp_path: Path
-) -> None:
-    provider = {"type": "openai", "model": "m", "base_url": api.base_url, "api_key": "k"}
-    models = [{"name": "m", "provider": provider, "forward": ["flavour"]}]
-
-    def settings(tenant: str, **key: Any) -> dict[str, Any]:
-        tenants = [{"name": tenant, "keys": [KEY]}]
-        return {**configure(tmp_path, models=models, tenants=tenants), "key": {"namespace": "app", **key}}
-
-    places: list[dict[str, Any]] = [{}, {"dimensions": 4}, {"flavour": "mint"}, {"task": "query", "flavour": {"a": 1}}]
-    for config in (settings("old", version="v0"), settings("old"), settings("now")):
-        async with serve(config, tmp_path) as server:
-            for place in places:
-                assert (await server.embed(["tea", "milk"], headers=key_of("search"), **place)).status == 200
-            await server.embed([[1, 2], [3]], headers=key_of("search"))
-    other = {**configure(tmp_path, models=models), "key": {"namespace": "apples"}}
-    async with serve(other, tmp_path) as server:
-        await server.embed("tea")
-    async with serve(settings("now"), tmp_path) as server:
-        assert (await ask(server, "forget", {"input": "tea"})).status == 200
-        assert (await ask(server, "forget", {"input": [1, 2]})).status == 200
-    for config in (settings("old", version="v0"), settings("old"), settings("now")):
-        async with serve(config, tmp_path) as server:
-            cached = {**CACHED, **key_of("search")}
-            for place in places:
-                answer = await server.embed(["tea", "milk"], headers=cached, **place)
-                assert answer.error["positions"] == [0]
-            assert (await server.embed([[1, 2], [3]], headers=cached)).error["positions"] == [0]
-    async with serve(other, tmp_path) as server:
-        assert await is_cached(server, "tea")
-
-
-async def test_forget_names_a_namespace_that_may_be_that_of_a_former_tenant(tmp_path: Path) -> None:
-    old, new = (configure(tmp_path, tenants=[{"name": name, "keys": [KEY]}]) for name in ("old", "new"))
-    foreign = {**old, "key": {"namespace": "other-program"}}
-    for config in (foreign, old):
-        async with serve(config, tmp_path) as server:
-            await server.embed(["private", "kept"], headers=key_of("search"))
-    async with serve(new, tmp_path) as server:
-        assert (await ask(server, "forget", {"input": "never seen"})).status == 200
-        assert (await ask(server, "forget", {"input": "private", "tenant": "new"})).status == 200
-        answer = await ask(server, "forget", {"input": "private"})
-        assert (answer.status, answer.error["code"], answer.error["tiers"]) == (503, "erase_incomplete", {})
-        [reason] = answer.error["scopes"].values()
-        assert 'namespace "old"' in reason
-        assert b"private" not in answer.body
-        assert (await ask(server, "forget", {"input": "private", "namespace": "old"})).status == 200
-        assert (await ask(server, "forget", {"input": "private"})).status == 200
-        answer = await ask(server, "forget", {"input": "private", "namespace": "old", "tenant": "new"})
-        assert (answer.status, answer.error["param"]) == (400, "namespace")
-    async with serve(old, tmp_path) as server:
-        assert not await is_cached(server, "private", tenant="search")
-        assert await is_cached(server, "kept", tenant="search")
-    async with serve(foreign, tmp_path) as server:
-        assert await is_cached(server, "private", tenant="search")
-
-
-async def test_forget_of_one_model_after_a_restart_leaves_the_other_models(tmp_path: Path) -> None:
-    async with serve(with_tenants(tmp_path), tmp_path) as server:
-        for model in ("one", "two"):
-            for fields in ({}, {"dimensions": 32}):
-                await server.embed("a", model=model, headers=key_of("search"), **fields)
-    async with serve(with_tenants(tmp_path), tmp_path) as server:
-        assert (await ask(server, "forget", {"input": "a", "model": "one", "tenant": "search"})).status == 200
-        assert not await is_cached(server, "a", model="one", tenant="search")
-        # Both models have this space.
-        assert not await is_cached(server, "a", model="one", tenant="search", dimensions=32)
-        assert await is_cached(server, "a", model="two", tenant="search")
-
-
-async def test_forget_names_scopes_whose_keys_it_cannot_make(tmp_path: Path) -> None:
-    async with serve({**configure(tmp_path), "key": {"secret": "an earlier secret"}}, tmp_path) as server:
-        await server.embed("private")
-    async with serve(configure(tmp_path), tmp_path) as server:
-        answer = await ask(server, "forget", {"input": "private"})
-        assert answer.status == 503
-        [scope] = answer.error["scopes"]
-        assert "another secret" in answer.error["scopes"][scope]
-        assert (await ask(server, "purge", {"scope": scope, "dry_run": False})).json["removed"]["disk"] == 1
-        assert (await ask(server, "forget", {"input": "private"})).status == 200
 
 
 # --- purge ------------------------------------------------------------------------------------
@@ -399,6 +200,25 @@ async def test_purge_of_a_model_covers_its_tasks_dimensions_and_forwarded_fields
         assert purged.json["removed"]["disk"] == len(others)
 
 
+async def test_purge_goes_on_without_a_tier_that_cannot_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_disk_unlistable(monkeypatch)
+    async with serve(with_tenants(tmp_path), tmp_path) as server:
+        for model in ("one", "two"):
+            await server.embed("a", model=model, headers=key_of("search"))
+        reason = {"disk": "it cannot list its keys; nothing was removed"}
+        dry = await ask(server, "purge", {"model": "one", "namespace": "search"})
+        assert (dry.status, dry.json["removed"], dry.json["unable"]) == (200, {"memory": 1}, reason)
+        assert [card["dimensions"] for card in dry.json["scopes"].values()] == [64]
+        done = await ask(server, "purge", {"model": "one", "dry_run": False})
+        assert (done.status, done.error["tiers"], done.error["unable"]) == (503, reason, ["disk"])
+        assert "retry-after" not in done.headers
+        assert (await ask(server, "purge", {"model": "one"})).json["removed"] == {"memory": 0}
+        assert (await ask(server, "purge", {"model": "two"})).json["removed"] == {"memory": 1}
+        await server.embed("a", model="one", headers=key_of("search"), dimensions=32)
+        shared = await ask(server, "purge", {"model": "one", "dry_run": False})
+        assert (shared.status, shared.error["code"]) == (400, "shared_scopes")
+
+
 # --- check ------------------------------------------------------------------------------------
 
 
@@ -418,6 +238,7 @@ async def test_check_calls_a_provider_only_with_embed(api: OpenAIServer, tmp_pat
         checked = (await ask(server, "check", {"embed": True})).json
         assert checked["providers"][0]["dimensions"]
         assert len(api.requests) == 1
-        api.misbehave("unauthorized")
+        api.misbehave("unauthorized", message="the account is suspended")
         checked = (await ask(server, "check", {"embed": True})).json
         assert (checked["ok"], checked["providers"][0]["ok"]) == (False, False)
+        assert "the account is suspended" in checked["providers"][0]["detail"]

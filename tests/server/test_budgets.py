@@ -396,7 +396,7 @@ async def test_beyond_the_budget_misses_are_refused_until_the_next_day_and_hits_
             await fetch_within_budget(worker, tenant, cache, ["x" * 100, "y"], "document")
         assert (caught.value.status, caught.value.retry_after) == (429, DAY / 2)
         assert caught.value.headers == {"retry-after": str(DAY // 2), "x-should-retry": "false"}
-        assert "'search'" in str(caught.value)
+        assert 'tenant "search" has 0 tokens left' in str(caught.value)
         assert (await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")).sources == ["memory"]
         clock.now += DAY / 2 - 1
         with pytest.raises(BudgetExceeded):
@@ -622,8 +622,8 @@ async def test_the_fallback_is_asked_only_within_the_budget(worker: Budgets) -> 
     provider, fallback = PaidProvider(), PaidProvider(model="fallback", exact=len)
     provider.error = ProviderTimeout("too slow")
     async with open_cache(provider, fallback=fallback) as cache:
-        answer = await fetch_within_budget(worker, tenant, cache, ["x" * 90], "document")
-        assert isinstance(answer.failed[0], ProviderTimeout)
+        with pytest.raises(BudgetExceeded):  # the lost call of the first provider may be charged
+            await fetch_within_budget(worker, tenant, cache, ["x" * 90], "document")
         assert await read_used(worker, tenant) == (23, 0)
         provider.error = ConnectionRefusedError()
         answer = await fetch_within_budget(worker, tenant, cache, ["x", "y"], "document")

@@ -133,8 +133,9 @@ async def test_tasks_separate_queries_from_documents(api: OpenAIServer, tmp_path
 
 async def test_a_misspelled_task_is_refused_and_nothing_is_sent(api: OpenAIServer, tmp_path: Path) -> None:
     async with serve(configure(api, prefixes={"query": "query: "}), tmp_path) as server:
-        answer = await server.embed("a", input_type="qurey")
-        assert (answer.status, answer.error["param"]) == (400, "input_type")
+        for field in ("input_type", "task", "task_type"):
+            answer = await server.embed("a", **{field: "qurey"})
+            assert (answer.status, answer.error["param"]) == (400, field)
         assert "query" in answer.error["message"]
         assert len(api.requests) == 0
 
@@ -153,7 +154,7 @@ async def test_forwarded_fields_are_sent_and_are_part_of_the_space(api: OpenAISe
         assert refused.error["code"] == "unsupported_field"
         assert "list it in forward" in refused.error["message"]
         refused = await server.embed("a", late_chunking=True)
-        assert "depends on the other inputs; remove it. The model accepts" in refused.error["message"]
+        assert "depend on the other texts of the request; remove it. The model accepts" in refused.error["message"]
     async with serve({"provider": {"type": "ngram"}, "tiers": []}, tmp_path) as server:
         refused = await server.embed("a", padding=True)
         assert refused.error["message"].endswith("it may change the vectors; remove it")

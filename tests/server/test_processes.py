@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
 import pty
+import re
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from patience import wait_until
+from patience import LONG_TIMEOUT, wait_until
 from serve_process import ServeProcess, read_answer, write_config
 
 from embedonce import config
@@ -77,7 +80,7 @@ def test_one_worker_reloads_and_ends_while_it_answers(file: Path, upstream: Open
         upstream.until_hanging()
         write_config(file, upstream.base_url, tenants=[("search", KEYS[1])], serve=state)
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("reloaded")
+        server.wait_for_log(r"reloaded \[serve\]")
         assert server.embed("a", key=KEYS[0]).status == 401
         assert server.embed("a", key=KEYS[1]).headers["x-embedonce-cache"] == "hit"
         upstream.heal()
@@ -157,7 +160,7 @@ def test_two_workers_share_the_port_and_are_replaced_when_they_die(file: Path, u
             serve='state_dir = "state"',
         )  # fmt: skip
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("reloaded")
+        server.wait_for_log(r"reloaded \[serve\]")
         server.wait_for_log(r"\[\[tiers\]\] and state_dir in \[serve\] have changed; restart the server")
         file.write_text("[serve")
         server.send_signal(signal.SIGHUP)
@@ -193,7 +196,7 @@ def test_all_workers_refuse_a_former_tenant_and_answer_its_current_requests(file
         upstream.until_hanging()
         write_config(file, upstream.base_url, tenants=tenants[:1], serve=state)
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("reloaded")
+        server.wait_for_log(r"reloaded \[serve\]")
         refused = reach_both_workers(server, KEYS[0])
         for connection in refused.values():
             answer = server.embed("a", key=KEYS[1], connection=connection)
@@ -207,6 +210,78 @@ def test_all_workers_refuse_a_former_tenant_and_answer_its_current_requests(file
             answer = server.embed("a", key=KEYS[1], connection=connection)
             assert (answer.status, answer.worker) == (401, worker)
             connection.close()
+
+
+def test_a_worker_that_hangs_delays_no_reload_and_is_replaced(file: Path, upstream: OpenAIServer) -> None:
+    state = 'state_dir = "state"'
+    write_config(file, upstream.base_url, tenants=[("search", KEYS[0])], serve=state)
+    code = "import embedonce_server.processes.supervisor as s; s.ANSWER_SECONDS = 1.0"
+    with ServeProcess("--config", file, "--workers", "2", folder=file.parent, code=code) as server:
+        before = server.workers
+        server.send_signal(signal.SIGSTOP, before[1])
+        write_config(file, upstream.base_url, tenants=[("search", KEYS[1])], serve=state)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for_log(rf"worker 1 \(process {before[1]}\) has not answered within 1 s; killing it")
+        server.wait_for_log(r"reloaded \[serve\]")
+        server.wait_for_log(rf"worker 1 \(process {before[1]}\) was ended by SIGKILL; starting it again")
+        server.wait_for_log(r"worker 1 \(process \d+\) is ready", times=2)
+        for connection in reach_both_workers(server, KEYS[1]).values():
+            assert server.embed("a", key=KEYS[0], connection=connection).status == 401
+            connection.close()
+
+        # With no worker that answers, the reload follows as soon as one is ready.
+        for pid in server.workers.values():
+            server.send_signal(signal.SIGSTOP, pid)
+        write_config(file, upstream.base_url, tenants=[("search", KEYS[2])], serve=state)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for_log("the reload follows once a worker has started")
+        server.wait_for_log(r"reloaded \[serve\]", times=2)
+        wait_until(lambda: not is_alive(before[2]))
+        for connection in reach_both_workers(server, KEYS[2]).values():
+            assert server.embed("a", key=KEYS[1], connection=connection).status == 401
+            connection.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_whose_log_nobody_reads_answers_and_ends(file: Path, workers: int) -> None:
+    with ServeProcess("--config", file, "--access-log", "--workers", str(workers), folder=file.parent) as server:
+        assert server.process.stderr is not None
+        fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        server.may_read.clear()
+        with closing(server.connect()) as connection:
+            for _ in range(300):  # more lines than the pipe and the reader's buffer hold
+                connection.request("GET", "/health/live")
+                assert read_answer(connection).status == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.process.wait(LONG_TIMEOUT) == 0
+        assert len(server.lines) < 100
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_server_whose_event_loop_is_blocked_ends(file: Path, upstream: OpenAIServer, signals: int) -> None:
+    write_config(file, upstream.base_url, serve='drain_timeout = "0s"' if signals == 1 else "")
+    code = """
+import sys, time
+from embedonce_server.processes import lone_worker, worker
+async def block(self):
+    print("blocked", file=sys.stderr)
+    while True:
+        time.sleep(1)
+lone_worker.LoneWorker.watch = block
+worker.END_MARGIN = 0.1
+"""
+    server = ServeProcess("--config", file, folder=file.parent, code=code)
+    try:
+        server.wait_for_log("blocked")
+        server.send_signal(signal.SIGTERM)
+        if signals == 2:
+            server.send_signal(signal.SIGINT)
+        # Python handles the signals that wait in the order of their numbers.
+        assert server.wait() in ([1] if signals == 1 else [128 + signal.SIGTERM, 128 + signal.SIGINT])
+    finally:
+        server.close()
+    assert ("the worker has not ended within drain_timeout; ending it now" in server.log) == (signals == 1)
+    assert list_run_folders(file) == []
 
 
 def test_workers_end_if_their_supervisor_is_killed(file: Path, upstream: OpenAIServer) -> None:
@@ -252,7 +327,7 @@ def test_requests_are_cut_off_at_the_drain_timeout(file: Path, upstream: OpenAIS
         answer = waiting.result()
         assert (answer.status, answer.body["error"]["code"]) == (503, "stopping")
         assert answer.headers["connection"] == "close"
-        assert "1 requests were cut off" in server.log
+        assert "1 request was cut off, because it took" in server.log
         assert "Traceback" not in server.log
 
 
@@ -274,6 +349,15 @@ def test_one_error_ends_the_start_of_several_workers(file: Path, upstream: OpenA
     assert server.log.count("error: ") == 1
     assert "vectors" in server.log
     assert "listening" not in server.log
+    assert list_run_folders(file) == []
+
+
+def test_a_worker_that_hangs_while_it_starts_is_killed(file: Path) -> None:
+    code = "import embedonce_server.processes.supervisor as s; s.START_SECONDS = 0.01"
+    server = ServeProcess("--config", file, "--workers", "2", folder=file.parent, code=code)
+    assert server.wait() == 2
+    assert re.search(r"worker \d \(process \d+\) has not answered within 0.01 s; killing it", server.log)
+    assert re.search(r"error: worker \d was ended by SIGKILL before it was ready", server.log)
     assert list_run_folders(file) == []
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -164,6 +166,63 @@ def test_a_damaged_file_is_filled_anew(path: Path, clock: Clock, content: bytes)
     with closing(Rates(path, clock=clock)) as limiter:
         assert count_admitted(limiter, make_tenant(3)) == 3
     assert path.stat().st_size >= len(content)
+
+
+def test_a_file_that_is_truncated_is_filled_again(path: Path, clock: Clock) -> None:
+    with closing(Rates(path, clock=clock)) as one, closing(Rates(path, clock=clock)) as two:
+        assert count_admitted(one, make_tenant(3)) == 3
+        size = path.stat().st_size
+        os.truncate(path, 0)
+        assert two.admit(make_tenant(3)) == 0.0
+        assert count_admitted(one, make_tenant(3)) == 2
+        assert two.admit(make_tenant(3)) > 0
+        assert path.stat().st_size == size
+    with closing(Rates(path, clock=clock)) as later:
+        assert later.admit(make_tenant(3)) > 0
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_processes_count_together_again_after_the_file_was_deleted_or_moved(
+    path: Path, clock: Clock, is_replaced: bool
+) -> None:
+    with closing(Rates(path, clock=clock)) as one, closing(Rates(path, clock=clock)) as two:
+        assert all(limiter.admit(make_tenant(3)) == 0.0 for limiter in (one, two))
+        if is_replaced:
+            path.rename(path.with_name("moved"))
+        else:
+            path.unlink()
+        with closing(Rates(path, clock=clock)) as new:
+            assert new.admit(make_tenant(3)) == 0.0
+            clock.now += SECOND
+            assert count_admitted(one, make_tenant(3)) == 2
+            assert all(limiter.admit(make_tenant(3)) > 0 for limiter in (one, two, new))
+
+
+def test_processes_go_on_with_a_file_whose_folder_was_deleted(tmp_path: Path, clock: Clock) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    with closing(Rates(folder / "rates", clock=clock)) as one, closing(Rates(folder / "rates", clock=clock)) as two:
+        shutil.rmtree(folder)
+        clock.now += SECOND
+        assert one.admit(make_tenant(2)) == 0.0
+        assert two.admit(make_tenant(2)) == 0.0
+        assert one.admit(make_tenant(2)) > 0
+
+
+def test_requests_are_admitted_while_the_disk_fails(
+    limiter: Rates, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    assert count_admitted(limiter, make_tenant(3)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        assert all(limiter.admit(make_tenant(3)) == 0.0 for _ in range(10))
+    assert [record.message for record in caplog.records] == [
+        f"{limiter._path}: requests per minute are not counted: Input/output error"
+    ]
+    assert limiter.admit(make_tenant(3)) > 0
 
 
 def test_the_file_is_for_its_owner_only(limiter: Rates, path: Path) -> None:

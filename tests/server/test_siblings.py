@@ -20,7 +20,7 @@ from worker_pairs import Worker, serve_workers
 
 from embedonce import Cache
 from embedonce_server.connections.http_server import WorkerServer
-from embedonce_server.operations import admin
+from embedonce_server.operations import erasures
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -109,6 +109,16 @@ async def test_forget_clears_the_memory_of_the_other_workers(pair: list[Worker])
         assert explained.json["tiers"] == {"memory": "hit", "disk": "hit"}
 
 
+async def test_a_text_with_a_lone_surrogate_is_forgotten_in_all_workers(tmp_path: Path) -> None:
+    async with serve_workers({**settings(tmp_path), "key": {"normalize": ["surrogates"]}}, tmp_path) as workers:
+        for worker in workers:
+            await worker.embed("cut \ud83d")
+        answer = await workers[0].call("POST", "/admin/forget", {"input": ["cut \ud83d"]}, ADMIN)
+        assert (answer.status, answer.json["workers"]) == (200, [1, 2])
+        for worker in workers:
+            assert (await worker.embed("cut \ud83d", headers={"cache-control": "only-if-cached"})).status == 404
+
+
 async def test_forget_reaches_vector_spaces_that_only_another_worker_knows(pair: list[Worker]) -> None:
     await pair[1].embed("private", dimensions=64)
     assert (await pair[0].call("POST", "/admin/forget", {"input": "private"}, ADMIN)).status == 200
@@ -170,6 +180,23 @@ async def test_a_worker_that_hangs_is_missing_after_the_deadline(pair: list[Work
         [answer] = await first.service.siblings.call("POST", "/siblings/metrics", timeout=0.01)
         released.set()
     assert answer.error == "no answer within 0.01 s"
+
+
+async def test_an_erasure_asks_a_worker_that_does_not_answer_only_once(pair: list[Worker]) -> None:
+    first, second = pair
+    await second.stop_listening()
+    path = second.service.run.get_socket(2)
+    path.unlink()
+    requests: list[bytes] = []
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readline())
+        writer.close()
+
+    async with await asyncio.start_unix_server(hang_up, str(path)):
+        answer = await first.call("POST", "/admin/forget", {"input": "a"}, ADMIN)
+    assert requests == [b"POST /siblings/forget HTTP/1.1\r\n"]
+    assert list(answer.error["workers"]) == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +318,7 @@ async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
 ) -> None:
     async with serve_workers(settings(tmp_path), tmp_path, 3) as (first, second, third):
         models = list(third.service.generation.models)
-        forget, has_stored = admin._forget, asyncio.Event()
+        forget, has_stored = erasures._forget, asyncio.Event()
         done: list[object] = []
 
         async def forget_late(base: Cache, erasure: Any) -> Any:
@@ -305,7 +332,7 @@ async def test_forget_removes_copies_of_what_a_worker_stored_meanwhile(
             done.append(erasure)
             return incomplete
 
-        monkeypatch.setattr(admin, "_forget", forget_late)
+        monkeypatch.setattr(erasures, "_forget", forget_late)
         answer = await first.call("POST", "/admin/forget", {"input": "private"}, ADMIN)
         assert (answer.status, has_stored.is_set()) == (200, True)
         for worker in (first, second, third):

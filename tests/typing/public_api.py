@@ -269,6 +269,7 @@ def errors(cache: Cache) -> None:
     except EraseIncomplete as error:
         assert_type(error.tiers, dict[str, str])
         assert_type(error.scopes, dict[str, str])
+        assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:

@@ -11,8 +11,8 @@ from embedonce.admission import Settle
 from embedonce.vectors import Entry, Work
 
 from .call import Call, sum_work
+from .flights import calls_in_provider
 from .isolation import Stop
-from .ports import Port
 
 Send = Callable[[Call], Awaitable[tuple[Exception | None, Collection[Entry]]]]
 """Sends one request. Returns its error, or None if it worked, and the new entries. The answer of the call that it gets
@@ -35,9 +35,15 @@ async def ask_to_send(call: Call, texts: Sequence[str]) -> Admitted:
     answer = call.answer
     if answer.refusal is None and answer.admit is not None:
         try:
-            return Admitted(await _call_function(call.port, answer.admit, texts, answer.route.space))
+            settle = await _call_function(call, answer.admit, texts, answer.route.space)
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, as an error of the provider does)
             answer.refusal = error
+        else:
+            if settle is None or callable(settle):
+                return Admitted(settle)
+            # It is a mistake in the program, so the call raises it, and pays for nothing more.
+            message = f"admit must return a function or None, got {type(settle).__name__}"
+            answer.refusal = answer.settle_error = TypeError(message)
     if answer.refusal is not None:
         raise Stop(answer.refusal)
     return Admitted(None)
@@ -68,18 +74,27 @@ async def settle_request(call: Call, admitted: Admitted, made: Collection[Entry]
     if admitted.settle is None:
         return
     try:
-        await _call_function(call.port, admitted.settle, sum_work(made), wasted)
+        await _call_function(call, admitted.settle, sum_work(made), wasted)
     except Exception as error:  # noqa: BLE001  (raised at the end of the call, whose other requests may be paid for)
         call.answer.settle_error = error
 
 
-async def _call_function(port: Port, function: Callable[..., Any], *args: object) -> Any:
-    """Return the result of a function or of an async function."""
-    result = function(*args)
+async def _call_function(call: Call, function: Callable[..., Any], *args: object) -> Any:
+    """Return the result of a function or of an async function.
+
+    If the function uses the cache, it does not wait there for this call, as code of the provider does not.
+    """
+    outer_calls = calls_in_provider.get() | {call.ticket.number}
+    token = calls_in_provider.set(outer_calls)
+    try:
+        result = function(*args)
+    finally:
+        calls_in_provider.reset(token)
     if not inspect.isawaitable(result):
         return result
 
     async def wait() -> Any:
+        calls_in_provider.set(outer_calls)  # the asyncio task has its own context
         return await result
 
-    return await port.run_coroutine(wait, None)
+    return await call.port.run_coroutine(wait, None)

@@ -71,8 +71,9 @@ class DriftCheckingEngine(Engine):
         self.tolerance = guard.tolerance
         self._guard = guard
         self.can_change_space = guard.action == "new-space"
-        self._states: dict[bytes, _SpaceState] = {}
-        """By fingerprint. The oldest states are dropped: the tiers hold what is needed to make them again."""
+        self._states: dict[tuple[bytes, str], _SpaceState] = {}
+        """By fingerprint and namespace, because each namespace has canaries of its own. The oldest states are dropped:
+        the tiers hold what is needed to make them again."""
         self._warnings = RepeatedWarnings()
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
@@ -96,9 +97,10 @@ class DriftCheckingEngine(Engine):
         return route if route.generation == state.generation else route.with_generation(state.generation)
 
     def _get_state(self, route: Route) -> _SpaceState:
-        state = self._states.get(route.origin)
+        place = route.origin, route.policy.namespace
+        state = self._states.get(place)
         if state is None:
-            state = self._states.setdefault(route.origin, _SpaceState())
+            state = self._states.setdefault(place, _SpaceState())
             for oldest in list(self._states)[:-MAX_SPACES]:
                 self._states.pop(oldest, None)
         return state

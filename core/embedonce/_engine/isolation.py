@@ -18,7 +18,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
-from embedonce.errors import TextRefused
+from embedonce.errors import DriftError, TextRefused
 
 from .batch_sizes import BatchSizes, count_bytes
 from .refusals import find_cause, is_refusal, read_batch_limit, speaks_of_size
@@ -69,6 +69,11 @@ class Patience:
             self._failures += 1
             if self._failures >= self._most:
                 self.final_error = error
+
+    def stop(self, error: Exception) -> None:
+        """Send nothing more: all texts that have not been sent yet fail with this error."""
+        with self._lock:
+            self.final_error = error
 
     def note_rate_limit(self, error: Exception, *, is_retried: bool) -> None:
         """Note a status 429. If the request was repeated in vain, or after a few of them, the call ends."""
@@ -253,6 +258,8 @@ class _Search:
 
     async def _take_failure(self, error: Exception, part: Sequence[str]) -> None:
         cause = find_cause(error, self._list_texts(part))
+        if isinstance(error, DriftError):
+            self._patience.stop(error)  # all further answers would be of the other model too
         if cause == "rate":
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
         if cause in ("rate", "call"):

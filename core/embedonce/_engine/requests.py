@@ -54,6 +54,7 @@ from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 from .single_reads import read_one
+from .upkeep import FoundKeys
 
 ITER_BATCH = 1024
 MAX_ROUTES = 256
@@ -282,9 +283,8 @@ class Requests(HotPath):
 
         ``first`` is the position of the first text in the caller's stream; errors name positions in that stream.
         """
-        if not isinstance(texts, list):
+        if not isinstance(texts, list):  # an iterator can be read only once, and the fallback may need the texts again
             _require_texts(texts)
-            # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts, first)
         how = (texts, task, store, metadata, fresh, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
@@ -298,7 +298,8 @@ class Requests(HotPath):
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await self._answer_in_one_space(port, fallback, *how)
-        used, unused = (answer, other) if other.has_failed_provider() else (other, answer)
+        is_useless = other.has_failed_provider() and other.refusal is None
+        used, unused = (answer, other) if is_useless else (other, answer)
         used.take_waste(unused)
         return used
 
@@ -324,6 +325,7 @@ class Requests(HotPath):
                 await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
             answer.admit = admit
+            answer.refusal = None if left is None else left.refusal
             if fresh:
                 await compute_anew(engine, port, answer)
             else:
@@ -419,7 +421,7 @@ class Requests(HotPath):
         routes = [*current, *(route.with_generation(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
-            await self._chain.upkeep.forget(port, list(keys))
+            await self._chain.upkeep.forget(port, FoundKeys(list(keys)))
         finally:
             self._discard_texts(keys)
         if task is None and not self._knows_all_tasks:
@@ -442,10 +444,10 @@ class Requests(HotPath):
         both = list(dict.fromkeys([*normalized, *texts]))
         found = await self._chain.upkeep.find_keys(port, both, self._policy, where)
         try:
-            await self._chain.upkeep.forget(port, found.keys, found.failed, found.unknown)
+            await self._chain.upkeep.forget(port, found)
         finally:
             self._chain.discard_texts(set(found.keys))
-        return found.left
+        return dict(found.left)
 
     async def _purge(
         self,

@@ -28,6 +28,10 @@ PROBE_KEY = f"{KEY_PREFIX}probe"
 """A key without an entry; reading this key shows whether a tier answers."""
 
 
+class TierUnable(TierError):
+    """The backend has no such method, so trying again does not help."""
+
+
 class LiveTier:
     """A tier of a running chain."""
 
@@ -125,10 +129,11 @@ class LiveTier:
         """Remove keys from the tier.
 
         Raises:
-            TierError: the backend has no ``delete_many``, or it failed. Unless a call timed out, all keys were tried.
+            TierUnable: the backend has no ``delete_many``.
+            TierError: it failed. Unless a call timed out, all keys were tried.
         """
         if not self.capabilities.delete:
-            raise TierError("it cannot delete", self.name)
+            raise TierUnable("it cannot delete", self.name)
         problem: TierError | None = None
         for chunk in self.calls.split_into_chunks(keys):
             try:
@@ -144,10 +149,11 @@ class LiveTier:
         """Return the keys that start with ``prefix``.
 
         Raises:
-            TierError: the backend has no ``scan``, or it failed.
+            TierUnable: the backend has no ``scan``.
+            TierError: it failed.
         """
         if not self.capabilities.scan:
-            raise TierError("it cannot list its keys", self.name)
+            raise TierUnable("it cannot list its keys", self.name)
         keys: list[str] = await self.calls.call_strictly(port, lambda: list(self.backend.scan(prefix)), listing=True)
         return keys
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from .ports import Port
 from .probing import probe_writes
 from .routes import Route
 from .served import ServedModels
-from .tiers import PROBE_KEY, LiveTier
+from .tiers import PROBE_KEY, LiveTier, TierUnable
 
 MOST_NAMED = 5
 """Maximum number of settings that one reason for a miss names, and of scopes that one error message names."""
@@ -45,11 +45,11 @@ class FoundKeys(NamedTuple):
     """The keys of texts in several scopes, and what could not be found."""
 
     keys: list[str]
-    left: dict[str, SpaceCard]
+    left: Mapping[str, SpaceCard] = MappingProxyType({})
     """The cards of the scopes that hold one of the texts and were not wanted."""
-    failed: dict[str, str]
-    """The tiers that could not be listed, with the reasons."""
-    unknown: dict[str, str]
+    failed: Mapping[str, TierError] = MappingProxyType({})
+    """The tiers that could not be listed."""
+    unknown: Mapping[str, str] = MappingProxyType({})
     """The scopes whose keys could not be made, with the reasons."""
 
 
@@ -75,39 +75,36 @@ class Upkeep:
 
     # --- erasing ------------------------------------------------------------------------------
 
-    async def forget(
-        self,
-        port: Port,
-        keys: Sequence[str],
-        failed: Mapping[str, str] = MappingProxyType({}),
-        unknown: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    async def forget(self, port: Port, found: FoundKeys) -> None:
         """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
 
-        ``failed`` has the tiers that could not be listed, and ``unknown`` the scopes whose keys could not be made.
-
         Raises:
-            EraseIncomplete: a tier failed or cannot delete. The error names each such tier, and what was given.
+            EraseIncomplete: a tier failed or cannot delete, or keys could not be found. The error names the tiers and
+                scopes.
         """
 
         async def erase(tier: LiveTier) -> None:
-            await tier.erase(port, keys if tier.lease is None else [*keys, *lease_keys(keys)])
-            if tier.name in failed:
-                raise TierError(failed[tier.name], tier.name)
+            await tier.erase(port, found.keys if tier.lease is None else [*found.keys, *lease_keys(found.keys)])
+            if tier.name in found.failed:
+                raise found.failed[tier.name]
 
-        await self._erase(port, Erasure(keys), erase, "forget", unknown)
+        try:
+            await self._erase(port, Erasure(found.keys), erase, "forget", found.unknown)
+        except EraseIncomplete as error:
+            error.left = dict(found.left)
+            raise
 
     async def find_keys(
         self, port: Port, texts: Sequence[str], policy: KeyPolicy, where: Callable[[SpaceCard], bool]
     ) -> FoundKeys:
         """Find the keys of normalised texts in every scope whose space card satisfies ``where``."""
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         cards: dict[str, SpaceCard] = {}
         for tier in self._tiers:
             try:
                 stored = await self._read_cards(port, tier)
             except TierError as error:
-                failed[tier.name] = _describe(error)
+                failed[tier.name] = error
             else:
                 cards |= {name: card for name, card in stored.items() if name not in cards or FINGERPRINT in card}
         cards |= self._cards
@@ -120,7 +117,7 @@ class Upkeep:
                 try:
                     listed = group_by_scope(await tier.scan(port, KEY_PREFIX))
                 except TierError as error:
-                    failed[tier.name] = _describe(error)
+                    failed[tier.name] = error
                 else:
                     held |= listed.keys()
                     holding |= {owners[key] for scope in listed for key in listed[scope] if key in owners}
@@ -165,7 +162,7 @@ class Upkeep:
         Raises:
             EraseIncomplete: a tier failed, or a tier cannot list or delete keys. The error names each such tier.
         """
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         kept = () if keep is None else keep
         scopes: dict[str, SpaceCard | None] = {}
         if scope is not None and not wanted and where is None and scope not in kept:
@@ -176,7 +173,7 @@ class Upkeep:
                 if keep is not None:
                     cards = dict.fromkeys(group_by_scope(await tier.scan(port, KEY_PREFIX))) | cards
             except TierError as error:
-                failed[tier.name] = _describe(error)
+                failed[tier.name] = error
             else:
                 matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
                 scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
@@ -185,12 +182,14 @@ class Upkeep:
             for tier in self._tiers:
                 if tier.name not in failed:
                     removed[tier.name] = len(await self._list_keys(port, tier, scopes))
-            _raise_if_incomplete(failed, "purge --dry-run")
-            return Purged(scopes, removed)
+            purged = Purged(scopes, removed)
+            with _attach(purged):
+                _raise_if_incomplete(failed, "purge --dry-run")
+            return purged
 
         async def erase(tier: LiveTier) -> None:
             if tier.name in failed:
-                raise TierError(failed[tier.name], tier.name)
+                raise failed[tier.name]
             keys = await self._list_keys(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
@@ -198,11 +197,13 @@ class Upkeep:
             removed[tier.name] = len(keys)
 
         prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]
+        purged = Purged(scopes, removed)
         try:
-            await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
+            with _attach(purged):
+                await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
         finally:
             self._served.forget(scopes)
-        return Purged(scopes, removed)
+        return purged
 
     async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
         return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
@@ -216,7 +217,7 @@ class Upkeep:
         unknown: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Erase from all tiers. ``unknown`` has the scopes that cannot be erased, with the reasons."""
-        failed: dict[str, str] = {}
+        failed: dict[str, TierError] = {}
         with self._in_flight.forbid_stores(erasure) as busy:
             end = time.monotonic() + self._busy_timeout
             while (writing := busy()) and time.monotonic() < end:
@@ -225,10 +226,10 @@ class Upkeep:
                 try:
                     await erase(tier)
                 except TierError as error:
-                    failed[tier.name] = _describe(error)
+                    failed[tier.name] = error
                 else:
                     if tier.name in writing:
-                        failed[tier.name] = "a write that has not ended may restore entries"
+                        failed[tier.name] = TierError("a write that has not ended may restore entries", tier.name)
         _raise_if_incomplete(failed, operation, unknown)
 
     # --- listing ------------------------------------------------------------------------------
@@ -451,16 +452,30 @@ def _describe(error: TierError) -> str:
     return f"{error}: {detail}" if detail and detail != str(error) else str(error)
 
 
+@contextmanager
+def _attach(purged: Purged) -> Iterator[None]:
+    """Attach the result of a purge to the error that says that it is incomplete."""
+    try:
+        yield
+    except EraseIncomplete as error:
+        error.matched, error.removed = dict(purged.scopes), dict(purged.removed)
+        raise
+
+
 def _raise_if_incomplete(
-    failed: Mapping[str, str], operation: str, unknown: Mapping[str, str] = MappingProxyType({})
+    failed: Mapping[str, TierError], operation: str, unknown: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     if failed or unknown:
-        causes = [f"tier {name!r}: {cause}" for name, cause in failed.items()]
+        tiers = {name: _describe(error) for name, error in failed.items()}
+        unable = [name for name, error in failed.items() if isinstance(error, TierUnable)]
+        causes = [f"tier {name!r}: {cause}" for name, cause in tiers.items()]
         causes += [f"scope {scope}: {cause}" for scope, cause in list(unknown.items())[:MOST_NAMED]]
         if len(unknown) > MOST_NAMED:
             causes.append(f"{len(unknown) - MOST_NAMED} more scopes")
         advice = [
-            *(["Call it again once these tiers are reachable"] if failed else ()),
+            *(["Call it again once these tiers are reachable"] if len(unable) < len(failed) else ()),
+            *(["Entries of tiers that cannot list or delete stay until they expire or are evicted"] if unable else ()),
             *(["The keys of these scopes are not known; remove the scopes with purge(scope=…)"] if unknown else ()),
         ]
-        raise EraseIncomplete(f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}", failed, unknown)
+        message = f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}"
+        raise EraseIncomplete(message, tiers, unknown, unable)

@@ -152,7 +152,7 @@ def _explain(error: Exception, positions: list[int], count: int, *, others_kept:
         message = f'{where} {be} not in the cache, and mode = "replay" computes nothing'
         return ApiError(404, message, param="input", code="not_cached", positions=positions)
     if isinstance(error, SpaceError):
-        return ApiError(400, f"{error}", param="input_type")
+        return ApiError(400, f"{error}")
     status = read_status(error)
     if status in (401, 403):
         message = (

@@ -113,6 +113,8 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                         COUNT, "With the code not_cached: the positions of the inputs that are missing."
                     ),
                     "tiers": _map(TEXT, "With the code erase_incomplete: the tiers that failed, and why."),
+                    "unable": _list(TEXT, "Those of tiers that cannot list or delete keys, whenever they are asked."),
+                    "models": _map(TEXT, "The models whose caches could not be used, and why."),
                     "workers": _map(TEXT, "The workers that did not answer, and why."),
                     "scopes": _map(TEXT, "The scopes that were left, and why."),
                 },
@@ -293,8 +295,9 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "model": {**NAME, "description": "Default: all models."},
             "tenant": {**NAME, "description": "Default: all tenants."},
             "namespace": {
-                **NAME,
-                "description": "The whole namespace, as the space cards have it. It cannot be combined with tenant.",
+                **MAYBE_TEXT,
+                "description": "The whole namespace, as the space cards have it. It includes all namespaces in it, "
+                "such as team/a in team; the empty namespace includes all. It cannot be combined with tenant.",
             },
             "task": {**_TASK, "description": "Default: all tasks."},
         },
@@ -330,6 +333,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "dry_run": FLAG,
             "scopes": _map(_or_null(OBJECT), "The scopes that matched, with their space cards."),
             "removed": _map(COUNT, "Number of entries by tier, over all workers."),
+            "unable": _map(TEXT, "With dry_run: the tiers that cannot list or delete keys, and why."),
             "workers": _WORKERS,
         }
     ),

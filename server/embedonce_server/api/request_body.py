@@ -15,7 +15,7 @@ from embedonce.batch_settings import refuse_batch_settings
 
 from .api_errors import ApiError
 from .encoding import Encoding
-from .task_names import TASK_FIELDS, read_task
+from .task_names import TASK_FIELDS, find_task_field, read_task
 
 MAX_INPUTS = 2048
 """Number of inputs of one request, as for OpenAI's endpoint."""
@@ -47,6 +47,8 @@ class EmbeddingRequest(NamedTuple):
     dimensions: int | None
     forwarded: Mapping[str, Any]
     """Other fields, which are sent to the model and are part of the vector space."""
+    task_field: str | None = None
+    """The field that names the task, for the error of an unknown task."""
 
 
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -171,7 +173,8 @@ def read_request(data: Mapping[str, Any], forward: Collection[str], *, can_forwa
                 raise _refuse_field(name, forward, can_forward=can_forward)
         for name, value in forwarded.items():
             _check_numbers(name, value)
-    return EmbeddingRequest(texts, are_tokens, read_task(data), encoding, dimensions, forwarded)
+    task, field = read_task(data), find_task_field(data)
+    return EmbeddingRequest(texts, are_tokens, task, encoding, dimensions, forwarded, field)
 
 
 def read_dimensions(data: Mapping[str, Any]) -> int | None:
@@ -221,7 +224,7 @@ def _refuse_field(name: str, forward: Collection[str], *, can_forward: bool) -> 
     try:
         refuse_batch_settings({name: True})
     except SpaceError:
-        why = "with it, the vector of a text depends on the other inputs"
+        why = "it makes the vector of a text depend on the other texts of the request"
     else:
         if can_forward:
             what = "remove it, or list it in forward of the model's [[serve.models]]"

@@ -56,3 +56,8 @@ def read_task(data: Mapping[str, Any]) -> str:
             raise ApiError(400, message, param=field)
         task = meant
     return task or "document"
+
+
+def find_task_field(data: Mapping[str, Any]) -> str | None:
+    """Return the field that names the task of a request, or None."""
+    return next((field for field in TASK_FIELDS if data.get(field) is not None), None)

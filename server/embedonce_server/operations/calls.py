@@ -35,7 +35,7 @@ class Call(NamedTuple):
         check_json(self.headers)
         body = await read_body(self.service.bodies, self.headers, self.receive, self.generation.settings.max_body)
         try:
-            fields = parse_body(body)
+            fields = parse_body(body, surrogates_in="input")  # a text is accepted as /v1/embeddings does
         finally:
             self.service.bodies.bytes -= len(body)
         for name in fields:

@@ -21,7 +21,7 @@ from embedonce_server.service import Generation, Service
 from embedonce_server.siblings import PREFIX
 from embedonce_server.tenants.keyring import check_admin, find_tenant
 
-from . import admin
+from . import admin, erasures
 from .calls import Call, Scope
 from .health import read_health
 from .metrics import Metrics
@@ -84,13 +84,13 @@ class Operations:
             Route("/openapi.json", _Endpoint(GET=show_document)),
             Route("/admin/stats", _Endpoint(GET=_answer(admin.show_stats))),
             Route("/admin/explain", _Endpoint(POST=_answer(admin.explain))),
-            Route("/admin/forget", _Endpoint(POST=_answer(admin.forget))),
-            Route("/admin/purge", _Endpoint(POST=_answer(admin.purge))),
+            Route("/admin/forget", _Endpoint(POST=_answer(erasures.forget))),
+            Route("/admin/purge", _Endpoint(POST=_answer(erasures.purge))),
             Route("/admin/check", _Endpoint(POST=_answer(admin.check))),
             Route(f"{PREFIX}metrics", _Endpoint(POST=_copy_metrics)),
             Route(f"{PREFIX}stats", _Endpoint(POST=_answer(admin.show_own_stats))),
-            Route(f"{PREFIX}forget", _Endpoint(POST=_answer(admin.forget_here))),
-            Route(f"{PREFIX}purge", _Endpoint(POST=_answer(admin.purge_here))),
+            Route(f"{PREFIX}forget", _Endpoint(POST=_answer(erasures.forget_here))),
+            Route(f"{PREFIX}purge", _Endpoint(POST=_answer(erasures.purge_here))),
         ]
 
     async def live(self, scope: Scope, receive: Receive, send: Send) -> None:

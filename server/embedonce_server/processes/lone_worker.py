@@ -35,10 +35,9 @@ class LoneWorker(Worker):
         self._hung_up = asyncio.Event()
 
     async def prepare(self) -> None:
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.drain, number)
-        loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
+            signal.signal(number, self.stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up.set)
 
     async def watch(self) -> None:
         """Reload on SIGHUP."""
@@ -49,7 +48,7 @@ class LoneWorker(Worker):
                 self._reloads.report_refusal(error)
             else:
                 self._reloads.report_success(config)
-        self.drain(signal.SIGHUP)
+        self.stop(signal.SIGHUP)
 
     def on_ready(self) -> None:
         self._announce(self.service.generation.models.names)

@@ -28,6 +28,10 @@ FIRST_PAUSE, LAST_PAUSE = 0.25, 30.0
 """Seconds before a worker is started again that has ended soon after its start. The pause doubles each time."""
 SOON = 10.0
 """Seconds after its start until a worker counts as one that works."""
+START_SECONDS = 120.0
+"""Seconds until a worker that is not ready is killed. It waits up to 30 s for its providers, and imports libraries."""
+ANSWER_SECONDS = 10.0
+"""Seconds until a worker that does not answer a reload is killed, because it would go on with the former keys."""
 KILL_MARGIN = 4.0
 """Seconds after the drain timeout until a worker that still runs is killed. It should have ended itself before."""
 
@@ -53,6 +57,8 @@ class Supervisor:
         self._signals: list[int] = []
         self._stop = asyncio.Event()
         self._hung_up = asyncio.Event()
+        self._is_reload_due = False
+        """Whether a reload waits for a worker that can use it."""
         self._terminal = Terminal()
 
     def run(self) -> Sequence[int]:
@@ -122,16 +128,18 @@ class Supervisor:
             ConfigError: it could not start.
         """
         process = self._processes[number] = await _Process.start(replace(self._launch, worker=number))
-        answer = await process.read_answer()
+        answer = await process.read_answer(START_SECONDS)
+        if "prepared" in answer:
+            process.can_reload = True
+            await self._update(process)  # there may have been a reload while it started
+            self._resume_reload()
+            answer = await process.listen()
         if "ready" not in answer:
             if "problems" in answer:
                 raise decode_problems(answer["problems"])
             code = await process.wait()
             raise ConfigError([Problem(f"worker {number} {_describe_exit(code)} before it was ready")])
-        process.is_ready = True
         log.info("worker %d (process %d) is ready", number, process.pid)
-        if process.launch.latest is not self._launch.latest and self._launch.latest is not None:
-            await self._reload_process(process, self._launch.latest)  # there was a reload while it started
         models: Sequence[str] = answer["ready"]["models"]
         return models
 
@@ -175,31 +183,39 @@ class Supervisor:
         self._handle_stop(signal.SIGHUP)
 
     async def _reload_all(self, config: Config) -> None:
-        """Let all workers use a configuration, or none.
+        """Let all workers use a configuration.
 
-        The first worker tries it. If another worker refuses what the first one uses, it is replaced by a new process.
+        All are asked at the same time, so that a worker that hangs delays no other one. They check the configuration
+        in the same way, so if it is invalid, all of them refuse it and keep their settings.
         """
         source = Source.of(config)
-        first: _Process | None = None
-        for process in [process for process in self._processes.values() if process.is_ready]:
-            answer = await process.reload(source)
-            if "problems" in answer:
-                self._reloads.report_refusal(decode_problems(answer["problems"]))
+        asked = [process for process in self._processes.values() if process.can_reload]
+        answers = await asyncio.gather(*(process.reload(source) for process in asked))
+        if not any("reloaded" in answer for answer in answers):
+            if problems := next((answer["problems"] for answer in answers if "problems" in answer), None):
+                self._reloads.report_refusal(decode_problems(problems))
                 return
-            if "reloaded" in answer:
-                first = process
-                break
-        if first is None:
-            log.error("no worker is ready, so nothing was reloaded; send SIGHUP again")
+            log.error("no worker answers, so nothing was reloaded yet; the reload follows once a worker has started")
+            self._is_reload_due = True
+            self._resume_reload()
             return
         self._launch = replace(self._launch, latest=source)
         self._drain_timeout = config.serve.drain_timeout
-        others = [other for other in self._processes.values() if other.is_ready and other is not first]
-        await asyncio.gather(*(self._reload_process(other, source) for other in others))
+        await asyncio.gather(*(self._update(process) for process in list(self._processes.values())))
         self._reloads.report_success(config)
 
-    async def _reload_process(self, process: _Process, source: Source) -> None:
-        answer = await process.reload(source)
+    def _resume_reload(self) -> None:
+        """Read the configuration again if a reload is due and a worker can use it."""
+        if self._is_reload_due and any(process.can_reload for process in self._processes.values()):
+            self._is_reload_due = False
+            self._hung_up.set()
+
+    async def _update(self, process: _Process) -> None:
+        """Let a worker use the configuration of the last reload, unless it does. Restart it if it refuses that."""
+        latest = self._launch.latest
+        if not process.can_reload or latest is None or process.latest is latest:
+            return
+        answer = await process.reload(latest)
         if "problems" in answer:
             number = process.launch.worker
             for problem in decode_problems(answer["problems"]).problems:
@@ -244,7 +260,10 @@ class _Process:
     ) -> None:
         self.launch = launch
         self.pid = process.pid
-        self.is_ready = False
+        self.can_reload = False
+        """Whether the worker runs and answers reloads. It does so before it listens, so that it never uses old keys."""
+        self.latest = launch.latest
+        """The configuration of the last reload that the worker uses."""
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -276,24 +295,45 @@ class _Process:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
-    async def read_answer(self) -> Mapping[str, Any]:
-        """Return the next message of the worker; an empty one if the worker has ended."""
+    async def read_answer(self, timeout: float) -> Mapping[str, Any]:
+        """Return the next message of the worker; an empty one if the worker has ended.
+
+        A worker that sends none within ``timeout`` seconds is killed, and counts as ended.
+        """
+        line = b""
         try:
-            line = await self._reader.readline()
-        except OSError:
-            line = b""
+            async with asyncio.timeout(timeout):
+                line = await self._reader.readline()
+        except TimeoutError:
+            log.error(
+                "worker %d (process %d) has not answered within %g s; killing it", self.launch.worker, self.pid, timeout
+            )
+            self.can_reload = False
+            self.send_signal(signal.SIGKILL)
+        except OSError:  # it was killed
+            pass
         answer: Mapping[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
         return answer
 
     async def reload(self, source: Source) -> Mapping[str, Any]:
         """Let the worker use a configuration, and return its answer; an empty one if the worker has ended."""
+        answer = await self._ask({"reload": source.to_dict()})
+        if "reloaded" in answer:
+            self.latest = source
+        return answer
+
+    async def listen(self) -> Mapping[str, Any]:
+        """Let the worker answer requests, and return its answer; an empty one if the worker has ended."""
+        return await self._ask({"listen": True})
+
+    async def _ask(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         async with self._turn:
-            self._writer.write(encode_message({"reload": source.to_dict()}))
-            return await self.read_answer()
+            self._writer.write(encode_message(message))
+            return await self.read_answer(ANSWER_SECONDS)
 
     async def wait(self) -> int:
         code = await self._process.wait()
-        self.is_ready = False
+        self.can_reload = False
         return code
 
     def send_signal(self, number: int) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import uvloop
@@ -55,6 +56,8 @@ class Worker:
         self.service = Service(config, run=launch.folder, worker=launch.worker)
         self._sockets = list(sockets)
         self._signals: list[int] = []
+        self._timeouts: SimpleQueue[float] = SimpleQueue()
+        """Gets the drain timeout when the end begins."""
         self._preparing: asyncio.Task[None] | None = None
         self._app = App(self.service)
         self._server = WorkerServer(
@@ -70,12 +73,21 @@ class Worker:
             runner.run(self._serve())
         return self._signals
 
-    def drain(self, number: int = 0) -> None:
-        """Stop within the drain timeout because of a signal. A second signal ends the process at once."""
-        if number:
-            if self._signals:
-                self.end_now(128 + number)
-            self._signals.append(number)
+    def stop(self, number: int, frame: object = None) -> None:
+        """Stop within the drain timeout because of a signal. A second signal ends the process at once.
+
+        It is a handler of ``signal.signal``, because those of the event loop do not run while a system call blocks the
+        loop. It may interrupt any code, so a first signal waits for no lock.
+        """
+        if self._signals:
+            self.end_now(128 + number)
+        self._signals.append(number)
+        self._timeouts.put(self.service.generation.settings.drain_timeout)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so the worker is ending already
+            self._loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Stop within the drain timeout."""
         if self.service.state == "draining":
             return
         self.service.state = "draining"
@@ -84,16 +96,11 @@ class Worker:
         timeout = self.service.generation.settings.drain_timeout
         log.info("stopping: waiting up to %g s for the current requests", timeout)
         self._server.begin_drain(timeout)
-        # A thread that hangs, for example in a client of a tier, would keep the process from ending.
-        watchdog = threading.Timer(timeout + END_MARGIN, self._give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        self._timeouts.put(timeout)
 
     def end_now(self, code: int) -> None:
         """End the process at once, without waiting for its threads."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        logging.shutdown()  # it writes the last lines
         os._exit(code)
 
     def reload(self, config: Config) -> None:
@@ -109,11 +116,23 @@ class Worker:
     async def prepare(self) -> None:
         """Do what must be done on the event loop before the first request."""
 
+    async def wait_to_listen(self) -> None:
+        """Wait until the worker may listen."""
+
     async def watch(self) -> None:
         """Run beside the server."""
 
     def on_ready(self) -> None:
         """Report that requests are being answered."""
+
+    def _limit_end(self) -> None:
+        """End the process if it still runs after the drain timeout.
+
+        A thread that hangs, for example in a client of a tier, would keep it from ending, and so would a callback that
+        blocks the event loop.
+        """
+        time.sleep(self._timeouts.get() + END_MARGIN)
+        self._give_up()
 
     def _give_up(self) -> None:
         log.error("the worker has not ended within drain_timeout; ending it now")
@@ -125,11 +144,15 @@ class Worker:
         self.on_ready()
 
     async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._limit_end, name="embedonce end", daemon=True).start()
         await self.prepare()
         beside = asyncio.create_task(self._watch())
         try:
             if self.service.state == "starting":
                 await asyncio.wait([self._prepare_models()], timeout=PREPARE_SECONDS)
+            if self.service.state == "starting":
+                await self.wait_to_listen()
             if self.service.state == "starting":
                 await self._server.serve(self._sockets)
         finally:
@@ -164,21 +187,33 @@ class SupervisedWorker(Worker):
         sockets = [socket.socket(fileno=descriptor) for descriptor in launch.listeners]
         super().__init__(launch, config, sockets)
         self._control = control
+        self._may_listen = asyncio.Event()
 
     async def prepare(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.drain, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, self.stop)
         self._reader, self._writer = await asyncio.open_connection(sock=self._control, limit=MAX_MESSAGE)
         if self.launch.latest is not None:
             self._use(self.launch.latest)
 
+    def drain(self) -> None:
+        super().drain()
+        self._may_listen.set()
+
+    async def wait_to_listen(self) -> None:
+        # The supervisor first sends the configuration of a reload that this worker has missed while it started.
+        self._send({"prepared": True})
+        await self._may_listen.wait()
+
     async def watch(self) -> None:
-        """Reload when the supervisor says so. Drain when the supervisor has ended."""
+        """Listen and reload when the supervisor says so. Drain when the supervisor has ended."""
         try:
             while line := await self._read_line():
-                source = Source(**json.loads(line)["reload"])
+                message = json.loads(line)
+                if "listen" in message:
+                    self._may_listen.set()
+                    continue
                 try:
-                    self._use(source)
+                    self._use(Source(**message["reload"]))
                 except EmbedonceError as error:
                     self._send({"problems": encode_problems(error)})
                 else:

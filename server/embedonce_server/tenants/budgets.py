@@ -47,18 +47,23 @@ class BudgetExceeded(ApiError):
     """The tenant's tokens of this day are used up, or are held for calls under way."""
 
     def __init__(self, tenant: str, retry_after: float, *, is_final: bool, limit: int, left: int = 0) -> None:
-        hint = "cached texts are still answered"
+        hint = "; cached texts are still answered"
         if not limit:
-            what, hint = f"tenant {tenant!r} may use only cached texts (tokens_per_day = 0)", "ask for such texts"
+            what = (
+                f'tenant "{tenant}" gets only cached texts (tokens_per_day = 0), and at least one input is not cached'
+            )
+            hint = ""
         elif is_final:
-            what = f"tenant {tenant!r} has {left:,} tokens left today (UTC), fewer than this request needs"
+            tokens = "1 token" if left == 1 else f"{left:,} tokens"
+            what = f'tenant "{tenant}" has {tokens} left today (UTC), fewer than this request needs'
         else:
-            what = f"current requests may need the tokens that tenant {tenant!r} has left today (UTC)"
+            what = f'current requests may need the tokens that tenant "{tenant}" has left today (UTC)'
+            hint = f"; try again in {math.ceil(retry_after)} s{hint}"
         # OpenAI's clients repeat a request with status 429, unless this header says that it is of no use.
         headers = {"x-should-retry": "false"} if is_final else None
         super().__init__(
             429,
-            f"{what}; {hint}",
+            f"{what}{hint}",
             kind="rate_limit_error",
             code="tokens_per_day_exceeded",
             retry_after=retry_after,

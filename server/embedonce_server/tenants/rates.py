@@ -1,9 +1,12 @@
 """Requests per minute of each tenant, counted by all worker processes of a host together.
 
-The counts are in one memory-mapped file. Each tenant has a slot of two integers: a hash of its name, and the time at
+The counts are in one file. Each tenant has a slot of two integers: a hash of its name, and the time at
 which its bucket of requests is full again (the generic cell rate algorithm, GCRA). Times are nanoseconds of the
 monotonic clock, which all processes of a host share. As integers they are exact: a bucket of 600 requests admits
 600 requests at once, and not 599.
+
+The file is read and written, and not mapped into memory. The system kills a process that uses a mapped file if somebody
+truncates the file, or if the disk fails. Instead, the tenants then start with an unused minute, or are not counted.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import mmap
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from embedonce.config import Tenant
@@ -36,10 +40,12 @@ suspended meanwhile. The other processes then go on without the lock, so that th
 STALE = SECOND
 """A time that is further in the future than a full minute, and this margin, was written before the host restarted."""
 
-_MAGIC = int.from_bytes(b"eorates1", "little")
-_HEADER = 2
-"""Number of integers before the first slot: the magic number, and one that is unused."""
-_SIZE = 8 * (_HEADER + 2 * SLOTS)
+_MAGIC = b"eorates1"
+_SLOT = struct.Struct("<qq")
+"""The hash of a tenant's name, and a time."""
+_HEADER = 16
+"""Number of bytes before the first slot: the magic number, and 8 that are unused."""
+_SIZE = _HEADER + _SLOT.size * SLOTS
 
 
 class Rates:
@@ -68,31 +74,44 @@ class Rates:
         """Threads of this process share a file descriptor, and so they would not lock each other out with ``flock``."""
         self._gives_up_until = 0
         """Until this time, the lock is not waited for, because another process is holding it for very long."""
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._check_at = 0
+        """Time of the next check whether the file was replaced."""
+        self._warn_at = 0
+        """Time of the next log line about an error."""
+        self._file = -1
         try:
-            # flock belongs to the open file, unlike lockf, whose locks end when any descriptor of the file is closed.
-            # The kernel releases both when a process is killed.
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            try:
-                self._memory = self._map_file()
-            finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._open_file()
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
-        self._cells = memoryview(self._memory).cast("q")
 
-    def _map_file(self) -> mmap.mmap:
-        """Map the file. A file that is new, or of another format, is filled with zeros. Hold the lock."""
-        magic = _MAGIC.to_bytes(8, "little")
-        if os.fstat(self._file).st_size < _SIZE or os.pread(self._file, 8, 0) != magic:
-            # Zeros are written, because a full disk would kill a process that writes to a hole of a mapped file. The
-            # file is never made smaller, because that would kill the processes that have mapped it.
-            content = magic + bytes(_SIZE - len(magic))
-            written = 0
-            while written < _SIZE:
-                written += os.pwrite(self._file, content[written:], written)
-        return mmap.mmap(self._file, _SIZE)
+    def _open_file(self) -> None:
+        """Open the file, and close the one that was open. Fill a file that is new, or of another format."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = file
+        is_locked = self._lock()
+        try:
+            if os.fstat(file).st_size < _SIZE or os.pread(file, len(_MAGIC), 0) != _MAGIC:
+                self._fill_file()
+        finally:
+            if is_locked:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _fill_file(self) -> None:
+        """Fill the file with empty slots, so that later writes need no more space on the disk."""
+        content = _MAGIC + bytes(_SIZE - len(_MAGIC))
+        written = 0
+        while written < _SIZE:
+            written += os.pwrite(self._file, content[written:], written)
+
+    def _check_file(self, now: int) -> None:
+        """Open the file again if it was deleted or replaced, because workers that start later use the new one."""
+        self._check_at = now + SECOND
+        with suppress(OSError):  # the folder is gone, so the workers go on with the file that all of them have open
+            if not self._path.exists() or not os.path.samestat(self._path.stat(), os.fstat(self._file)):
+                self._open_file()
 
     def admit(self, tenant: Tenant) -> float:
         """Count a request of a tenant and return 0.0; or return the seconds to wait, and count nothing."""
@@ -102,28 +121,50 @@ class Rates:
         period = int(min(MINUTE / rate, LONGEST))
         # Below one request per minute, one request must still fit.
         longest = max(MINUTE, period)
-        cells, name = self._cells, tenant.name
         with self._mutex:
-            is_locked = self._lock()
             try:
-                # The clock is read with the lock held, so that it is not before a time that is in the file.
-                now = self._clock()
-                place, owner = self._slots.get(name) or self._find_slot(name, now)
-                if cells[place] != owner:
-                    place, owner = self._find_slot(name, now)
-                full = cells[place + 1]
-                if full < now or full > now + longest + STALE:
-                    full = now
-                wait = full + period - longest - now
-                if wait <= 0:
-                    cells[place + 1] = full + period
-            finally:
-                if is_locked:
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
+                wait = self._count(tenant.name, period, longest)
+            except OSError as error:  # the disk has failed
+                self._warn(error)
+                return 0.0
         return wait / SECOND if wait > 0 else 0.0
 
+    def _count(self, name: str, period: int, longest: int) -> int:
+        """Return the nanoseconds to wait. If there is nothing to wait for, count a request."""
+        now = self._clock()
+        if now >= self._check_at:
+            self._check_file(now)
+        is_locked = self._lock()
+        try:
+            # The clock is read with the lock held, so that it is not before a time that is in the file.
+            now = self._clock()
+            place, owner = self._slots.get(name) or self._find_slot(name, now)
+            found, full = self._read_slot(place)
+            if found != owner:
+                place, owner = self._find_slot(name, now)
+                _, full = self._read_slot(place)
+            if full < now or full > now + longest + STALE:
+                full = now
+            wait = full + period - longest - now
+            if wait <= 0:
+                os.pwrite(self._file, _SLOT.pack(owner, full + period), place)
+        finally:
+            if is_locked:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        return wait
+
+    def _warn(self, error: OSError) -> None:
+        now = self._clock()
+        if now >= self._warn_at:
+            self._warn_at = now + MINUTE
+            log.warning("%s: requests per minute are not counted: %s", self._path, error.strerror)
+
     def _lock(self) -> bool:
-        """Lock the file. Return False, without a lock, if another process holds the lock for too long."""
+        """Lock the file. Return False, without a lock, if another process holds the lock for too long.
+
+        The lock belongs to the open file, unlike that of ``lockf``, which ends when any descriptor of the file is
+        closed. The system releases both when a process is killed.
+        """
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,23 +189,30 @@ class Rates:
     def _find_slot(self, name: str, now: int) -> tuple[int, int]:
         """Return the place and the hash of a tenant's slot. A tenant without a slot gets a free one, or the oldest."""
         owner = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True) or 1
-        places = [_HEADER + 2 * ((owner + i) % SLOTS) for i in range(PROBES)]
-        cells = self._cells
-        place = next((place for place in places if cells[place] in (owner, 0)), None)
+        places = [_HEADER + _SLOT.size * ((owner + i) % SLOTS) for i in range(PROBES)]
+        slots = {place: self._read_slot(place) for place in places}
+        place = next((place for place, (found, _) in slots.items() if found in (owner, 0)), None)
         if place is None:
             # Times from before a restart of the host are the oldest, although they are in the future.
-            place = min(places, key=lambda place: cells[place + 1] if cells[place + 1] <= now + 2 * MINUTE else 0)
-        if cells[place] != owner:
-            cells[place], cells[place + 1] = owner, 0
+            place = min(places, key=lambda place: slots[place][1] if slots[place][1] <= now + 2 * MINUTE else 0)
+        if slots[place][0] != owner:
+            os.pwrite(self._file, _SLOT.pack(owner, 0), place)
         self._slots[name] = place, owner
         return place, owner
+
+    def _read_slot(self, place: int) -> tuple[int, int]:
+        """Return the hash and the time of a slot; zeros if it is empty."""
+        data = os.pread(self._file, _SLOT.size, place)
+        if len(data) < _SLOT.size:  # somebody has truncated the file
+            self._fill_file()
+            return 0, 0
+        found, full = _SLOT.unpack(data)
+        return found, full
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         with self._mutex:
             if self._file >= 0:
-                self._cells.release()
-                self._memory.close()
                 os.close(self._file)
                 self._file = -1
 
