@@ -39,14 +39,20 @@ async def ask_to_send(call: Call, texts: Sequence[str]) -> Admitted:
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, as an error of the provider does)
             answer.refusal = error
         else:
-            if settle is None or callable(settle):
-                return Admitted(settle)
-            # It is a mistake in the program, so the call raises it, and pays for nothing more.
-            message = f"admit must return a function or None, got {type(settle).__name__}"
-            answer.refusal = answer.settle_error = TypeError(message)
+            if not _is_settle(settle):
+                # It is a mistake in the program, so the call raises it, and pays for nothing more.
+                message = f"admit must return a function or None, got {type(settle).__name__}"
+                answer.refusal = answer.settle_error = TypeError(message)
+                raise Stop(answer.refusal)
+            return Admitted(settle)
     if answer.refusal is not None:
         raise Stop(answer.refusal)
     return Admitted(None)
+
+
+def _is_settle(result: object) -> bool:
+    """Return whether ``admit`` may return this."""
+    return result is None or callable(result)
 
 
 async def send_if_admitted(
