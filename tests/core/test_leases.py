@@ -414,6 +414,38 @@ def test_a_cache_does_not_wait_for_its_own_lease(monkeypatch: pytest.MonkeyPatch
         assert provider.count["a"] == 2
 
 
+@pytest.mark.parametrize("ends", ["removed", "expired"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_call_takes_over_the_lease_of_a_failed_text_while_it_takes_other_leases(
+    asynchronous: bool, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the tier adds the lease of "b", the thread looks for leases to remove, and the lease of "a" may expire."""
+    store = DictBackend()
+    (leader, one), _ = open_two_caches(store)
+    monkeypatch.setattr(Leases, "_start_thread", lambda _: None)  # the test does the work of the thread
+    own, tier = one._chain.engine.leases, one._chain.tiers[1]
+    leader.faults.append(ProviderFault("raise", calls={1}))
+    with one:
+        with pytest.raises(RuntimeError):
+            one.embed("a")
+        (key,) = own._active
+        add, kept = tier.add, list[bool]()
+
+        async def add_slowly(*args: Any) -> Any:
+            if ends == "expired":
+                own._held[key] = own._next_clearing = 0.0
+                own._take_over_held({}, 1.0)
+            own._tend()
+            kept.append(store.get(lease_key(key)) is not None)
+            return await add(*args)
+
+        monkeypatch.setattr(tier, "add", add_slowly)
+        fetched = asyncio.run(one.afetch(["a", "b"])) if asynchronous else one.fetch(["a", "b"])
+        assert fetched.sources == ["provider", "provider"]
+        assert kept == [True]
+        assert not own._active
+
+
 def test_forget_and_purge_remove_leases_too() -> None:
     store = DictBackend()
     (_, one), (provider, other) = open_two_caches(store)

@@ -14,9 +14,9 @@ from .call import Call, sum_work
 from .flights import calls_in_provider
 from .isolation import Stop
 
-Send = Callable[[Call], Awaitable[tuple[Exception | None, Collection[Entry]]]]
-"""Sends one request. Returns its error, or None if it worked, and the new entries. The answer of the call that it gets
-counts what only this request has wasted."""
+Send = Callable[[Call, list[Entry]], Awaitable[Exception | None]]
+"""Sends one request. Returns its error, or None if it worked, and adds the new entries to the list. The answer of the
+call that it gets counts what only this request has wasted."""
 
 
 class Admitted(NamedTuple):
@@ -64,14 +64,22 @@ async def send_if_admitted(
 
     Raises:
         Stop: the texts are refused.
+        Exception: an unexpected error, after what was charged until then is settled.
     """
     if admitted is None:
         admitted = await ask_to_send(call, texts)
     own = copy(call.answer)
     own.waste = []
-    error, made = await send(call._replace(answer=own))
+    made: list[Entry] = []
+    error = unexpected = None
+    try:
+        error = await send(call._replace(answer=own), made)
+    except Exception as problem:  # noqa: BLE001  (raised below)
+        unexpected = problem
     call.answer.waste += own.waste
     await settle_request(call, admitted, made, own.sum_waste())
+    if unexpected is not None:
+        raise unexpected
     return error
 
 

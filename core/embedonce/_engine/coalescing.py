@@ -352,7 +352,7 @@ class _Window:
         keys = list(texts)
         if is_divisible:
             return await self._requests.request_chunk(call, keys, texts, take, Patience(len(keys)))
-        error, _ = await self._requests.request_once(call, keys, texts, take, repeats_failures=False)
+        error = await self._requests.request_once(call, keys, texts, take, [], repeats_failures=False)
         if error is not None:
             return {}, dict.fromkeys(keys, error)
         batches = self._route.source.batches

@@ -95,30 +95,34 @@ class Leases:
         The leases are renewed until :meth:`end`, or until the flights have landed, failed or been abandoned.
         """
         now = time.monotonic()
-        ours = self._find_held(flights, now)
+        ours = self._take_over_held(flights, now)
         asked = {lease_key(key): key for key in flights if key not in ours}
         items = dict.fromkeys(asked, self._token)
         added, failed = await self.tier.add(port, items, self._seconds) if asked else (set(), set())
         won = {asked[lease] for lease in added}
-        with self._lock:
-            self._held.update(dict.fromkeys(won, now + self._seconds))
-            self._active.update({key: _Active(now, flights[key]) for key in won})
-            self._active.update({key: _Active(self._held[key] - self._seconds, flights[key]) for key in ours})
-        if won or ours:
+        if won:
+            with self._lock:
+                self._held.update(dict.fromkeys(won, now + self._seconds))
+                self._active.update({key: _Active(now, flights[key]) for key in won})
             self._start_thread()
         return {*won, *ours, *(asked[lease] for lease in failed)}
 
-    def _find_held(self, keys: Collection[str], now: float) -> set[str]:
-        """Return the keys whose leases this process holds already.
+    def _take_over_held(self, flights: Mapping[str, Flight], now: float) -> set[str]:
+        """Return the keys whose leases this process holds already. From now on, these leases belong to the flights.
 
         No other process computes the vectors of these keys. The tier does not have these vectors, because they were
-        evicted, or because a write failed.
+        evicted, or because a computation or a write failed. The step that finds a lease also takes it over. Otherwise,
+        the thread could remove the lease of a failed computation before this call renews it.
         """
         with self._lock:
             if now >= self._next_clearing:
                 self._held = {key: until for key, until in self._held.items() if until > now}
                 self._next_clearing = now + self._seconds
-            return {key for key in keys if self._held.get(key, 0.0) > now}
+            held = {key: until for key in flights if (until := self._held.get(key, 0.0)) > now}
+            self._active.update({key: _Active(until - self._seconds, flights[key]) for key, until in held.items()})
+        if held:
+            self._start_thread()
+        return set(held)
 
     def is_stale(self, read_at: float) -> bool:
         """Return whether another process may have stored a vector and lost its lease since a read of the tier."""

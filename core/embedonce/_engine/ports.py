@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -79,6 +79,8 @@ class Port(Protocol):
 
         Raises:
             TimeoutError: the coroutine did not end in time; a LoopBusy if other tasks blocked this event loop.
+            concurrent.futures.CancelledError: the coroutine was cancelled, but not by its caller. This is an ordinary
+                Exception, unlike the CancelledError of asyncio.
         """
         ...
 
@@ -94,7 +96,11 @@ class Port(Protocol):
     async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         """Run all jobs, up to ``limit`` at the same time.
 
-        Jobs handle their own errors, so only exceptions such as KeyboardInterrupt propagate.
+        After an error, no more jobs begin. The jobs that have begun run to their end, because they may be paid for.
+        After an exception such as KeyboardInterrupt, nothing is waited for.
+
+        Raises:
+            Exception: the error of the first job that failed.
         """
         ...
 
@@ -235,6 +241,7 @@ class BlockingPort:
         waiting = iter(jobs)
         lock = threading.Lock()
         stopped = threading.Event()
+        errors: list[Exception] = []
 
         def work() -> None:
             while not stopped.is_set():
@@ -242,7 +249,11 @@ class BlockingPort:
                     job = next(waiting, None)
                 if job is None:
                     return
-                run_blocking(job())
+                try:
+                    run_blocking(job())
+                except Exception as error:  # noqa: BLE001  (raised below)
+                    errors.append(error)
+                    stopped.set()
 
         futures: list[Future[None]] = []
         try:
@@ -255,6 +266,8 @@ class BlockingPort:
                 future.result()
         finally:
             stopped.set()
+        if errors:
+            raise errors[0]
 
     async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         try:
@@ -267,6 +280,26 @@ class BlockingPort:
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+async def _run_uncancelled(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in the current task.
+
+    A coroutine that awaits a task or a future gets a CancelledError if somebody cancels that. If it passed this error
+    on, it would look as if its own caller were cancelled, and would end the work of the call that runs beside it.
+
+    Raises:
+        concurrent.futures.CancelledError: the coroutine was cancelled, but the current task was not.
+    """
+    import asyncio
+
+    try:
+        return await start()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise CancelledError("a coroutine was cancelled, but not by its caller") from error
 
 
 class LoopPort:
@@ -312,7 +345,7 @@ class LoopPort:
         from embedonce.event_loops import async_deadline
 
         async with async_deadline(timeout, graces=graces):
-            return await start()
+            return await _run_uncancelled(start)
 
     async def wait(
         self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
@@ -343,10 +376,14 @@ class LoopPort:
         import asyncio
 
         waiting = iter(jobs)
+        errors: list[Exception] = []
 
         async def work() -> None:
-            for job in waiting:
-                await job()
+            while not errors and (job := next(waiting, None)) is not None:
+                try:
+                    await job()
+                except Exception as error:  # noqa: BLE001  (raised below)
+                    errors.append(error)
 
         tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(jobs)))]
         try:
@@ -354,6 +391,8 @@ class LoopPort:
         finally:
             for task in tasks:
                 task.cancel()
+        if errors:
+            raise errors[0]
 
     async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         import asyncio

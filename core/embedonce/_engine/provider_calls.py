@@ -6,6 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,6 +124,7 @@ async def call_provider(call: Call, texts: list[str], lost: LostRequests | None 
 
     Raises:
         ProviderTimeout: the provider did not answer within its ``timeout``.
+        ProviderError: the provider cancelled its own call.
     """
     port, number, task = call.port, call.ticket.number, call.answer.route.task
     source = call.answer.route.source
@@ -161,6 +163,8 @@ async def call_provider(call: Call, texts: list[str], lost: LostRequests | None 
         raise ProviderTimeout(
             f"provider {source.name!r} did not embed {format_count(count, 'text')} within {timeout} s{hint}"
         ) from error
+    except CancelledError as error:
+        raise ProviderError(f"provider {source.name!r} cancelled its own call; nothing else cancelled it") from error
 
 
 async def call_at_rate(

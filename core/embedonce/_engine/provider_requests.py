@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -80,11 +80,13 @@ class ProviderRequests:
             nonlocal admitted
             first, admitted = admitted, None
 
-            async def send(paying: Call) -> tuple[Exception | None, Collection[Entry]]:
-                return await self.request_once(paying, keys_of_request, texts, take, repeats_failures=repeats_failures)
+            async def send(paying: Call, made: list[Entry]) -> Exception | None:
+                return await self.request_once(
+                    paying, keys_of_request, texts, take, made, repeats_failures=repeats_failures
+                )
 
             if call.answer.admit is None:
-                return (await send(call))[0]
+                return await send(call, [])
             return await send_if_admitted(call, [texts[key] for key in keys_of_request], send, first)
 
         async def pause(error: Exception, failures: int) -> None:
@@ -104,9 +106,19 @@ class ProviderRequests:
         return alone, together
 
     async def request_once(
-        self, call: Call, keys: list[str], texts: Mapping[str, str], take: Take, *, repeats_failures: bool
-    ) -> tuple[Exception | None, Collection[Entry]]:
-        """Send the texts of some keys in one request, and ``take`` its answer. Return its error and the new entries."""
+        self,
+        call: Call,
+        keys: list[str],
+        texts: Mapping[str, str],
+        take: Take,
+        computed: list[Entry],
+        *,
+        repeats_failures: bool,
+    ) -> Exception | None:
+        """Send the texts of some keys in one request, and ``take`` its answer. Return its error.
+
+        The new entries are added to ``computed`` before they are taken, because they are paid for then.
+        """
         source = call.answer.route.source
         chunk = [texts[key] for key in keys]
         try:
@@ -114,11 +126,12 @@ class ProviderRequests:
             compute = partial(call_at_rate, call, chunk, embed, repeats_failures=repeats_failures)
             entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
         except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
-            return error, ()
+            return error
+        computed += entries
         invalid = {keys[i]: problem for i, problem in bad.items()}
         made = [key for key in keys if key not in invalid] if invalid else keys
         await take(dict(zip(made, entries, strict=True)), invalid)
-        return None, entries
+        return None
 
     async def _embed(
         self, call: Call, texts: list[str], *, keys: Sequence[str]
