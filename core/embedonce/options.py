@@ -110,6 +110,14 @@ def _check_size(size: int) -> int:
     return size
 
 
+def format_size(size: int) -> str:
+    """Return a size as TOML can write it: with the largest unit of which it is a multiple, such as ``16 MiB``."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size and size % BYTES[unit.lower()] == 0:
+            return f"{size // BYTES[unit.lower()]} {unit}"
+    return str(size)
+
+
 def parse_duration(value: object) -> float:
     """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
 

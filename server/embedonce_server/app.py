@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 import traceback
@@ -74,9 +75,7 @@ class App:
             headers = read_headers(scope["headers"])
             check_sender(generation.hosts, headers)
             if scope["method"] != "POST":
-                raise ApiError(
-                    405, "send a POST request to this path", code="method_not_allowed", headers={"allow": "POST"}
-                )
+                raise ApiError(405, "use POST for this path", code="method_not_allowed", headers={"allow": "POST"})
             tenant = find_tenant(generation.keyring, headers)
             check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
@@ -172,5 +171,6 @@ def check_rate(service: Service, tenant: Tenant) -> None:
     seconds = service.rates.admit(tenant)
     if seconds > 0:
         service.counters.count_refused(tenant, "rate")
-        message = f"more than {tenant.requests_per_minute:g} requests per minute; try again in {seconds:.1f} s"
-        raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=seconds)
+        limit = f"{tenant.requests_per_minute:,g} request{'s' if tenant.requests_per_minute != 1 else ''} per minute"
+        message = f'the limit of tenant "{tenant.name}" is {limit}; try again in {math.ceil(seconds)} s'
+        raise ApiError(429, message, kind="rate_limit_error", code="requests_per_minute_exceeded", retry_after=seconds)

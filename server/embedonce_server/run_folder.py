@@ -95,7 +95,7 @@ def open_run_folder(config: Config) -> Iterator[tuple[RunFolder, list[int]]]:
             if config.serve.tenants or config.serve.state_dir is not None:
                 raise
             del locks[1:]
-            log.warning("a reload cannot add tenants with budgets, because they cannot be kept: %s", error)
+            log.warning("%s. Until then, a reload cannot add tenants with tokens_per_day", error)
             state = path / "state"
             state.mkdir(mode=0o700)
         yield RunFolder(path, state), locks

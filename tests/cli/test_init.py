@@ -111,19 +111,28 @@ def test_every_option_is_in_the_schema(folder: Path, variables: dict[str, str], 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_every_option_that_is_commented_out_is_valid(folder: Path, variables: dict[str, str], provider: str) -> None:
     lines = render_file(provider, list(TIERS)).splitlines()
-    options = [number for number, line in enumerate(lines) if re.match(r"# [a-z_]+ = ", line)]
+    last = lines.index("# [[serve.tenants]]")
+    options = [number for number, line in enumerate(lines[:last]) if re.match(r"# [a-z_]+ = ", line)]
     assert len(options) >= 13
     for number in options:
         changed = [*lines[:number], lines[number].removeprefix("# "), *lines[number + 1 :]]
         Path("x.toml").write_text("\n".join(changed))
         name = lines[number].split()[1]
         loaded = config.load("x.toml")
-        if name == "tenants":
-            (tenant,) = loaded.serve.tenants
-            assert (tenant.name, tenant.tokens_per_day) == ("search", 5_000_000)
-            continue
         (origin,) = [s.origin for s in loaded.settings() if s.origin == f"x.toml:{number + 1}"]
         assert origin, name
+
+
+def test_the_lines_of_the_tenant_are_valid_one_after_the_other(folder: Path, variables: dict[str, str]) -> None:
+    lines = render_file("ngram", ["memory"]).splitlines()
+    start = lines.index("# [[serve.tenants]]")
+    lines[start:] = [line.removeprefix("# ") for line in lines[start:]]
+    Path("x.toml").write_text("\n".join(lines))
+    (tenant,) = config.load("x.toml").serve.tenants
+    assert (tenant.name, tenant.requests_per_minute, tenant.tokens_per_day) == ("search", 600, 5_000_000)
+    for end in range(start + 3, len(lines)):
+        Path("x.toml").write_text("\n".join(lines[:end]))
+        assert config.load("x.toml").serve.tenants
 
 
 def test_the_file_has_only_the_chosen_sections(command: Any, folder: Path) -> None:

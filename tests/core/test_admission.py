@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import LONG_TIMEOUT, count_followers, wait_until, wait_until_async
+from tests.core.test_isolation import StatusError
 
 from embedonce import Cache, Fetched, KeyPolicy, Tier, TierError
 from embedonce.contracts import Embedded, Limits
@@ -170,6 +171,16 @@ def test_replay_asks_for_nothing() -> None:
 def test_something_that_is_not_a_function_is_refused() -> None:
     with Cache(CountingProvider()) as cache, pytest.raises(TypeError, match="admit must be a function, got int"):
         cache.fetch(["a"], admit=5)  # type: ignore[arg-type]
+
+
+@FACES
+def test_a_result_that_is_not_a_function_is_refused_before_anything_is_computed(face: str) -> None:
+    provider = CountingProvider()
+    with Cache(provider, [DictBackend()]) as cache:
+        with pytest.raises(TypeError, match="admit must return a function or None, got int"):
+            fetch(cache, ["a", "b"], face, admit=lambda texts, space: 5)
+        assert provider.texts == 0
+        assert fetch(cache, ["a"], face, admit=lambda texts, space: None).sources == ["provider"]
 
 
 # --- other calls ----------------------------------------------------------------------------------
@@ -352,19 +363,23 @@ class Charging:
     def __init__(self, *, name: str = "charging", max_batch: int = 4) -> None:
         self.limits = Limits(max_batch=max_batch, concurrency=2)
         self.name = name
-        self.sent: list[str] = []
+        self.requests: list[list[str]] = []
         self.charged: list[int] = []
         """Tokens of each answer."""
         self.served = "m"
         self.error: Exception | None = None
+        self.takes = 1000
+        """Most texts of a request."""
 
     def space(self, task: str) -> VectorSpace:
         return VectorSpace(provider=self.name, model="m", dimensions=2)
 
     def embed(self, texts: Sequence[str], task: str) -> Embedded:
-        self.sent += texts
+        self.requests.append(list(texts))
         if self.error is not None:
             raise self.error
+        if len(texts) > self.takes:
+            raise StatusError("too many inputs", 400)
         refused = [i for i, text in enumerate(texts) if text.startswith("bad")]
         if refused:
             raise TextRefused("refused", refused)
@@ -382,25 +397,25 @@ class Charging:
     known=st.sets(st.sampled_from([f"text{i}" for i in range(4)])),
     most=st.integers(0, 6),
     max_batch=st.integers(1, 5),
+    takes=st.integers(1, 5),
     fresh=st.booleans(),
     face=st.sampled_from(["blocking", "async"]),
     kind=st.sampled_from([Guard, AsyncGuard]),
 )
 def test_what_is_sent_was_admitted_and_what_is_settled_is_what_the_call_reports(
-    texts: list[str], known: set[str], most: int, max_batch: int, fresh: bool, face: str, kind: type[Guard]
+    texts: list[str], known: set[str], most: int, max_batch: int, takes: int, fresh: bool, face: str, kind: type[Guard]
 ) -> None:
     provider, guard = Charging(max_batch=max_batch), kind(most=most)
     with Cache(provider, [DictBackend()]) as cache:
         cache.embed_batch(sorted(known))
-        provider.sent.clear()
+        provider.requests.clear()
         provider.charged.clear()
+        provider.takes = takes
         fetched = fetch(cache, texts, face, admit=guard, fresh=fresh)
     wanted = set(texts) if fresh else set(texts) - known
-    admitted = [text for asked in guard.asked[:most] for text in asked]
-    assert len(guard.texts) == len(set(guard.texts))
+    assert sorted(provider.requests) == sorted(guard.asked[:most])
     assert set(guard.texts) <= wanted
-    assert set(provider.sent) == set(admitted)
-    assert set(admitted) == wanted or any(isinstance(error, OverBudget) for error in fetched.failed.values())
+    was_refused = len(guard.asked) > most
     computed, wasted = guard.costs
     assert computed[:2] == fetched.computed[:2]
     assert computed.tokens + wasted.tokens == sum(provider.charged)
@@ -411,11 +426,12 @@ def test_what_is_sent_was_admitted_and_what_is_settled_is_what_the_call_reports(
         error = fetched.failed.get(i)
         if text not in wanted:
             assert fetched.rows[i] is not None
-        elif text in admitted:
-            assert (error is None) == text.startswith("text")
-            assert not isinstance(error, OverBudget)
+        elif isinstance(error, OverBudget):
+            assert was_refused
+        elif text.startswith("text"):
+            assert error is None or takes < max_batch, "a search gives up after many failures in a row"
         else:
-            assert isinstance(error, OverBudget)
+            assert error is not None
 
 
 @FACES
@@ -430,6 +446,65 @@ def test_an_error_of_the_function_that_takes_the_costs_is_raised_after_the_vecto
                 fetch(cache, [f"a {fresh}", f"b {fresh}"], face, fresh=fresh, admit=guard)
             assert all(cache.lookup([f"a {fresh}", f"b {fresh}"]).sources)
     assert len(guard.settled) == 4
+
+
+@FACES
+def test_each_request_of_a_chunk_that_is_cut_is_asked_for_and_settled_before_the_next_one(
+    face: str, make_guard: Any
+) -> None:
+    provider, guard = Charging(max_batch=8), make_guard()
+    provider.takes = 2
+    texts = list("abcdefgh")
+    with Cache(provider, [DictBackend()]) as cache:
+        assert fetch(cache, texts, face, admit=guard).failed == {}
+    assert guard.asked == provider.requests
+    assert guard.asked[:3] == [texts, texts[:4], texts[:2]]
+    assert [computed.tokens for computed, _ in guard.settled[:3]] == [0, 0, 20]
+    assert sum(computed.tokens for computed, _ in guard.settled) == 80
+    assert max(computed.tokens for computed, _ in guard.settled) == 20
+
+
+@FACES
+def test_texts_of_a_chunk_that_is_cut_are_refused_from_the_first_refusal_on(face: str, make_guard: Any) -> None:
+    provider, guard = Charging(max_batch=8), make_guard(most=3)
+    provider.takes = 2
+    with Cache(provider, [Tier(DictBackend(), name="memory")]) as cache:
+        fetched = fetch(cache, list("abcdefgh"), face, admit=guard)
+        assert fetched.sources == ["provider"] * 2 + [None] * 6
+        assert {type(error) for error in fetched.failed.values()} == {OverBudget}
+        assert next(iter(cache.stats().providers.values())).failed == 0
+        assert not cache._chain.in_flight._flights
+        assert cache.lookup(["a", "b", "c"]).sources == ["memory", "memory", None]
+        assert fetch(cache, list("abcdefgh"), face).failed == {}
+    assert len(guard.settled) == 3
+
+
+async def test_a_joined_request_that_fails_is_cut_into_requests_that_each_call_is_asked_for() -> None:
+    provider, guards = Charging(max_batch=6), [Guard(), Guard(), Guard()]
+    provider.takes = 2
+    batches = [["0 a", "0 b"], ["1 a", "1 b", "1 c"], ["2 a"]]
+    async with Cache(provider, [DictBackend()], coalesce=1.0) as cache:
+        calls = [
+            cache.afetch(texts, admit=guard if i < 2 else None)
+            for i, (texts, guard) in enumerate(zip(batches, guards, strict=True))
+        ]
+        answers = await asyncio.gather(*calls)
+    assert all(not answer.failed for answer in answers)
+    assert provider.requests[0] == [text for texts in batches for text in texts]
+    for texts, guard in zip(batches[:2], guards, strict=False):
+        assert guard.asked[0] == texts
+        assert all(request in provider.requests[1:] for request in guard.asked[1:])
+        assert len(guard.settled) == len(guard.asked)
+        assert max(computed.tokens for computed, _ in guard.settled) <= 20
+        assert guard.costs[0].tokens == 10 * len(texts)
+
+
+async def test_a_call_that_finds_nobody_to_join_is_asked_once() -> None:
+    provider, guard = Charging(), Guard()
+    async with Cache(provider, [DictBackend()], coalesce=0.001) as cache:
+        assert not (await cache.afetch(["a"], admit=guard)).failed
+    assert guard.asked == [["a"]]
+    assert guard.costs[0].tokens == 10
 
 
 @FACES
@@ -459,7 +534,7 @@ def test_the_fallback_asks_too_and_is_not_used_after_a_refusal(face: str) -> Non
         assert guard.costs[0].tokens == 10
         guard = Guard(most=1)
         assert isinstance(fetch(cache, ["b"], face, admit=guard).failed[0], OverBudget)
-    assert fallback.sent == ["a"]
+    assert fallback.requests == [["a"]]
 
 
 @FACES

@@ -25,6 +25,7 @@ from tests.core.test_isolation import StatusError
 from tests.patience import LONG_TIMEOUT, wait_until
 
 from embedonce import Cache, ConfigError, DriftGuard, Embedded, Limits, Tier, config
+from embedonce.errors import ProviderError
 from embedonce.events import Computed, Event
 from embedonce.functions import wrap
 from embedonce.testing.fakes import CountingProvider, DictBackend
@@ -669,7 +670,7 @@ def list_tokens(store: DictBackend) -> Iterator[int]:
         yield entry.tokens
 
 
-words = st.sampled_from(["a", "bb", "ccc", "déjà", "bad one", "bad two", "ffffff", "g", "hh", "iii"])
+words = st.sampled_from(["a", "bb", "ccc", "déjà", "bad one", "bad two", "nan", "ffffff", "g", "hh", "iii"])
 
 
 @settings(deadline=None, max_examples=60)
@@ -681,7 +682,7 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
     batches: list[list[str]], max_batch: int
 ) -> None:
     endpoint, store, events = Endpoint(), DictBackend(holds="entries", scope="process"), list[Event]()
-    paid = 0
+    paid = wasted = 0
     with endpoint.open_cache(asynchronous=True, tiers=[store], max_batch=max_batch, wait=0.001) as cache:
         cache.subscribe(events.append)
         calls: Any = [lambda texts=texts: cache.afetch(texts) for texts in batches]
@@ -689,9 +690,13 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
             for i, text in enumerate(texts):
                 if text.startswith("bad"):
                     assert isinstance(found.failed[i], StatusError)
+                elif text == "nan":
+                    assert isinstance(found.failed[i], ProviderError)
                 else:
                     assert (found.rows[i] == endpoint.vector_of(text)).all()
             paid += found.computed.tokens
+            wasted += found.wasted.tokens
+            assert found.wasted.texts == 0 or "nan" in texts, "the call pays for an invalid text of another call"
         counted = cache.stats().providers["endpoint"]
         computed = [event for event in events if isinstance(event, Computed)]
     assert all(len(request) <= max_batch for request in endpoint.requests)
@@ -699,7 +704,8 @@ def test_any_mix_of_calls_gets_its_vectors_and_pays_exactly_what_was_charged(
     assert sum(event.tokens or 0 for event in computed) == counted.tokens == endpoint.charged
     assert sum(event.texts for event in computed) == counted.texts == len(store)
     assert sum(event.seconds for event in computed) == pytest.approx(counted.seconds)
-    assert sum(list_tokens(store)) == paid == endpoint.charged
+    assert sum(list_tokens(store)) == paid
+    assert paid + wasted == endpoint.charged
 
 
 # --- options ----------------------------------------------------------------------------------

@@ -327,6 +327,36 @@ def test_a_variable_that_is_not_set_is_named_with_its_place() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN + '[key]\nsecret = "${UNSET}"',
+        'tiers = []\n[provider]\ntype = "openai"\nmodel = "m"\napi_key = "${UNSET}"',
+        PLAIN + '[serve]\nadmin_key = "${UNSET}"',
+        PLAIN + '[[serve.tenants]]\nname = "a"\nkeys = ["sha256:${UNSET}"]',
+    ],
+)
+def test_no_default_is_proposed_for_the_variable_of_a_secret(text: str) -> None:
+    (problem,) = problems_of(text)
+    assert problem.endswith(
+        "needs the environment variable UNSET, which is not set; set it before you start the program"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[provider]\ntype = 'ngram'\ncoalesce = '2s'", "must be at most 1s"),
+        ("[provider]\ntype = 'ngram'\ncoalesce = 0", "must be greater than 0"),
+        (PLAIN + "[[serve.tenants]]\nname = 'a'\nkeys = ['0123456789abcdef']\nrequests_per_minute = 0", "than 0"),
+        (PLAIN + "[serve]\nmax_body = 1000", "must be at least 1 KiB"),
+    ],
+)
+def test_a_bound_is_written_as_its_option_is(text: str, wanted: str) -> None:
+    (problem,) = problems_of(text if "tiers" in text else "tiers = []\n" + text)
+    assert problem.endswith(wanted)
+
+
 def test_text_is_not_converted_to_a_number() -> None:
     assert problems_of(f'{PLAIN}max_entries = "20"') == [
         'embedonce.toml:5:15: max_entries = "20" in [[tiers]] "memory": must be a whole number'
@@ -441,7 +471,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'embedonce.toml:17:8: another tier is already named "memory"; choose another name: name = "memory2"',
         'embedonce.toml:18:10: policy = "lruu" in [[tiers]] "memory": must be "segmented" or "lru"; '
         'did you mean "lru"?',
-        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; set it to the name of a plugin, such as '
+        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; add it: name of a plugin, such as '
         'type = "memory"',
         'embedonce.toml:20:8: "Bad Name" is not a valid tier name: it must start with a letter a-z and contain only '
         'a-z, 0-9, - and _; for example: "bad-name"',

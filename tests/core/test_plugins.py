@@ -182,7 +182,7 @@ def test_a_strangers_options_are_checked_and_in_the_schema(with_stranger: Path) 
     assert [problem.message for problem in caught.value.problems] == [
         "first = 27 in [provider]: must be at most 26",
         'unknown key "paht" in [[tiers]] "folder"; did you mean "path"?',
-        '"path" is missing in [[tiers]] "folder"; Folder of the files.',
+        '"path" is missing in [[tiers]] "folder"; add it: folder of the files',
     ]
     assert '"Folder of the files."' in json.dumps(config.schema())
 

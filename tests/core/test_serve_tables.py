@@ -227,8 +227,9 @@ def test_a_command_that_embeds_names_the_missing_provider(arguments: list[str]) 
     done = CliRunner().invoke(app, arguments, input="a")
     assert done.exit_code == 2
     assert (
-        "embedonce.toml: [provider] is missing; only embedonce serve can use the providers of [[serve.models]], so add "
-        "[provider]" in " ".join(done.stderr.split())
+        "embedonce.toml: [provider] is missing, and only embedonce serve can use the providers of [[serve.models]]; "
+        + ("check the file with `embedonce config`" if arguments == ["check"] else "add [provider]")
+        in " ".join(done.stderr.split())
     )
 
 
@@ -254,10 +255,14 @@ def test_purge_unused_is_refused_because_the_server_has_scopes_of_its_own(more: 
         ("port = -1", "5:8: port = -1 in [serve]: must be at least 0"),
         ('port = "80"', '5:8: port = "80" in [serve]: must be a whole number'),
         ('allowed_hosts = ["a", "b:80"]', '5:23: allowed_hosts[1] = "b:80" in [serve]: must be a host name or an IP'),
-        ('allowed_hosts = ["*"]', '5:18: allowed_hosts[0] = "*" in [serve]: must be a host name'),
+        ('allowed_hosts = ["*"]', '5:18: allowed_hosts[0] = "*" in [serve]: wildcards and networks are not supported'),
+        ('allowed_hosts = ["fd00::/8"]', '5:18: allowed_hosts[0] = "fd00::/8" in [serve]: wildcards and networks'),
+        ('allowed_hosts = ["host/8"]', '5:18: allowed_hosts[0] = "host/8" in [serve]: must be a host name'),
+        ("workers = 2", '5:1: unknown key "workers" in [serve]; use the option --workers of embedonce serve'),
         ('admin_key = "0123456789abcde"', "5:13: admin_key in [serve]: must have at least 16 characters"),
-        ("max_body = 0", "5:12: max_body = 0 in [serve]: must be at least 1024"),
+        ("max_body = 0", "5:12: max_body = 0 in [serve]: must be at least 1 KiB"),
         ('max_body = "1 zb"', '5:12: max_body = "1 zb" in [serve]: has an unknown unit'),
+        ('max_body = "1 B"', '5:12: max_body = "1 B" in [serve]: must be at least 1 KiB'),
         ("drain_timeout = -1", "5:17: drain_timeout = -1 in [serve]: must be at least 0"),
         ('state_dir = ""', '5:13: state_dir in [serve]: must not be empty; write "."'),
         ("models = 3", "5:10: serve.models must be a list of tables: write [[serve.models]]"),
@@ -276,12 +281,12 @@ def test_the_message_of_each_problem_of_the_server(text: str, wanted: str) -> No
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ('provider.type = "ngram"', '5:1: "name" is missing in [[serve.models]] number 1; Name of the model'),
+        ('provider.type = "ngram"', '5:1: "name" is missing in [[serve.models]] number 1; add it: name of the model'),
         ('name = "a"', '5:1: "provider" is missing in [[serve.models]] "a"; add one, such as provider = { type ='),
         ('name = "a"\nprovider = "ngram"', '7:12: the provider of [[serve.models]] "a" must be a table'),
         (
             'name = "a"\nprovider = {}',
-            '7:1: "type" is missing in the provider of [[serve.models]] "a"; set it to the '
+            '7:1: "type" is missing in the provider of [[serve.models]] "a"; add it: '
             'name of a plugin, such as type = "ngram"',
         ),
         (
@@ -313,8 +318,7 @@ def test_the_message_of_each_problem_of_the_server(text: str, wanted: str) -> No
         ),
         (
             NGRAM_MODEL + 'forward = ["b"]',
-            '8:1: forward in [[serve.models]] "a": the provider of '
-            '[[serve.models]] "a" cannot send other fields, because it has no option extra_body; remove "forward"',
+            '8:1: forward in [[serve.models]] "a": the provider ngram cannot send other fields; remove "forward"',
         ),
         (
             SENDER_MODEL + 'forward = ["b", "b"]',
@@ -350,8 +354,11 @@ def test_fields_that_the_server_reads_are_not_forwarded(sender: ModuleType, fiel
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (f'keys = ["{OTHER_KEY}"]', '11:1: "name" is missing in [[serve.tenants]] number 2; Name of the tenant'),
-        ('name = "b"', '11:1: "keys" is missing in [[serve.tenants]] "b"; Keys of the tenant.'),
+        (
+            f'keys = ["{OTHER_KEY}"]',
+            '11:1: "name" is missing in [[serve.tenants]] number 2; add it: name of',
+        ),
+        ('name = "b"', '11:1: "keys" is missing in [[serve.tenants]] "b"; add it: keys of the tenant.'),
         (
             f'name = "b"\nkeys = "{OTHER_KEY}"',
             '13:8: keys in [[serve.tenants]] "b": must be a list, such as ["${NAME}"]',

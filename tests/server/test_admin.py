@@ -238,6 +238,7 @@ async def test_check_calls_a_provider_only_with_embed(api: OpenAIServer, tmp_pat
         checked = (await ask(server, "check", {"embed": True})).json
         assert checked["providers"][0]["dimensions"]
         assert len(api.requests) == 1
-        api.misbehave("unauthorized")
+        api.misbehave("unauthorized", message="the account is suspended")
         checked = (await ask(server, "check", {"embed": True})).json
         assert (checked["ok"], checked["providers"][0]["ok"]) == (False, False)
+        assert "the account is suspended" in checked["providers"][0]["detail"]

@@ -41,12 +41,21 @@ async def test_beyond_the_budget_the_answer_says_when_to_come_back_and_hits_are_
         )
         assert 1 <= int(refused.headers["retry-after"]) <= 86_400
         assert refused.headers["x-should-retry"] == "false"
-        assert refused.error["message"].startswith("tenant 'search' has 0 tokens left today (UTC), fewer than")
+        assert refused.error["message"].startswith('tenant "search" has 0 tokens left today (UTC), fewer than')
         assert "tea" not in refused.error["message"]
         assert (await server.embed(text, headers=HEADERS)).cache == ("hit", 1, 0)
         fresh = await server.embed(text, headers={**HEADERS, "cache-control": "no-cache"})
         assert fresh.status == 429
         assert len(api.requests) == 1
+
+
+async def test_a_tenant_without_tokens_is_told_to_use_cached_texts(api: OpenAIServer, tmp_path: Path) -> None:
+    async with serve(configure(api, 0), tmp_path) as server:
+        refused = await server.embed("a", headers=HEADERS)
+        assert refused.status == 429
+        assert refused.error["message"] == (
+            'tenant "search" gets only cached texts (tokens_per_day = 0), and at least one input is not cached'
+        )
 
 
 async def test_without_the_file_misses_get_503_and_hits_are_answered(api: OpenAIServer, tmp_path: Path) -> None:

@@ -30,12 +30,20 @@ from embedonce_server.tenants.budgets import BudgetExceeded, Budgets
 NOON = 20_000.5 * 86_400
 
 
+class StatusError(Exception):
+    status_code = 400
+
+
 class HostileProvider:
-    """Charges from nothing up to ten times of what is estimated, and fails now and then."""
+    """Charges from nothing up to ten times of what is estimated, and fails now and then.
+
+    It refuses requests with many texts, so that they are sent in parts.
+    """
 
     def __init__(self, seed: int, failures: float) -> None:
-        self.limits = Limits(max_batch=3, concurrency=2)
+        self.limits = Limits(max_batch=6, concurrency=2)
         self.random = random.Random(seed)
+        self.takes = self.random.choice([1, 3, 6])
         self.failures = failures
         self.factors = self.random.choice([[0.0, 0.5, 1.0, 1.0, 10.0], [10.0]])
         self.charged = 0
@@ -49,6 +57,8 @@ class HostileProvider:
             await asyncio.sleep(0)
         if self.random.random() < self.failures:
             raise ConnectionResetError
+        if len(texts) > self.takes:
+            raise StatusError
         factor = self.random.choice(self.factors)
         tokens = [int(factor * -(-len(text) // 4)) for text in texts]
         self.charged += sum(tokens)
@@ -77,10 +87,9 @@ class Simulation:
     async def run(self, requests: int) -> None:
         async with AsyncExitStack() as stack:
             store = DictBackend()
-            caches = [
-                await stack.enter_async_context(Cache(self.provider, [Tier(DictBackend(store=store), name="shared")]))
-                for _ in self.workers
-            ]
+            coalesce = self.random.choice([None, 0.001])
+            tiers = [[Tier(DictBackend(store=store), name="shared")] for _ in self.workers]
+            caches = [await stack.enter_async_context(Cache(self.provider, own, coalesce=coalesce)) for own in tiers]
             running: list[asyncio.Task[None]] = []
             for _ in range(requests):
                 worker = self.random.randrange(len(self.workers))
@@ -142,6 +151,21 @@ async def test_a_budget_is_used_up_before_requests_are_refused(tmp_path: Path) -
     await simulation.run(100)
     assert simulation.refused > 0
     assert simulation.provider.charged > 5000 * 0.9
+
+
+async def test_a_call_that_is_cut_into_many_exceeds_the_budget_by_one_of_them(tmp_path: Path) -> None:
+    provider = HostileProvider(0, 0.0)
+    provider.limits, provider.takes, provider.factors = Limits(max_batch=256), 4, [20.0]
+    tenant = Tenant(name="search", keys=(), namespace="", tokens_per_day=1000)
+    with closing(Budgets(tmp_path / "budgets.db", 1, lambda: NOON)) as worker:
+        async with Cache(provider, [Tier(DictBackend(), name="memory")]) as cache:
+            texts = [f"t{i:03}" for i in range(400)]
+            with pytest.raises(BudgetExceeded):
+                await fetch_within_budget(worker, tenant, cache, texts, "document")
+            assert 900 < provider.charged <= 1000 + provider.largest
+            assert provider.largest == 80
+            assert sum(row is not None for row in cache.lookup(texts).rows) == provider.charged // 20
+            assert (await worker.read_usage([tenant]))["search"][:2] == (provider.charged, 0)
 
 
 _PROCESS = """

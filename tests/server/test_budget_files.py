@@ -243,6 +243,25 @@ async def test_after_midnight_all_workers_compute_again(api: OpenAIServer, tmp_p
         assert await ask(workers, range(60, 62)) == [429, 429]
 
 
+async def test_a_request_that_is_refused_while_the_day_ends_is_computed_on_the_new_day(
+    api: OpenAIServer, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_workers(configure(api), tmp_path, 1) as (worker,):
+        assert [(await worker.embed(make_text(i), headers=HEADERS)).status for i in range(CALLS)] == [200] * CALLS
+        reserve, outcomes = budget_file.BudgetFile.reserve, list[Any]()
+
+        def reserve_at_midnight(*args: Any, **options: Any) -> Any:
+            outcomes.append(reserve(*args, **options))
+            clock.now = MIDNIGHT + 1
+            return outcomes[-1]
+
+        monkeypatch.setattr(budget_file.BudgetFile, "reserve", reserve_at_midnight)
+        clock.now = MIDNIGHT - 0.001
+        assert (await worker.embed(make_text(50), headers=HEADERS)).status == 200
+        assert isinstance(outcomes[0], budget_file.Refusal)
+        assert isinstance(outcomes[-1], budget_file.Reservation)
+
+
 async def test_a_call_that_ends_after_midnight_counts_for_the_day_on_which_it_began(
     api: OpenAIServer, tmp_path: Path, clock: Clock
 ) -> None:

@@ -294,7 +294,7 @@ async def test_refused_answers_cost_what_they_report_and_later_estimates_follow_
         more = make_tenant(10_000_000)
         request = asyncio.create_task(fetch_within_budget(worker, more, cache, ["x" * 6000], "document"))
         await wait_until_async(lambda: provider.at_once == 1)
-        assert (await read_used(worker, more))[1] > 5000
+        assert (await read_used(worker, more))[1] > 2000  # without these answers, 1,500
         provider.gate.set()
         await request
     assert sum(provider.charged) == 6000
@@ -396,7 +396,7 @@ async def test_beyond_the_budget_misses_are_refused_until_the_next_day_and_hits_
             await fetch_within_budget(worker, tenant, cache, ["x" * 100, "y"], "document")
         assert (caught.value.status, caught.value.retry_after) == (429, DAY / 2)
         assert caught.value.headers == {"retry-after": str(DAY // 2), "x-should-retry": "false"}
-        assert "'search'" in str(caught.value)
+        assert 'tenant "search" has 0 tokens left' in str(caught.value)
         assert (await fetch_within_budget(worker, tenant, cache, ["x" * 100], "document")).sources == ["memory"]
         clock.now += DAY / 2 - 1
         with pytest.raises(BudgetExceeded):
@@ -465,7 +465,7 @@ async def test_near_the_end_of_the_budget_a_worker_makes_one_call_at_a_time(work
             asyncio.create_task(fetch_within_budget(worker, tenant, cache, [f"{i:0600}"], "document")) for i in range(9)
         ]
         await wait_until_async(lambda: provider.at_once == 1)
-        with closing(Budgets(path, 2, worker._clock)) as other:
+        with closing(Budgets(path, 2, worker._file._clock)) as other:
             more = asyncio.create_task(fetch_within_budget(other, tenant, cache, ["x" * 600], "document"))
             await wait_until_async(lambda: provider.at_once == 2)
             provider.gate.set()
@@ -560,7 +560,7 @@ async def test_until_a_call_has_shown_what_a_model_charges_each_worker_makes_one
     tenant, provider = make_tenant(10_000), PaidProvider(lambda text: 10_000)
     provider.gate.clear()
     async with open_cache(provider) as cache:
-        with closing(Budgets(path, 2, worker._clock)) as other:
+        with closing(Budgets(path, 2, worker._file._clock)) as other:
             requests = [
                 asyncio.create_task(fetch_within_budget(budgets, tenant, cache, [f"text {i}"], "document"))
                 for i, budgets in enumerate([worker, other] * 6)
@@ -875,7 +875,7 @@ async def test_without_the_file_misses_are_refused_and_hits_are_answered_until_t
 ) -> None:
     monkeypatch.setattr(budget_file, "BUSY_SECONDS", 0.01)
     tenant = make_tenant(1000)
-    with closing(Budgets(path, 2, worker._clock)) as other:  # it has the short timeout
+    with closing(Budgets(path, 2, worker._file._clock)) as other:  # it has the short timeout
         async with open_cache(PaidProvider()) as cache:
             await fetch_within_budget(other, tenant, cache, ["known"], "document")
             mend = break_file(path)

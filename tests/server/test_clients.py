@@ -274,9 +274,10 @@ def test_a_limited_tenant_is_told_when_to_try_again(server: ServeProcess, api: O
     embed = Client("openai", PROGRAMS["openai"], server)
     embed("one request of the slow team", key=SLOW_KEY)
     refused = embed("two requests of the slow team", key=SLOW_KEY)
-    assert_refused(refused, 429, "rate_limit_exceeded")
+    assert_refused(refused, 429, "requests_per_minute_exceeded")
     assert refused.headers is not None
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert 'the limit of tenant "slow" is 1 request per minute; try again in ' in str(refused.message)
 
 
 @pytest.mark.timeout(300)  # its import takes a minute on a very busy machine

@@ -154,7 +154,7 @@ async def test_forwarded_fields_are_sent_and_are_part_of_the_space(api: OpenAISe
         assert refused.error["code"] == "unsupported_field"
         assert "list it in forward" in refused.error["message"]
         refused = await server.embed("a", late_chunking=True)
-        assert "depends on the other inputs; remove it. The model accepts" in refused.error["message"]
+        assert "depend on the other texts of the request; remove it. The model accepts" in refused.error["message"]
     async with serve({"provider": {"type": "ngram"}, "tiers": []}, tmp_path) as server:
         refused = await server.embed("a", padding=True)
         assert refused.error["message"].endswith("it may change the vectors; remove it")

@@ -327,7 +327,7 @@ def test_requests_are_cut_off_at_the_drain_timeout(file: Path, upstream: OpenAIS
         answer = waiting.result()
         assert (answer.status, answer.body["error"]["code"]) == (503, "stopping")
         assert answer.headers["connection"] == "close"
-        assert "1 requests were cut off" in server.log
+        assert "1 request was cut off, because it took" in server.log
         assert "Traceback" not in server.log
 
 

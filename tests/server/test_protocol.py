@@ -496,7 +496,7 @@ def test_a_drain_cuts_off_requests_at_its_deadline(caplog: pytest.LogCaptureFixt
         server.join()
         assert server.app.cancelled == 1
         assert client.read_to_end()[:13] in (b"", b"HTTP/1.1 500 ")
-        assert "1 requests were cut off" in caplog.text
+        assert "1 request was cut off, because it took" in caplog.text
 
 
 def test_the_private_socket_is_for_this_user_only(tmp_path: Path) -> None:

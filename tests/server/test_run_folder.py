@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -51,7 +52,7 @@ def test_of_two_servers_without_tenants_the_second_one_has_a_temporary_state(
         assert (first.is_lasting, second.is_lasting) == (True, False)
         assert second.state.is_relative_to(second.path)
         assert len(locks) == 1
-        assert "a reload cannot add tenants with budgets" in caplog.text
+        assert "a reload cannot add tenants with tokens_per_day" in caplog.text
         with pytest.raises(NoStateFolder, match="set another state_dir"), open_run_folder(load({})):
             pass
     assert list(temporary.iterdir()) == []
@@ -115,6 +116,21 @@ async def test_a_reload_adds_budgets_only_if_they_can_be_kept(
         reloads = Reloads(lambda tenant=tenant: load(tenant), load(), (), keeps_budgets=keeps_budgets)  # type: ignore[misc]
         assert ((await reloads.load()) is not None) is is_accepted
     assert ("set state_dir in [serve], and restart the server" in caplog.text) is not keeps_budgets
+
+
+async def test_the_log_says_what_a_reload_has_loaded_and_warns_if_keys_are_no_longer_needed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "embedonce.serve")
+    reloads = Reloads(load, load(), (), keeps_budgets=True)
+    for loaded in (load(), load({}), load()):
+        reloads.report_success(loaded)
+    assert caplog.messages == [
+        "reloaded [serve] of a dict: 1 model, 0 tenants",
+        "reloaded [serve] of a dict: 1 model, 1 tenant",
+        "reloaded [serve] of a dict: 1 model, 0 tenants",
+        "the configuration has no tenants any more, so requests need no key",
+    ]
 
 
 def test_an_ipv4_address_in_the_form_of_ipv6_is_the_ipv4_address() -> None:

@@ -87,9 +87,14 @@ def test_a_tier_that_cannot_be_created_is_an_error_of_the_configuration(tmp_path
     assert "embedonce.toml:3:1: [[tiers]]" in messages
 
 
-@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--port", "-1"], ["--workers", "0"]])
+@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--workers", "0"]])
 def test_options_out_of_range_are_refused(tmp_path: Path, arguments: list[str]) -> None:
     assert run(tmp_path, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize(("port", "wanted"), [("70000", "at most 65535, got 70000"), ("-1", "at least 0, got -1")])
+def test_the_message_about_a_port_is_worded_as_in_the_file(tmp_path: Path, port: str, wanted: str) -> None:
+    assert run(tmp_path, "--port", port) == (2, f"error: --port must be {wanted}\n")
 
 
 def test_the_message_at_startup_says_how_to_use_the_server(tmp_path: Path) -> None:

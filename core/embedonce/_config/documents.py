@@ -18,6 +18,7 @@ from embedonce.errors import ConfigError, Problem
 
 from .found_files import PYPROJECT, TABLE, find_file, get_table, relative_name
 from .places import Place, Places, TomlPath, find_places, read_syntax_error
+from .secrets import is_secret
 
 log = logging.getLogger("embedonce")
 
@@ -298,10 +299,11 @@ def _make_filler(path: TomlPath, found: Values, errors: list[str]) -> Callable[[
         found.expanded.add(path)
         value, default = os.environ.get(match["name"]), match["default"]
         if value is None and default is None:
-            errors.append(
-                f"needs the environment variable {match['name']}, which is not set; set it, or write "
-                f"${{{match['name']}:-default}}"
-            )
+            # A default for a secret would be a secret in the file.
+            hint = "set it before you start the program"
+            if not is_secret(path[1:]):
+                hint = f"set it, or write ${{{match['name']}:-default}}"
+            errors.append(f"needs the environment variable {match['name']}, which is not set; {hint}")
         if value or default is None:
             found.private.add(path)
             found.variables.setdefault(path, {})[match["name"]] = value or ""

@@ -19,9 +19,13 @@ def suggest_key(key: str, names: Sequence[str]) -> str:
     return f"; valid keys are {join_words(names)}" if names else "; no key is valid here"
 
 
-def format_doc(option: Option) -> str:
-    """Return the description of an option as the end of a message."""
-    return f"; {option.doc}" if option.doc else ""
+def explain_missing(option: Option) -> str:
+    """Return the end of a message about a missing option: what to add."""
+    if not option.doc:
+        return "; add it"
+    first, rest = option.doc[:1], option.doc[1:]
+    is_abbreviation = rest[:1].isupper()  # such as "URL of the server"
+    return f"; add it: {first if is_abbreviation else first.lower()}{rest.removesuffix('.')}"
 
 
 def hide_name(error: PluginError, name: str) -> str:

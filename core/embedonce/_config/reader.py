@@ -22,7 +22,7 @@ from .documents import (
     list_overrides,
 )
 from .found_files import ONLY_NAMED, find_remote_code
-from .hints import format_doc, hide_name, suggest_key
+from .hints import explain_missing, hide_name, suggest_key
 from .places import TomlPath
 from .resolved import ProviderConfig, Setting
 from .secrets import (
@@ -56,6 +56,8 @@ class Table:
     options: dict[str, Option] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     """Names of inner tables, which are read separately."""
+    not_here: Mapping[str, str] = field(default_factory=dict)
+    """Keys that users expect in this table although they belong elsewhere, and what to do instead."""
     values: dict[str, Any] = field(default_factory=dict)
     """Valid values by option."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
@@ -206,7 +208,7 @@ class Reader:
 
     def _read_type(self, table: Table) -> str | None:
         example = "memory" if table.where[0] == "tiers" else "ngram"
-        option = Option("type", Annotated[str, Doc(f'set it to the name of a plugin, such as type = "{example}"')])
+        option = Option("type", Annotated[str, Doc(f'name of a plugin, such as type = "{example}"')])
         table.options = {"type": option}
         value = self._read_option(table, option)
         return value if isinstance(value, str) else None
@@ -222,6 +224,7 @@ class Reader:
                 is_own = table.where[0] != "serve"  # a model or a tenant has keys that other tables also have
                 home = next((name for name, cls in OWN_TABLES.items() if is_own and key in options_of(cls)), None)
                 hint = f"; it belongs in {self.document.table(home)}" if home else suggest_key(key, names)
+                hint = f"; {table.not_here[key]}" if key in table.not_here else hint
                 self.add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
             value = self._read_option(table, option)
@@ -237,7 +240,7 @@ class Reader:
         if option.name not in table.given:
             if option.required:
                 self.add_problem(
-                    table.where, f"{quote(option.name)} is missing in {table.label}{format_doc(option)}", key=True
+                    table.where, f"{quote(option.name)} is missing in {table.label}{explain_missing(option)}", key=True
                 )
             return UNUSABLE
         return self._read_value(table, option, table.given[option.name])
@@ -280,7 +283,7 @@ class Reader:
             if not invisible:
                 return option.resolve_path(option.check(value), self.document.folder)
         except Refused as refused:
-            for part in list_invalid_parts(value, refused, hidden=hidden or is_secret((option.name,))):
+            for part in list_invalid_parts(option, value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (option.name, *part.where)
                 can_show = not hidden and not isinstance(part.value, dict | list)
                 shown = display((*table.where, *where), part.value) if can_show else None

@@ -33,6 +33,12 @@ def _check_host(value: object) -> str:
         raise BadValue("must be a host name or an IP address, without a scheme, a port or a path") from None
 
 
+def _check_allowed_host(value: object) -> str:
+    if isinstance(value, str) and ("*" in value or re.fullmatch(r"[0-9A-Fa-f.:]+/[0-9]+", value)):
+        raise BadValue("wildcards and networks are not supported, so list every name and address")
+    return _check_host(value)
+
+
 def _hash_key(value: object) -> str:
     """Return a key as ``sha256:`` and the 64 hex digits of its digest, so that equal keys have one form.
 
@@ -98,6 +104,7 @@ _VARIABLE = r"|\$\{"
 """Part of a pattern that accepts a text with a variable. The schema allows variables in items of lists only by this."""
 
 HostName: TypeAlias = Annotated[str, Parsed(_check_host, {"type": "string", "minLength": 1})]
+AllowedHost: TypeAlias = Annotated[str, Parsed(_check_allowed_host, {"type": "string", "minLength": 1})]
 ServeKey: TypeAlias = Annotated[
     str,
     Parsed(

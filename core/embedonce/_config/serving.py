@@ -15,6 +15,9 @@ from .reader import Reader, Table, is_any_inside, make_provider_config
 from .resolved import ProviderConfig, ServeConfig, ServedModel, Tenant
 from .tables import ProviderTable, ServedModelTable, ServeTable, TenantTable
 
+_FLAGS = {"workers": "--workers", "access_log": "--access-log"}
+"""Settings of a server that only its command has."""
+
 
 def has_served_models(reader: Reader) -> bool:
     """Return whether the document has a ``[[serve.models]]``, valid or not."""
@@ -45,7 +48,13 @@ class _ServeReader:
             return ServeConfig()
         label = self._reader.document.table("serve")
         table = Table(
-            ("serve",), label, ("serve",), given, options=dict(options_of(ServeTable)), tables=("models", "tenants")
+            ("serve",),
+            label,
+            ("serve",),
+            given,
+            options=dict(options_of(ServeTable)),
+            tables=("models", "tenants"),
+            not_here={name: f"use the option {flag} of embedonce serve" for name, flag in _FLAGS.items()},
         )
         self._reader.read_table(table)
         models = [self._read_model(index, item) for index, item in enumerate(self._list_items(given, "models"))]
@@ -127,8 +136,10 @@ class _ServeReader:
 
     def _check_forward(self, table: Table, forward: Sequence[str], provider: ProviderConfig) -> None:
         if forward and "extra_body" not in options_of(provider.cls):
-            message = f"{provider.label} cannot send other fields, because it has no option extra_body"
-            self._reader.add_option_problem(table, "forward", f'{message}; remove "forward"', key=True)
+            is_shown = not is_any_inside((*provider.path, "type"), self._reader.values.private)
+            name = f"the provider {provider.type}" if is_shown else "the provider"
+            message = f'{name} cannot send other fields; remove "forward"'
+            self._reader.add_option_problem(table, "forward", message, key=True)
         for index, name in enumerate(forward):
             if name in forward[:index]:
                 self._reader.add_value_problem(table, ("forward", index), None, "the field is already listed", None)

@@ -21,7 +21,7 @@ from embedonce.options import BadValue, Doc, Duration, Parsed, Size
 from embedonce.prices import PATTERN, parse_price_option
 from embedonce.vectors import Dtype
 
-from .serve_values import ForwardedField, HostName, ModelName, Namespace, ServeKey, TenantName
+from .serve_values import AllowedHost, ForwardedField, HostName, ModelName, Namespace, ServeKey, TenantName
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
 """Pattern of a tier's name. ``provider`` is reserved, because ``Fetched.sources`` uses it for the provider."""
@@ -209,14 +209,14 @@ class ServeTable:
         int, Ge(0), Le(65535), Doc("Port that the server listens on; 0: a free port. The option --port overrides it.")
     ] = 8080
     allowed_hosts: Annotated[
-        Sequence[HostName],
-        Doc("Host names, without a port, that a request may name in its Host header, besides those of loopback."),
+        Sequence[AllowedHost],
+        Doc("Host names and addresses that clients may use, without a port. Loopback names are always allowed."),
     ] = ()
     admin_key: Annotated[
         ServeKey | None,
         Doc(
-            "Key for the paths below /admin. It has at least 16 characters, or is sha256: and the key's SHA-256 "
-            "digest. Without it, these paths do not exist."
+            "Key for the paths below /admin and, if there are tenants, for /metrics. It has at least 16 characters, or "
+            "is sha256: and the key's SHA-256 digest. Without it, these paths do not exist."
         ),
     ] = field(default=None, repr=False)
     max_body: Annotated[Size, Ge(1024), Doc("Refuse requests whose body is larger than this.")] = 16 * 2**20

@@ -80,9 +80,10 @@ class Answer:
     """
     has_made_entries: bool = False
     """Whether the provider has embedded any text of this call."""
-    waste: list[Work] = field(default_factory=list)
-    """The provider's work that gave no vectors, as in :attr:`Fetched.wasted`. It is a list, because threads that
-    compute chunks of one call at the same time can append to a list without a lock, but not add to a number."""
+    waste: list[tuple[str, Work]] = field(default_factory=list)
+    """The provider's work that gave no vectors, as in :attr:`Fetched.wasted`, with the key of the text; an empty key
+    stands for several texts. It is a list, because threads that compute chunks of one call at the same time can add to
+    a list without a lock, but not to a number."""
     spent: list[tuple[str, float]] = field(default_factory=list)
     """The seconds that each call took, with the name of the tier or ``"provider"``."""
     errors: dict[str, str] = field(default_factory=dict)
@@ -167,10 +168,10 @@ class Answer:
 
     def take_waste(self, other: Answer) -> None:
         """Count all work of another answer to the same texts, which is not used."""
-        self.waste += [*other.waste, other._sum_computed(other._find_sources())]
+        self.waste += [*other.waste, ("", other._sum_computed(other._find_sources()))]
 
     def sum_waste(self) -> Work:
-        return sum(self.waste, NO_WORK)
+        return sum((work for _, work in self.waste), NO_WORK)
 
     def sum_seconds(self) -> dict[str, float]:
         """Return the seconds spent in calls, by the name of the tier or ``"provider"``."""

@@ -24,43 +24,58 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 
-from embedonce.vectors import NO_WORK, Entry, Work, apportion
+from embedonce.vectors import NO_WORK, Entry, Work
 
 from . import ahead
+from .admitting import Admitted, ask_to_send, settle_request
 from .batch_sizes import count_bytes
 from .call import PROVIDER, Answer, Call, copy_error
 from .flights import Claims, InFlight, calls_in_provider
-from .isolation import Patience
+from .isolation import Patience, Stop
 from .ports import Port
 from .provider_calls import find_token_limit
-from .provider_requests import Errors, RequestChunk, Take
+from .provider_requests import Errors, ProviderRequests, Take
 from .refusals import is_about_provider
 from .routes import LiveProvider, Route
 
 
 async def request_together(
+    requests: ProviderRequests,
     in_flight: InFlight,
-    request: RequestChunk,
     call: Call,
     keys: list[str],
     texts: Mapping[str, str],
     take: Take,
     patience: Patience,
 ) -> tuple[Errors, Errors]:
-    """Do the same as ``request``, but together with chunks of other calls if there are any."""
+    """Do the same as :meth:`ProviderRequests.request_chunk`, but together with chunks of other calls if there are any.
+
+    The function ``admit`` of the call is asked before the chunk joins, so no other call waits for its answer. If there
+    is nobody to join, the call sends the first request with this permission.
+    """
     if _goes_alone(call, patience):
-        return await request(call, keys, texts, take, patience)
+        return await requests.request_chunk(call, keys, texts, take, patience)
     part = _Part(call, {key: texts[key] for key in keys})
-    if not _Load(part.route.source, [part]).is_full():
-        await _wait_in_window(part, call.port, in_flight, request)
-        call.answer.spent.append((PROVIDER, part.seconds))
-        call.answer.waste.append(part.wasted)
-        if part.entries or part.invalid:
-            await take(part.entries, part.invalid)
+    if _Load(part.route.source, [part]).is_full():
+        return await requests.request_chunk(call, keys, texts, take, patience)
+    admitted: Admitted | None = None
+    if part.is_asked_for:
+        try:
+            admitted = await ask_to_send(call, list(part.texts.values()))
+        except Stop as stop:
+            return {}, dict.fromkeys(keys, stop.error)
+    await _wait_in_window(part, call.port, requests, in_flight)
+    call.answer.spent.append((PROVIDER, part.seconds))
+    call.answer.waste += part.waste
+    if part.entries or part.invalid:
+        await take(part.entries, part.invalid)
+    if admitted is not None and part.is_sent:
+        await settle_request(call, admitted, part.entries.values(), sum((work for _, work in part.waste), NO_WORK))
+        admitted = None
     left = part.list_open()
     if not left:
         return part.alone, part.together
-    alone, together = await request(call, left, texts, take, patience)
+    alone, together = await requests.request_chunk(call, left, texts, take, patience, admitted)
     return {**part.alone, **alone}, {**part.together, **together}
 
 
@@ -76,10 +91,10 @@ def _goes_alone(call: Call, patience: Patience) -> bool:
     return answer.dimensions != answer.route.dimensions
 
 
-async def _wait_in_window(part: _Part, port: Port, in_flight: InFlight, request: RequestChunk) -> None:
+async def _wait_in_window(part: _Part, port: Port, requests: ProviderRequests, in_flight: InFlight) -> None:
     """Wait until the window of a chunk is done with it. What is still open then, the call has to request itself."""
     while True:
-        window = _open_window(part.route, port, in_flight, request)
+        window = _open_window(part.route, port, requests, in_flight)
         if window is None:
             return
         if window.load.accepts(part):
@@ -95,12 +110,12 @@ async def _wait_in_window(part: _Part, port: Port, in_flight: InFlight, request:
         window.seal()
 
 
-def _open_window(route: Route, port: Port, in_flight: InFlight, request: RequestChunk) -> _Window | None:
+def _open_window(route: Route, port: Port, requests: ProviderRequests, in_flight: InFlight) -> _Window | None:
     """Return the window of a route, which begins now if there is none. Return None if no thread can be started."""
     found: _Window | None = port.windows.get(route)
     if found is not None:
         return found
-    mine = _Window(route, port, in_flight, request)
+    mine = _Window(route, port, requests, in_flight)
     window: _Window = port.windows.setdefault(route, mine)
     if window is mine:
         try:
@@ -135,8 +150,12 @@ class _Part:
         """The error of the texts that were given up together."""
         self.seconds = 0.0
         """Seconds of the requests that were made until the chunk was done."""
-        self.wasted = NO_WORK
-        """Its share of the work that gave no vectors."""
+        self.waste: list[tuple[str, Work]] = []
+        """The work that gave no vectors for its texts, like :attr:`Answer.waste`."""
+        self.is_asked_for = call.answer.admit is not None
+        """Whether the call asks before each of its requests."""
+        self.is_sent = False
+        """Whether the window has begun to send the chunk together with others."""
         self.done: Future[None] = Future()
 
     def list_open(self) -> list[str]:
@@ -198,7 +217,7 @@ class _Load:
 class _Window:
     """Chunks that wait for each other."""
 
-    def __init__(self, route: Route, port: Port, in_flight: InFlight, request: RequestChunk) -> None:
+    def __init__(self, route: Route, port: Port, requests: ProviderRequests, in_flight: InFlight) -> None:
         self.parts: deque[_Part] = deque()
         self.load = _Load(route.source)
         """What the chunks fill. Threads that join at the same moment may count wrongly, so it is only a hint."""
@@ -207,7 +226,7 @@ class _Window:
         self._route = route
         self._port = port
         self._in_flight = in_flight
-        self._request = request
+        self._requests = requests
         self._has_begun = False
         self._wake: Future[None] = Future()
 
@@ -275,20 +294,21 @@ class _Window:
         """Send the texts of several chunks together, and give each chunk its own entries and errors."""
         # The provider's code may use a cache. It must not wait there for a call that waits for this request.
         calls_in_provider.set(frozenset[int]().union(*(part.outer_calls for part in parts)))
+        for part in parts:
+            part.is_sent = True
         texts = {key: text for part in parts for key, text in part.texts.items()}
         owners = {key: part for part in parts for key in part.texts}
         answer = Answer(self._route, list(texts), list(texts.values()), store=False)
         answer.failed_tiers.update(*(part.failed_tiers for part in parts))
 
-        def share_waste() -> None:
-            """Let the chunks that are not done share what was wasted since the last call."""
-            waste = answer.sum_waste()
+        def assign_waste() -> None:
+            """Give each chunk what was wasted for its texts since the last call."""
+            for key, work in answer.waste:
+                owners[key].waste.append((key, work))
             answer.waste.clear()
-            if waste != NO_WORK:
-                _share_work(waste, [part for part in parts if not part.done.done()] or parts)
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
-            share_waste()
+            assign_waste()
             for key, entry in entries.items():
                 owners[key].entries[key] = entry
             for key, error in invalid.items():
@@ -300,8 +320,8 @@ class _Window:
         with self._in_flight.new_ticket() as ticket:
             self._in_flight.claim(ticket, (), self._port.loop, Claims())  # the request waits for no flight
             call = Call(self._port, ticket, answer)
-            alone, together = await self._request(call, list(texts), texts, take, Patience(len(texts)))
-        share_waste()
+            alone, together = await self._send(call, texts, take, is_divisible=not any(p.is_asked_for for p in parts))
+        assign_waste()
         copies: dict[tuple[int, int], Exception] = {}
 
         def copy_for(part: _Part, error: Exception) -> Exception:
@@ -322,11 +342,20 @@ class _Window:
         for part in parts:
             part.finish(seconds)
 
+    async def _send(
+        self, call: Call, texts: Mapping[str, str], take: Take, *, is_divisible: bool
+    ) -> tuple[Errors, Errors]:
+        """Send texts together. If they fail, send them in parts if they are divisible; else each call does that.
 
-def _share_work(work: Work, parts: list[_Part]) -> None:
-    """Add a share of the work to each chunk, by the length of its texts. The shares add up to the work."""
-    weights = [max(part.size, 1) for part in parts]
-    counts = (work.texts, work.tokens, work.unknown_tokens, work.unknown_seconds)
-    columns = [apportion(count, weights) for count in counts]
-    for part, texts, tokens, unknown_tokens, unknown_seconds in zip(parts, *columns, strict=True):
-        part.wasted += Work(texts, tokens, 0.0, unknown_tokens, unknown_seconds)
+        Return what :meth:`ProviderRequests.request_chunk` returns.
+        """
+        keys = list(texts)
+        if is_divisible:
+            return await self._requests.request_chunk(call, keys, texts, take, Patience(len(keys)))
+        error = await self._requests.request_once(call, keys, texts, take, [], repeats_failures=False)
+        if error is not None:
+            return {}, dict.fromkeys(keys, error)
+        batches = self._route.source.batches
+        if batches.is_in_doubt:
+            batches.note_success(list(texts.values()))
+        return {}, {}

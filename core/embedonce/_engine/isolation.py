@@ -24,7 +24,8 @@ from .batch_sizes import BatchSizes, count_bytes
 from .refusals import find_cause, is_refusal, read_batch_limit, speaks_of_size
 
 Request = Callable[[list[str]], Awaitable[Exception | None]]
-"""Sends the texts of some keys to the provider, and returns the error of the request, or None if it worked."""
+"""Sends the texts of some keys to the provider, and returns the error of the request, or None if it worked. It raises
+:class:`Stop` if it may not be sent."""
 
 Pause = Callable[[Exception, int], Awaitable[None]]
 """Waits after a request that failed because the provider has too much to do. The number counts such requests in a row,
@@ -82,8 +83,8 @@ class Patience:
                 self.final_error = error
 
 
-class _Stop(Exception):
-    """All remaining texts of the chunk get ``error``."""
+class Stop(Exception):
+    """No more requests are made for a chunk. All of its remaining texts get ``error``."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -109,14 +110,17 @@ async def embed_chunk(
     error: Exception | None = None
     doubts = batches.doubts
     if patience.final_error is None and not batches.is_in_doubt:
-        error = await request(keys)
+        try:
+            error = await request(keys)
+        except Stop as stop:
+            return {}, dict.fromkeys(keys, stop.error)
         if error is None:
             patience.note_success()
             return {}, {}
     search = _Search(keys, texts, request, pause, batches, doubts, patience, is_retried)
     try:
         await search.send_all(error)
-    except _Stop as stop:
+    except Stop as stop:
         return search.failed, dict.fromkeys(search.pending, stop.error)
     return search.failed, {}
 
@@ -157,7 +161,7 @@ class _Search:
         """Send all texts. Search each part that fails. ``error`` is that of all texts, if they have been sent together.
 
         Raises:
-            _Stop: the provider fails, whatever is sent to it.
+            Stop: the provider fails, whatever is sent to it.
         """
         todo = [list(self.pending)]
         while todo:
@@ -171,7 +175,7 @@ class _Search:
             error = await self._send(part, None if rest else error)
             if error is not None:
                 if self._patience.is_search_futile:
-                    raise _Stop(error)
+                    raise Stop(error)
                 todo += await self._find_bad_text(self._select_pending(part), error)
                 error = None
 
@@ -221,12 +225,13 @@ class _Search:
         ``error`` is the error of the request if it has been sent already.
 
         Raises:
-            _Stop: the error is not about a text, or the provider has failed too often in a row.
+            Stop: the error is not about a text, the provider has failed too often in a row, or the request may not be
+                sent.
         """
         while True:
             if error is None:
                 if self._patience.final_error is not None:
-                    raise _Stop(self._patience.final_error)
+                    raise Stop(self._patience.final_error)
                 doubts = self._batches.doubts
                 error = await self._request(part)
                 if error is not None:
@@ -258,7 +263,7 @@ class _Search:
         if cause == "rate":
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
         if cause in ("rate", "call"):
-            raise _Stop(error)
+            raise Stop(error)
         if self._is_single:
             return  # there is nothing to search, so the request is not an extra one
         self._patience.note_failure(error)
@@ -266,7 +271,7 @@ class _Search:
         self._overloads = self._overloads + 1 if cause == "overload" else 0
         if self._failures >= self._most_failures or self._overloads > self._most_overloads:
             self._patience.is_search_futile = True
-            raise _Stop(error)
+            raise Stop(error)
         if self._overloads:
             await self._pause(error, self._overloads - 1)
 

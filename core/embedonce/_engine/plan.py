@@ -18,7 +18,6 @@ from embedonce.events import Event
 from embedonce.vectors import Dtype, Entries, Entry
 
 from . import ahead
-from .admitting import compute_if_admitted
 from .ahead import Gathered
 from .call import Answer, BegunCall, Call, copy_error
 from .coalescing import request_together
@@ -29,7 +28,7 @@ from .leases import Leases
 from .ledger import Ledger
 from .ports import Port
 from .provider_calls import cut_chunks
-from .provider_requests import ProviderRequests, RequestChunk
+from .provider_requests import ProviderRequests
 from .reading import ReadResult
 from .routes import Route
 from .served import ServedModels
@@ -497,45 +496,28 @@ class Engine(ProviderRequests):
     async def _compute_chunk(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience
     ) -> None:
-        """Compute the entries of one chunk if the caller admits its texts. Otherwise, the texts fail in this call."""
+        """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone."""
         answer = call.answer
-        if answer.admit is None:
-            await self._request_flights(call, flights, texts, patience, call, [])
-            return
-
-        compute = partial(self._request_flights, call, flights, texts, patience)
-        await compute_if_admitted(
-            call, [texts[key] for key in flights], compute, partial(self._refuse_flights, answer, flights)
-        )
-
-    async def _request_flights(
-        self,
-        call: Call,
-        flights: dict[str, Flight],
-        texts: Mapping[str, str],
-        patience: Patience,
-        paying: Call,
-        made: list[Entry],
-    ) -> None:
-        """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone.
-
-        Add the new entries to ``made``. The answer of ``paying`` counts what was wasted.
-        """
 
         async def take(entries: dict[str, Entry], invalid: Mapping[str, Exception]) -> None:
-            call.answer.failed_alone.update(invalid)
+            answer.failed_alone.update(invalid)
             for key, error in invalid.items():
-                self._fail_flights(call.answer, {key: flights[key]}, error)
-            made.extend(entries.values())
+                self._fail_flights(answer, {key: flights[key]}, error)
             await self._take_entries(call, entries, flights)
 
-        request: RequestChunk = self.request_chunk
-        if call.answer.route.source.coalesce is not None:
-            request = partial(request_together, self.in_flight, request)
-        alone, together = await request(paying, list(flights), texts, take, patience)
-        call.answer.failed_alone.update(alone)
+        request = self.request_chunk
+        if answer.route.source.coalesce is not None:
+            request = partial(request_together, self, self.in_flight)
+        alone, together = await request(call, list(flights), texts, take, patience)
+        answer.failed_alone.update(alone)
+        refused: dict[str, Flight] = {}
         for key, error in {**alone, **together}.items():
-            self._fail_flights(call.answer, {key: flights[key]}, error)
+            if error is answer.refusal:
+                refused[key] = flights[key]
+            else:
+                self._fail_flights(answer, {key: flights[key]}, error)
+        if answer.refusal is not None:
+            self._refuse_flights(answer, refused, answer.refusal)
 
     async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
         """Store the entries of one request and land their flights."""
@@ -578,7 +560,7 @@ class Engine(ProviderRequests):
     def _refuse_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         """Set the error of texts that ``admit`` has refused.
 
-        Another call may be allowed to compute the texts, so the error is not that of its followers.
+        Another call may be allowed to compute the texts, so the refusal is not an error of the followers.
         """
         answer.failed.update(dict.fromkeys(flights, error))
         self.in_flight.abandon(flights)

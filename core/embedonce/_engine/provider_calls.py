@@ -14,7 +14,7 @@ import numpy as np
 from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded, LostRequests, lost_requests
 from embedonce.errors import LoopBusy, ProviderError, ProviderTimeout
-from embedonce.vectors import MAX_TOKENS, NO_WORK, Work, apportion
+from embedonce.vectors import MAX_TOKENS, Work, apportion
 
 from .batch_sizes import count_bytes
 from .call import Call
@@ -90,8 +90,8 @@ def measure_waste(
     lost: int,
     *,
     is_answered: bool,
-) -> Work:
-    """Return the work of a call that may be charged and gave no vector.
+) -> list[Work]:
+    """Return the work of a call that may be charged and gave no vector: one item per text, or nothing.
 
     ``made`` has the positions of the texts that got a vector, ``tokens`` are those of the answer, ``failure`` is the
     error of the call, and ``lost`` counts the requests whose loss the provider has noted.
@@ -99,7 +99,7 @@ def measure_waste(
     count = len(texts)
     if is_answered:
         if len(made) == count and not lost:
-            return NO_WORK
+            return []
         own, _ = split_costs(tokens, 0.0, texts)
     else:
         reported = _read_number(failure.tokens) if isinstance(failure, ProviderError) else None
@@ -108,16 +108,13 @@ def measure_waste(
         is_noted = lost and failure is not None and is_timeout(failure)
         if not is_answered and not is_noted and failure is not None and may_be_charged(failure):
             lost += 1
-    waste = _add_up(own) if lost else NO_WORK
-    waste = Work(waste.texts * lost, waste.tokens * lost, 0.0, waste.unknown_tokens * lost, waste.texts * lost)
+    times = [lost] * count
     if is_answered:
-        waste += _add_up([own[i] for i in sorted(set(range(count)).difference(made))])
-    return waste
-
-
-def _add_up(tokens: Sequence[int | None]) -> Work:
-    known = [number for number in tokens if number is not None]
-    return Work(len(tokens), sum(known), 0.0, len(tokens) - len(known), len(tokens))
+        for i in set(range(count)).difference(made):
+            times[i] += 1
+    return [
+        Work(n, (number or 0) * n, 0.0, n if number is None else 0, n) for n, number in zip(times, own, strict=True)
+    ]
 
 
 async def call_provider(call: Call, texts: list[str], lost: LostRequests | None = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entry, Work, freeze_rows, make_entries
 
 from . import ahead
+from .admitting import Admitted, send_if_admitted
 from .call import PROVIDER, Call
 from .checks import check_matrix, check_rows
 from .isolation import Patience, embed_chunk
@@ -36,11 +37,6 @@ Take: TypeAlias = Callable[[dict[str, Entry], Mapping[str, Exception]], Awaitabl
 Errors: TypeAlias = dict[str, Exception]
 """Errors of texts, by key."""
 
-RequestChunk: TypeAlias = Callable[
-    [Call, list[str], Mapping[str, str], Take, Patience], Coroutine[Any, Any, tuple[Errors, Errors]]
-]
-"""A function with the arguments and the result of :meth:`ProviderRequests.request_chunk`."""
-
 
 class ProviderRequests:
     """Makes entries from texts with the requests to the provider that this takes. The base class of the engine."""
@@ -61,26 +57,37 @@ class ProviderRequests:
         self._clock = clock
 
     async def request_chunk(
-        self, call: Call, keys: list[str], texts: Mapping[str, str], take: Take, patience: Patience
+        self,
+        call: Call,
+        keys: list[str],
+        texts: Mapping[str, str],
+        take: Take,
+        patience: Patience,
+        admitted: Admitted | None = None,
     ) -> tuple[Errors, Errors]:
         """Send the texts of some keys in as few requests as the provider accepts, and ``take`` each answer.
 
         Return the errors of the texts that failed alone, and the error of the texts that were given up together.
+
+        The function ``admit`` of the call is asked about each request, except about the first one if that is
+        ``admitted`` already. If it refuses, its error is that of the texts that have neither worked nor failed.
         """
         source = call.answer.route.source
+        # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
+        repeats_failures = len(keys) == 1
 
         async def request(keys_of_request: list[str]) -> Exception | None:
-            chunk = [texts[key] for key in keys_of_request]
-            try:
-                # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
-                compute = partial(call_at_rate, call, chunk, self._embed, repeats_failures=len(keys) == 1)
-                entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
-            except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
-                return error
-            invalid = {keys_of_request[i]: problem for i, problem in bad.items()}
-            made = [key for key in keys_of_request if key not in invalid] if invalid else keys_of_request
-            await take(dict(zip(made, entries, strict=True)), invalid)
-            return None
+            nonlocal admitted
+            first, admitted = admitted, None
+
+            async def send(paying: Call, made: list[Entry]) -> Exception | None:
+                return await self.request_once(
+                    paying, keys_of_request, texts, take, made, repeats_failures=repeats_failures
+                )
+
+            if call.answer.admit is None:
+                return await send(call, [])
+            return await send_if_admitted(call, [texts[key] for key in keys_of_request], send, first)
 
         async def pause(error: Exception, failures: int) -> None:
             await pause_after_failure(call, error, failures)
@@ -98,8 +105,38 @@ class ProviderRequests:
             log_batch_limit(source)
         return alone, together
 
-    async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
-        """Make one call to the provider and check its answer.
+    async def request_once(
+        self,
+        call: Call,
+        keys: list[str],
+        texts: Mapping[str, str],
+        take: Take,
+        computed: list[Entry],
+        *,
+        repeats_failures: bool,
+    ) -> Exception | None:
+        """Send the texts of some keys in one request, and ``take`` its answer. Return its error.
+
+        The new entries are added to ``computed`` before they are taken, because they are paid for then.
+        """
+        source = call.answer.route.source
+        chunk = [texts[key] for key in keys]
+        try:
+            embed = partial(self._embed, keys=keys)
+            compute = partial(call_at_rate, call, chunk, embed, repeats_failures=repeats_failures)
+            entries, bad = await ahead.call_in_turn(call.port, source, source.provider.limits.concurrency, compute)
+        except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
+            return error
+        computed += entries
+        invalid = {keys[i]: problem for i, problem in bad.items()}
+        made = [key for key in keys if key not in invalid] if invalid else keys
+        await take(dict(zip(made, entries, strict=True)), invalid)
+        return None
+
+    async def _embed(
+        self, call: Call, texts: list[str], *, keys: Sequence[str]
+    ) -> tuple[list[Entry], dict[int, ProviderError]]:
+        """Make one call to the provider with the texts of some keys, and check its answer.
 
         Return the entries of the valid vectors in order, and the errors of the other texts by position.
         """
@@ -127,7 +164,9 @@ class ProviderRequests:
             failure = error
             raise
         finally:
-            answer.waste.append(measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered))
+            waste = measure_waste(texts, made, tokens, failure, lost.count, is_answered=is_answered)
+            if waste:
+                answer.waste += zip(keys, waste, strict=True)
             seconds = time.perf_counter() - start
             answer.spent.append((PROVIDER, seconds))
             self._count_computed(route, made, len(texts) - len(made), tokens, seconds)

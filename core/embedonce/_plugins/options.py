@@ -20,7 +20,7 @@ from typing import Any
 
 from embedonce._messages import find_closest, join_words, quote
 from embedonce.errors import PluginError
-from embedonce.options import BadValue, IsFolderOrName, NotAFolder
+from embedonce.options import BadValue, IsFolderOrName, NotAFolder, Parsed, format_size, parse_duration, parse_size
 
 from .plain_values import UNSURE, convert_plain_value
 
@@ -83,6 +83,14 @@ class Option:
         """Whether the only texts of the type are the words of a ``Literal``. They are not secret and may be shown."""
         members = set(_list_members(self.hint))
         return typing.Literal in members and members <= {typing.Literal, type(None), bool, int, float}
+
+    def format_bound(self, bound: float) -> str:
+        """Return the smallest or largest valid value as a user writes it: with a unit, if the option has units."""
+        parsers = [part.parse for part in list_annotations(self.hint) if isinstance(part, Parsed)]
+        if parse_size in parsers:
+            return format_size(int(bound))
+        number = str(int(bound)) if float(bound).is_integer() else str(bound)
+        return f"{number}s" if bound and parse_duration in parsers else number
 
     def check(self, value: Any) -> Any:
         """Return ``value`` converted to the option's type.
@@ -284,8 +292,8 @@ class InvalidPart:
     value: Any
 
 
-def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
-    """Return one item for each invalid part of a value that :meth:`Option.check` refused.
+def list_invalid_parts(option: Option, value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
+    """Return one item for each invalid part of a value that ``option.check`` refused.
 
     With ``hidden``, no message repeats any part of the value.
     """
@@ -293,8 +301,9 @@ def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[In
     for detail in refused.details:
         by_place.setdefault(_path_inside(value, detail["loc"]), []).append(detail)
     return [
-        InvalidPart(where, _join_messages(details, _value_at(value, where), hidden=hidden), _value_at(value, where))
+        InvalidPart(where, _join_messages(option, details, part, hidden=hidden), part)
         for where, details in by_place.items()
+        for part in [_value_at(value, where)]
     ]
 
 
@@ -320,12 +329,12 @@ def _value_at(value: Any, where: Sequence[str | int]) -> Any:
     return value
 
 
-def _join_messages(details: Sequence[Any], value: Any, *, hidden: bool) -> str:
-    messages = (_describe_detail(detail, value, hidden=hidden) for detail in details)
+def _join_messages(option: Option, details: Sequence[Any], value: Any, *, hidden: bool) -> str:
+    messages = (_describe_detail(option, detail, value, hidden=hidden) for detail in details)
     return join_words(dict.fromkeys(messages), "or")
 
 
-def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
+def _describe_detail(option: Option, detail: Any, value: Any, *, hidden: bool) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in EXPECTED:
         example = ""
@@ -334,7 +343,7 @@ def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
         return f"must be {EXPECTED[kind]}{example}"
     if kind in BOUNDS:
         words, name = BOUNDS[kind]
-        return f"must be {words} {context[name]}"
+        return f"must be {words} {option.format_bound(context[name])}"
     if kind in LENGTHS:
         if value in ("", [], {}):
             return "must not be empty"

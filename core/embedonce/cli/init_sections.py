@@ -230,18 +230,23 @@ SERVE = Section(
 """,
     """\
 [serve]
-# Other machines can connect to the address "0.0.0.0". This requires tenants and allowed_hosts.
+# To accept connections from other machines, set "0.0.0.0". This requires tenants and allowed_hosts.
 host = "127.0.0.1"
 port = 8080
 # Names and addresses, without a port, in the URLs of clients on other machines.
 # allowed_hosts = ["embeddings.internal"]
-# The callers. Each tenant has keys of at least 16 characters, and vectors of its own. Without tenants, requests need no
-# key. Read the keys from the environment, and never write them into this file.
-# tenants = [{ name = "search", keys = ["${SEARCH_TEAM_KEY}"], requests_per_minute = 600, tokens_per_day = 5_000_000 }]
 # Key for the paths below /admin and, if there are tenants, for /metrics. Without it, these paths do not exist.
 # admin_key = "${EMBEDONCE_ADMIN_KEY}"
 # Folder for the counts of the tenants' limits. In a container, use a volume. Default: in the user's state folder.
 # state_dir = "/var/lib/embedonce"
+# The server offers the model of [provider]. To offer several models, write a [[serve.models]] for each of them.
+# A tenant is a caller of the server, with its own vectors and limits. Without tenants, requests need no key. A key has
+# at least 16 characters. It is read from the environment. Never write it into this file.
+# [[serve.tenants]]
+# name = "search"
+# keys = ["${SEARCH_TEAM_KEY}"]
+# requests_per_minute = 600
+# tokens_per_day = 5_000_000
 """,
     extra="serve",
 )

@@ -105,7 +105,9 @@ def check(
 
     from .opened import list_secrets, load_config, open_cache
 
-    loaded = load_config(config)
+    loaded = load_config(
+        config, hint="check the file with `embedonce config`, and a running server with a POST to /admin/check"
+    )
     with _silence_chain_log(), open_cache(loaded) as cache:
         space = cache.provider.space("document").described()
         checks = cache.check()

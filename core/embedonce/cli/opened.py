@@ -21,10 +21,11 @@ FOLDER_OPTIONS = ("path", "folder")
 """Names of options that hold the folder of a store, even if the folder does not exist yet."""
 
 
-def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
+def load_config(source: str | None, *, needs_provider: bool = True, hint: str = "") -> Config:
     """Read the configuration, and tell the user if none was found, or if it was found above the current folder.
 
-    A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
+    A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing. If it
+    is missing for another command, ``hint`` says what to do instead of adding one.
 
     Raises:
         ConfigError: the configuration has problems; the error lists all of them. Or there is no ``[provider]``,
@@ -35,7 +36,8 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     loaded = config.load(source, own_provider=not needs_provider)
     if needs_provider and loaded.provider is None:
         provider, models = loaded.document.table("provider"), loaded.document.table("serve", "models", array=True)
-        message = f"{provider} is missing; only embedonce serve can use the providers of {models}, so add {provider}"
+        hint = hint or f"add {provider}"
+        message = f"{provider} is missing, and only embedonce serve can use the providers of {models}; {hint}"
         raise ConfigError([Problem(message, loaded.document.relative_name)])
     describe_source(loaded)
     return loaded

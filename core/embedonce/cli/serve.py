@@ -30,25 +30,30 @@ other machines can reach, the configuration must have tenants with keys.
 SIGHUP reloads \\[serve], its models and its tenants. After SIGTERM or Ctrl-C, the server answers the current requests
 for up to drain_timeout and then exits. A second signal stops it at once.
 
-Exit codes: 0 ended by SIGTERM, 1 the address, the port or the folder state_dir cannot be used, 2 invalid usage or
-configuration, 130 ended by Ctrl-C, 143 ended at once by a second signal.
+Exit codes: 0: stopped by SIGTERM. 1: cannot use the address, the port or state_dir. 2: invalid usage or configuration.
+130: stopped by Ctrl-C. 143: stopped by SIGTERM before it was ready, or at once by a second SIGTERM.
 """
+
+
+MAX_PORT = 65535
 
 
 def serve(
     config: ConfigOption = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", metavar="HOST", help="Address or host name to listen on. Default: host in \\[serve]."),
+        typer.Option(
+            "--host",
+            metavar="HOST",
+            help="Address or host name to listen on. Default: host in \\[serve], or 127.0.0.1.",
+        ),
     ] = None,
     port: Annotated[
         int | None,
         typer.Option(
             "--port",
             metavar="PORT",
-            min=0,
-            max=65535,
-            help="Port to listen on; 0: any free port. Default: port in \\[serve].",
+            help="Port to listen on; 0: any free port. Default: port in \\[serve], or 8080.",
         ),
     ] = None,
     workers: Annotated[
@@ -64,6 +69,9 @@ def serve(
     from embedonce_server.run_folder import NoStateFolder
     from embedonce_server.serving import Started, Terminated, find_missing_library, serve
 
+    if port is not None and not 0 <= port <= MAX_PORT:
+        bound = "at least 0" if port < 0 else f"at most {MAX_PORT}"
+        raise Refused(f"--port must be {bound}, got {port}")
     if missing := find_missing_library():
         raise Refused(f"embedonce serve requires {missing}: pip install 'embedonce[serve]'")
     described: list[Config] = []

@@ -67,11 +67,12 @@ class Target:
             if name not in declared:
                 problems.append(f"unknown option {quote(name)}{_hint(name, declared)}")
                 continue
+            option = declared[name]
             try:
-                values[name] = declared[name].check(read_text(declared[name], text))
+                values[name] = option.check(read_text(option, text))
             except Refused as refused:
                 problems += [
-                    f"option {name} {wrong.message}" for wrong in list_invalid_parts(text, refused, hidden=True)
+                    f"option {name} {wrong.message}" for wrong in list_invalid_parts(option, text, refused, hidden=True)
                 ]
             except (PluginError, BadValue) as error:
                 problems.append(f"option {name}: {error}")

@@ -224,7 +224,7 @@ def _refuse_field(name: str, forward: Collection[str], *, can_forward: bool) -> 
     try:
         refuse_batch_settings({name: True})
     except SpaceError:
-        why = "with it, the vector of a text depends on the other inputs"
+        why = "it makes the vector of a text depend on the other texts of the request"
     else:
         if can_forward:
             what = "remove it, or list it in forward of the model's [[serve.models]]"

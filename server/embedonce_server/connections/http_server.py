@@ -124,7 +124,12 @@ class WorkerServer(uvicorn.Server):
         while time.monotonic() < self.deadline and (self._count_active() or time.monotonic() < idle_until):
             await asyncio.sleep(POLL_SECONDS)
         if active := self._count_active():
-            log.warning("%d requests were cut off, because they took longer than drain_timeout", active)
+            cut = (
+                "1 request was cut off, because it"
+                if active == 1
+                else f"{active:,} requests were cut off, because they"
+            )
+            log.warning("%s took longer than drain_timeout", cut)
         for task in list(self.state.tasks):
             task.cancel()
         if self.state.tasks:

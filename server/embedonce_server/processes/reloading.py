@@ -70,6 +70,8 @@ class Reloads:
         self._started = started
         self._open_addresses = tuple(open_addresses)
         self._keeps_budgets = keeps_budgets
+        self._has_tenants = bool(started.serve.tenants)
+        """Whether the settings in use have tenants."""
 
     async def follow(self, hung_up: asyncio.Event, terminal: Terminal) -> AsyncIterator[Config]:
         """Yield the configuration after each SIGHUP that finds it valid.
@@ -107,7 +109,12 @@ class Reloads:
 
     def report_success(self, config: Config) -> None:
         """Log that ``[serve]`` is in use, and which other changes are not."""
-        log.info("reloaded %s of %s", config.document.table("serve"), config.source)
+        tenants = len(config.serve.tenants)
+        counts = f"{_count(len(config.serve.models) or 1, 'model')}, {_count(tenants, 'tenant')}"
+        log.info("reloaded %s of %s: %s", config.document.table("serve"), config.source, counts)
+        if self._has_tenants and not tenants:
+            log.warning("the configuration has no tenants any more, so requests need no key")
+        self._has_tenants = bool(tenants)
         changed = self.list_ignored_changes(config)
         if changed:
             verb, what = ("has", "the change") if len(changed) == 1 else ("have", "the changes")
@@ -118,3 +125,7 @@ class Reloads:
         names = [name for field, name in _NAMES.items() if getattr(self._started, field) != getattr(config, field)]
         before, now = self._started.serve, config.serve
         return names + [f"{name} in [serve]" for name in _SERVE_NAMES if getattr(before, name) != getattr(now, name)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

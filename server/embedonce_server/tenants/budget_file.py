@@ -9,6 +9,10 @@ them per tenant, for one call of the provider. So at the end, the tokens exceed 
 worker was charged more than it was estimated.
 
 No upper bound is known for a model until one of its calls has been settled. Until then, all reservations are in turn.
+The same is true after a call that was charged more than its upper bound, until another call is within the bound. So if
+a provider reports one wrong number of tokens, the calls of other tenants wait only until the next call has ended. Nor
+does that lock a tenant out, because an estimate is never more than the tokens that texts of this size can plausibly
+have.
 """
 
 from __future__ import annotations
@@ -43,9 +47,13 @@ MAX_BYTES = 2**24
 TEXT_BYTES = 16
 """Bytes that are added to each text for its bound, because a model may add tokens to each text."""
 SAFETY = 4.0
-"""Tokens per byte of the upper bound. Tokenizers make at most one token per byte, so this covers prompts and errors."""
+"""Largest plausible number of tokens per byte. Tokenizers make at most one, so this covers prompts and errors."""
 LARGEST_DECAY = 0.99
-"""Factor by which the largest ratio is forgotten with each settlement."""
+"""Factor by which the largest ratio of a model is forgotten with each settlement."""
+MAX_RISE = 16.0
+"""Factor by which one call can raise the upper bound. A wrong number of tokens would otherwise count for very long."""
+DAY_DECAY = 0.1
+"""Factor by which the texts of earlier days count less in the ratio of a tenant."""
 
 KEEP_DAYS = 400
 
@@ -56,8 +64,10 @@ _TABLES = (
         estimate INTEGER NOT NULL, held INTEGER NOT NULL, bound INTEGER NOT NULL)""",
     "CREATE INDEX reservations_of_day ON reservations (tenant, day)",
     """CREATE TABLE ratios (
-        model TEXT, tenant TEXT, tokens REAL NOT NULL, bytes REAL NOT NULL, largest REAL NOT NULL,
+        model TEXT, tenant TEXT, day INTEGER NOT NULL, tokens REAL NOT NULL, bytes REAL NOT NULL,
         PRIMARY KEY (model, tenant)) WITHOUT ROWID""",
+    """CREATE TABLE bounds (
+        model TEXT PRIMARY KEY, largest REAL NOT NULL, is_known INTEGER NOT NULL) WITHOUT ROWID""",
     f"PRAGMA user_version = {VERSION}",
 )
 
@@ -94,9 +104,19 @@ class Reservation(NamedTuple):
     """Whether the upper bound of the tokens fits into the budget, so that other calls may run at the same time."""
 
 
-Outcome: TypeAlias = Reservation | Literal["wait", "refused"]
-"""``"wait"``: the tokens fit only if calls under way need less than is held for them. ``"refused"``: they do not fit
-today."""
+class Refusal(NamedTuple):
+    """The answer for texts that do not fit into the rest of the budget of a day."""
+
+    day: int
+    """Number of the day since 1970-01-01 in UTC."""
+    left: int
+    """Tokens of this day that are not used."""
+    seconds: float
+    """Seconds until the next day begins."""
+
+
+Outcome: TypeAlias = Reservation | Refusal | Literal["wait"]
+"""``"wait"``: the tokens fit only if calls under way need less than is held for them."""
 
 
 class Settlement(NamedTuple):
@@ -156,13 +176,16 @@ class BudgetFile:
     def reserve(self, tenant: str, limit: int, model: str, load: Load, *, has_turn: bool) -> Outcome:
         """Reserve tokens for texts of one call, freely if their bound is known and fits, else in turn."""
         with self._write() as connection:
-            day = self.find_day()
-            ratio, factor, is_known = self._read_ratios(connection, tenant, model)
+            day, passed = divmod(self._clock(), DAY_SECONDS)
+            day = int(day)
+            tokens, size = self._read_sizes(connection, tenant, model, day)
+            ratio = (tokens + USUAL_RATIO * USUAL_BYTES) / (size + USUAL_BYTES)
+            factor, is_known = self._read_bound(connection, model)
             used, _, held = self._read_day(connection, tenant, day)
             estimate, bound = _estimate(load, ratio), _bound(load, factor)
             free = limit - used
             if limit == 0 or estimate > free:
-                return "refused"
+                return Refusal(day, max(free, 0), DAY_SECONDS - passed)
             free -= held
             is_free = is_known and bound <= free
             if not is_free and (not has_turn or estimate > free):
@@ -228,18 +251,21 @@ class BudgetFile:
         ).fetchone()
         return (0 if row is None else row[0]) + dead, estimate, held
 
-    def _read_ratios(self, connection: sqlite3.Connection, tenant: str, model: str) -> tuple[float, float, bool]:
-        """Return a tenant's tokens per byte for estimates, those for upper bounds, and whether a call has shown them.
-
-        The upper bound is from the calls of all tenants.
-        """
+    def _read_sizes(self, connection: sqlite3.Connection, tenant: str, model: str, day: int) -> tuple[float, float]:
+        """Return the tokens and the bytes of a tenant's earlier texts. Those of earlier days count less."""
         row = connection.execute(
-            "SELECT tokens, bytes FROM ratios WHERE model = ? AND tenant = ?", (model, tenant)
+            "SELECT day, tokens, bytes FROM ratios WHERE model = ? AND tenant = ?", (model, tenant)
         ).fetchone()
-        tokens, size = (0.0, 0.0) if row is None else row
-        (largest,) = connection.execute("SELECT max(largest) FROM ratios WHERE model = ?", (model,)).fetchone()
-        ratio = (tokens + USUAL_RATIO * USUAL_BYTES) / (size + USUAL_BYTES)
-        return ratio, max(SAFETY, 2.0 * (largest or 0.0)), largest is not None
+        if row is None:
+            return 0.0, 0.0
+        weight = DAY_DECAY ** max(0, day - row[0])
+        return row[1] * weight, row[2] * weight
+
+    def _read_bound(self, connection: sqlite3.Connection, model: str) -> tuple[float, bool]:
+        """Return the tokens per byte for upper bounds, and whether they are known. All tenants share them."""
+        row = connection.execute("SELECT largest, is_known FROM bounds WHERE model = ?", (model,)).fetchone()
+        largest, is_known = (0.0, False) if row is None else row
+        return max(SAFETY, 2.0 * largest), bool(is_known)
 
     def _write_settlement(self, connection: sqlite3.Connection, settlement: Settlement) -> None:
         reservation, tokens, measured, is_unreported = settlement
@@ -250,28 +276,39 @@ class BudgetFile:
                    ON CONFLICT (tenant, day) DO UPDATE SET tokens = tokens + excluded.tokens""",
                 (reservation.tenant, reservation.day, tokens),
             )
-        load = reservation.load
-        if is_unreported:
-            connection.execute(
-                "INSERT OR IGNORE INTO ratios (model, tenant, tokens, bytes, largest) VALUES (?, ?, 0, 0, 0)",
-                (reservation.model, reservation.tenant),
-            )
         if measured:
-            keep = f"CASE WHEN bytes > {MAX_BYTES} THEN 0.5 ELSE 1.0 END"
-            connection.execute(
-                f"""INSERT INTO ratios (model, tenant, tokens, bytes, largest) VALUES (?, ?, ?, ?, ?)
-                    ON CONFLICT (model, tenant) DO UPDATE SET
-                        tokens = tokens * {keep} + excluded.tokens,
-                        bytes = bytes * {keep} + excluded.bytes,
-                        largest = max(largest * {LARGEST_DECAY}, excluded.largest)""",
-                (
-                    reservation.model,
-                    reservation.tenant,
-                    float(tokens),
-                    load.bytes * measured,
-                    tokens / (load.padded * measured),
-                ),
-            )
+            self._learn_ratio(connection, reservation, tokens, measured)
+            self._learn_bound(connection, reservation, tokens / measured)
+        elif is_unreported:
+            self._write_bound(connection, reservation.model, 0.0, is_known=True)
+
+    def _learn_ratio(
+        self, connection: sqlite3.Connection, reservation: Reservation, tokens: int, measured: float
+    ) -> None:
+        model, tenant, load = reservation.model, reservation.tenant, reservation.load
+        day = self.find_day()
+        earlier, size = self._read_sizes(connection, tenant, model, day)
+        keep = 0.5 if size > MAX_BYTES else 1.0
+        tokens = min(tokens, math.ceil(_bound(load, SAFETY) * measured))
+        connection.execute(
+            "INSERT OR REPLACE INTO ratios (model, tenant, day, tokens, bytes) VALUES (?, ?, ?, ?, ?)",
+            (model, tenant, day, earlier * keep + tokens, size * keep + load.bytes * measured),
+        )
+
+    def _learn_bound(self, connection: sqlite3.Connection, reservation: Reservation, tokens: float) -> None:
+        """Learn from the tokens of a call. If they are beyond the bound, it is not known until the next call."""
+        factor, _ = self._read_bound(connection, reservation.model)
+        ratio = tokens / reservation.load.padded
+        is_known = ratio <= factor
+        self._write_bound(connection, reservation.model, min(ratio, MAX_RISE * factor), is_known=is_known)
+
+    def _write_bound(self, connection: sqlite3.Connection, model: str, ratio: float, *, is_known: bool) -> None:
+        connection.execute(
+            f"""INSERT INTO bounds (model, largest, is_known) VALUES (?, ?, ?)
+                ON CONFLICT (model) DO UPDATE SET
+                    largest = max(largest * {LARGEST_DECAY}, excluded.largest), is_known = excluded.is_known""",
+            (model, ratio, is_known),
+        )
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -323,8 +360,8 @@ class BudgetFile:
         if not self._is_recovered:
             connection.execute("UPDATE reservations SET worker = ? WHERE worker = ?", (DEAD, self._worker))
             before = self.find_day() - KEEP_DAYS
-            connection.execute("DELETE FROM usage WHERE day < ?", (before,))
-            connection.execute("DELETE FROM reservations WHERE day < ?", (before,))
+            for table in ("usage", "reservations", "ratios"):
+                connection.execute(f"DELETE FROM {table} WHERE day < ?", (before,))
         connection.execute("COMMIT")
         self._is_recovered = True
 
@@ -360,7 +397,9 @@ def _identify(path: Path) -> tuple[int, int]:
 
 
 def _estimate(load: Load, ratio: float) -> int:
-    return max(load.texts, math.ceil(load.bytes * ratio)) if load.tokens is None else load.tokens
+    if load.tokens is not None:
+        return load.tokens
+    return min(max(load.texts, math.ceil(load.bytes * ratio)), _bound(load, SAFETY))
 
 
 def _bound(load: Load, factor: float) -> int:

@@ -26,7 +26,7 @@ from embedonce.keys import VectorSpace
 from embedonce.vectors import Work
 from embedonce_server.api.api_errors import ApiError
 
-from .budget_file import DAY_SECONDS, BudgetFile, Load, Outcome, Reservation, Settlement, Usage
+from .budget_file import BudgetFile, Load, Outcome, Refusal, Reservation, Settlement, Usage
 from .text_loads import measure_texts
 
 T = TypeVar("T")
@@ -47,18 +47,23 @@ class BudgetExceeded(ApiError):
     """The tenant's tokens of this day are used up, or are held for calls under way."""
 
     def __init__(self, tenant: str, retry_after: float, *, is_final: bool, limit: int, left: int = 0) -> None:
-        hint = "cached texts are still answered"
+        hint = "; cached texts are still answered"
         if not limit:
-            what, hint = f"tenant {tenant!r} may use only cached texts (tokens_per_day = 0)", "ask for such texts"
+            what = (
+                f'tenant "{tenant}" gets only cached texts (tokens_per_day = 0), and at least one input is not cached'
+            )
+            hint = ""
         elif is_final:
-            what = f"tenant {tenant!r} has {left:,} tokens left today (UTC), fewer than this request needs"
+            tokens = "1 token" if left == 1 else f"{left:,} tokens"
+            what = f'tenant "{tenant}" has {tokens} left today (UTC), fewer than this request needs'
         else:
-            what = f"current requests may need the tokens that tenant {tenant!r} has left today (UTC)"
+            what = f'current requests may need the tokens that tenant "{tenant}" has left today (UTC)'
+            hint = f"; try again in {math.ceil(retry_after)} s{hint}"
         # OpenAI's clients repeat a request with status 429, unless this header says that it is of no use.
         headers = {"x-should-retry": "false"} if is_final else None
         super().__init__(
             429,
-            f"{what}; {hint}",
+            f"{what}{hint}",
             kind="rate_limit_error",
             code="tokens_per_day_exceeded",
             retry_after=retry_after,
@@ -92,7 +97,6 @@ class Budgets:
 
     def __init__(self, path: Path, worker: int, clock: Callable[[], float] = time.time) -> None:
         self._path = path
-        self._clock = clock
         self._file = BudgetFile(path, worker, clock)
         # One thread, because SQLite may wait for other processes, and because a connection is used by one thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedonce-budgets")
@@ -154,9 +158,9 @@ class Budgets:
         if not self._buying:
             self._is_idle.set()
 
-    def compute_seconds_left(self) -> float:
-        """Return the seconds until the next UTC day begins."""
-        return DAY_SECONDS - self._clock() % DAY_SECONDS
+    def find_day(self) -> int:
+        """Return the number of the current day in UTC."""
+        return self._file.find_day()
 
     async def reserve(self, tenant: Tenant, model: str, load: Load, *, has_turn: bool) -> Outcome:
         """Reserve tokens for texts that are about to be sent.
@@ -236,7 +240,7 @@ class _ClientGone(Exception):
 
 
 class _Buyer:
-    """Reserves tokens for the missing texts of one request, one chunk after the other.
+    """Reserves tokens for the missing texts of one request, for one call of the model after the other.
 
     If the client goes, the calls for which tokens are reserved go on and are settled, and no more calls begin.
     """
@@ -353,27 +357,28 @@ class _Buyer:
             BudgetExceeded: the tokens do not fit today.
             BudgetsUnavailable: the file cannot be used.
         """
-        self._raise_if_gone()
-        outcome = await self._budgets.reserve(self._tenant, model, load, has_turn=has_turn)
-        if isinstance(outcome, Reservation):
-            if self._has_left:
-                await self._budgets.settle(Settlement(outcome, 0))
+        while True:
             self._raise_if_gone()
-            return outcome
-        if outcome == "refused":
-            raise await self._refuse_for_today()
-        return None
+            outcome = await self._budgets.reserve(self._tenant, model, load, has_turn=has_turn)
+            if not isinstance(outcome, Refusal):
+                break
+            if outcome.day == self._budgets.find_day():  # else the day has ended meanwhile
+                raise self._refuse_for_today(outcome)
+        if outcome == "wait":
+            return None
+        if self._has_left:
+            await self._budgets.settle(Settlement(outcome, 0))
+        self._raise_if_gone()
+        return outcome
 
     def _raise_if_gone(self) -> None:
         if self._has_left:
             raise _ClientGone
 
-    async def _refuse_for_today(self) -> BudgetExceeded:
+    def _refuse_for_today(self, refusal: Refusal) -> BudgetExceeded:
         """Return the error for a request that does not fit into the rest of this day's tokens."""
-        name, limit = self._tenant.name, self._tenant.tokens_per_day or 0
-        left = limit - (await self._budgets.read_usage([self._tenant]))[name].used if limit else 0
-        seconds = self._budgets.compute_seconds_left()
-        return BudgetExceeded(name, seconds, is_final=True, limit=limit, left=max(left, 0))
+        limit = self._tenant.tokens_per_day or 0
+        return BudgetExceeded(self._tenant.name, refusal.seconds, is_final=True, limit=limit, left=refusal.left)
 
     def _refuse_for_now(self) -> BudgetExceeded:
         """Return the error for a request that current requests leave no tokens for."""

@@ -39,8 +39,8 @@ class Keyring:
                 digest = _read_digest(key)
                 _, owner = self._tenants.setdefault(digest, (digest, tenant))
                 if owner is not tenant or digest == self._admin:
-                    other = "the admin key" if owner is tenant else f"a key of tenant {owner.name!r}"
-                    raise ValueError(f"a key of tenant {tenant.name!r} is also {other}; choose another key")
+                    other = "the admin key" if owner is tenant else f'a key of tenant "{owner.name}"'
+                    raise ValueError(f'a key of tenant "{tenant.name}" is also {other}; choose another key')
 
     def find_tenant(self, key: bytes) -> Tenant | None:
         """Return the tenant that has this key, or None."""
