@@ -28,8 +28,10 @@ class Asked(NamedTuple):
 class Embeddings(NamedTuple):
     """The answer to a request, and what it took."""
 
+    body: bytes | None
+    """The body, if it is short; else None."""
     parts: list[bytes]
-    """The parts of the body. Their bytes are taken from the memory for answers, and must be given back to it."""
+    """The parts of a long body. Their bytes are taken from the memory for answers, and must be given back to it."""
     headers: list[tuple[bytes, bytes]]
     model: Model
     price: Price | None

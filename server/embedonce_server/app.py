@@ -92,7 +92,11 @@ class App:
             await _send_error(outcome, request_id, send)
         else:
             outcome.headers.append((b"x-request-id", request_id))
-            await self._send_parts(outcome, send)
+            if outcome.body is None:
+                await self._send_parts(outcome, send)
+            else:
+                await send({"type": "http.response.start", "status": 200, "headers": outcome.headers})
+                await send({"type": "http.response.body", "body": outcome.body})
         seconds = time.perf_counter() - start
         # Nothing is awaited between the last message and this line, so a scrape that follows the answer shows it.
         service.counters.count_embeddings(tenant, outcome, seconds)
@@ -100,7 +104,7 @@ class App:
             access_log.write(scope, outcome, seconds, tenant=tenant, request_id=request_id)
 
     async def _send_parts(self, found: Embeddings, send: Send) -> None:
-        """Send an answer, and give back the memory of each part when it is sent.
+        """Send a long answer, and give back the memory of each part when it is sent.
 
         ``send`` waits until the client has read most of the part before. So a slow client holds little memory beside
         the parts that are counted.

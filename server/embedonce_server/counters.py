@@ -62,10 +62,6 @@ class _Requests:
         self.latency = latency
         self.work: _Work | None = None
 
-    def count_one(self, seconds: float) -> None:
-        self.count += 1
-        self.latency.count(seconds)
-
 
 class Counters:
     """The numbers of the requests of one worker. Counting is on the path of each hit, so these are plain numbers."""
@@ -103,12 +99,15 @@ class Counters:
         """Count a request for vectors."""
         owner = NO_TENANT if tenant is None else tenant.name
         if isinstance(outcome, ApiError):
-            self._find_requests(owner, outcome.model, outcome.status).count_one(seconds)
+            requests = self._find_requests(owner, outcome.model, outcome.status)
+            requests.count += 1
+            requests.latency.count(seconds)
             return
         found = outcome
         name, price = found.model.name, found.price
-        requests = self._find_requests(owner, name, 200)
-        requests.count_one(seconds)
+        requests = self._requests.get((owner, name, 200)) or self._find_requests(owner, name, 200)
+        requests.count += 1
+        requests.latency.count(seconds)
         work = requests.work
         if work is None or work.price is not price:
             work = requests.work = self._find_work(owner, name, price)

@@ -33,6 +33,8 @@ _AROUND_ROW = 64
 
 _BEFORE_HIT = b'{"object":"list","data":[' + _BEFORE_ROW[0]
 
+_NO_PARTS: list[bytes] = []
+
 _HIT_HEADERS = (
     (b"content-type", b"application/json"),
     (b"x-embedonce-cache", b"hit"),
@@ -107,14 +109,17 @@ def find_hit(service: Service, asked: Asked) -> Embeddings | None:
         return None
     vector = service.encoded[request.encoding].encode(entry.vector)
     body = b"%b%b%b" % (_BEFORE_HIT, vector, model.after_hit)
-    if not service.answers.try_take(len(body)):
+    size = len(body)
+    is_short = size <= PART_BYTES
+    if not is_short and not service.answers.try_take(size):
         return None
     headers = [
         *_HIT_HEADERS,
-        (b"content-length", b"%d" % len(body)),
+        (b"content-length", b"%d" % size),
         (b"x-embedonce-saved-tokens", b"%d" % (tokens := entry.tokens or 0)),
     ]
-    return Embeddings([body], headers, model, model.price, 1, {model.first_tier: 1}, 1, tokens)
+    whole, parts = (body, _NO_PARTS) if is_short else (None, [body])
+    return Embeddings(whole, parts, headers, model, model.price, 1, {model.first_tier: 1}, 1, tokens)
 
 
 async def embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings:
@@ -159,6 +164,7 @@ async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embed
         (b"x-embedonce-saved-tokens", b"%d" % fetched.saved.tokens),
     ]
     return Embeddings(
+        None,
         parts,
         headers,
         model,

@@ -62,6 +62,6 @@ def test_the_memo_is_bounded_and_keeps_what_is_used() -> None:
         kept.append(freeze(np.full(100, i, np.float32)))
         encoded.encode(kept[-1])
         assert encoded.encode(hot) is first
-        assert len(encoded._kept) < 2 * 10_000 / len(first)
+        assert len(encoded) < 2 * 10_000 / len(first)
     large = freeze(np.zeros(10_000, np.float32))
     assert encoded.encode(large) is not encoded.encode(large)

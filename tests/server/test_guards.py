@@ -82,7 +82,7 @@ def test_the_memo_of_hosts_is_bounded() -> None:
     guard = HostGuard([])
     for port in range(1000):
         guard.check(b"localhost:%d" % port)
-    assert len(guard._admitted) < 1000
+    assert len(guard.admitted) < 1000
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", "127.1.2.3"])

@@ -57,7 +57,7 @@ def test_without_an_admin_key_no_key_is_the_admin_key() -> None:
     assert not empty.is_admin(b"")
     assert not empty.is_admin(b"None")
     assert empty.find_tenant(b"") is None
-    assert len(empty) == 0
+    assert empty.is_open
 
 
 def test_keys_of_a_configuration_are_found() -> None:
@@ -93,7 +93,9 @@ def test_a_keyring_refuses_shared_keys_and_invalid_digests_without_showing_them(
 
 
 def test_a_tenant_may_list_a_key_twice() -> None:
-    assert len(Keyring([make_tenant("search", SEARCH, digest(SEARCH))], None)) == 1
+    keyring = Keyring([make_tenant("search", SEARCH, digest(SEARCH))], None)
+    assert repr(keyring) == "<Keyring 1 keys of tenants, no admin key>"
+    assert not keyring.is_open
 
 
 def test_printed_keyrings_show_neither_keys_nor_digests() -> None:

@@ -42,7 +42,7 @@ def format_end(json_name: bytes, tokens: int) -> bytes:
     return b'}],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (json_name, tokens, tokens)
 
 
-class EncodedVectors:
+class EncodedVectors(RecentItems[int, "tuple[ref[Vector], bytes]"]):
     """Keeps the encoded form of recent vectors, within a number of bytes.
 
     An array is known by its identity. A weak reference to it shows whether the array with this identity is still the
@@ -50,17 +50,17 @@ class EncodedVectors:
     """
 
     def __init__(self, encoding: Encoding, max_bytes: int = MEMO_BYTES) -> None:
+        super().__init__(max_bytes, _measure)
         self._encoding: Encoding = encoding
-        self._kept: RecentItems[int, tuple[ref[Vector], bytes]] = RecentItems(max_bytes, _measure)
 
     def encode(self, vector: Vector) -> bytes:
         """Return the vector as a JSON value."""
-        kept = self._kept.get(id(vector))
+        kept = self._newer.get(id(vector)) or self.get(id(vector))
         if kept is not None and kept[0]() is vector:
             return kept[1]
         encoded = encode_vector(vector, self._encoding)
         if not vector.flags.writeable:  # an array that can change is encoded each time
-            self._kept.keep(id(vector), (ref(vector), encoded))
+            self.keep(id(vector), (ref(vector), encoded))
         return encoded
 
 

@@ -48,7 +48,7 @@ class HostGuard:
 
     def __init__(self, allowed: Iterable[str]) -> None:
         self._allowed = frozenset(allowed)
-        self._admitted: dict[bytes, None] = {}
+        self.admitted: dict[bytes, None] = {}
         """Host headers that were checked before."""
 
     def check(self, host: bytes | None) -> None:
@@ -57,15 +57,15 @@ class HostGuard:
         Raises:
             ApiError: the host is missing, or is not allowed.
         """
-        if host in self._admitted:
+        if host in self.admitted:
             return
         name = "" if host is None else split_port(host.decode("latin-1"))
         if not name or not (is_loopback(name) or name in self._allowed):
             shown = f'the Host "{name}"' if _SHOWN.fullmatch(name) else "the Host of the request"
             message = f"{shown} is not in allowed_hosts of [serve]; add it there and reload the server"
             raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
-        if host is not None and len(self._admitted) < MAX_MEMO:
-            self._admitted[host] = None
+        if host is not None and len(self.admitted) < MAX_MEMO:
+            self.admitted[host] = None
 
 
 def check_origin(origin: bytes, host: bytes | None) -> None:
@@ -91,7 +91,8 @@ def check_sender(hosts: HostGuard, headers: Mapping[bytes, bytes]) -> None:
         ApiError: the host is not allowed, or a page of another site has sent the request.
     """
     host = headers.get(b"host")
-    hosts.check(host)
+    if host not in hosts.admitted:
+        hosts.check(host)
     origin = headers.get(b"origin")
     if origin is not None:
         check_origin(origin, host)
