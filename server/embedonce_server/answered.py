@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 from embedonce import Cache
 from embedonce.prices import Price
@@ -47,3 +48,7 @@ class Embeddings(NamedTuple):
     """Tokens that the model has charged for this request, as far as its endpoint has reported them."""
     changed: int = 0
     """Number of inputs whose stored vector is not the vector that was computed now."""
+
+
+make_embeddings: Callable[[tuple[Any, ...]], Embeddings] = partial(tuple.__new__, Embeddings)
+"""Makes an answer from a tuple of all its fields. It runs in C, which is faster than ``Embeddings(...)``."""

@@ -33,6 +33,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EMBEDDINGS = "/v1/embeddings"
+JSON = b"application/json"
 HEALTH = "/health/"
 
 
@@ -77,7 +78,8 @@ class App:
             if scope["method"] != "POST":
                 raise ApiError(405, "use POST for this path", code="method_not_allowed", headers={"allow": "POST"})
             tenant = find_tenant(generation.keyring, headers)
-            check_json(headers)
+            if headers.get(b"content-type") != JSON or b"content-encoding" in headers:
+                check_json(headers)
             if tenant is not None and tenant.requests_per_minute is not None:
                 check_rate(service, tenant)
             body = await read_body(service.bodies, headers, receive, generation.settings.max_body)

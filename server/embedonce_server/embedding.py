@@ -10,7 +10,7 @@ from typing import Any
 from embedonce import Cache, EmbedonceError, Fetched, SpaceError, TextError
 from embedonce.config import Tenant
 
-from .answered import Asked, Embeddings
+from .answered import Asked, Embeddings, make_embeddings
 from .api.answer_memory import PART_BYTES
 from .api.api_errors import ApiError, explain_error, explain_failures
 from .api.cache_control import DEFAULT, CacheControl, read_cache_control
@@ -119,7 +119,8 @@ def find_hit(service: Service, asked: Asked) -> Embeddings | None:
         (b"x-embedonce-saved-tokens", b"%d" % (tokens := entry.tokens or 0)),
     ]
     whole, parts = (body, _NO_PARTS) if is_short else (None, [body])
-    return Embeddings(whole, parts, headers, model, model.price, 1, {model.first_tier: 1}, 1, tokens)
+    tiers = {model.first_tier: 1}
+    return make_embeddings((whole, parts, headers, model, model.price, 1, tiers, 1, tokens, 0, 0))
 
 
 async def embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embeddings:
