@@ -490,7 +490,8 @@ async def test_a_joined_request_that_fails_is_cut_into_requests_that_each_call_i
         ]
         answers = await asyncio.gather(*calls)
     assert all(not answer.failed for answer in answers)
-    assert provider.requests[0] == [text for texts in batches for text in texts]
+    # The calls read the tier in threads, so they join in any order.
+    assert sorted(provider.requests[0]) == [text for texts in batches for text in texts]
     for texts, guard in zip(batches[:2], guards, strict=False):
         assert guard.asked[0] == texts
         assert all(request in provider.requests[1:] for request in guard.asked[1:])
