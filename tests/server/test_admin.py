@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ from admin_calls import ADMIN, TENANTS, ask, configure, is_cached, key_of, make_
 from serving import ADMIN_KEY, KEY, serve
 
 from embedonce.testing.servers.openai import OpenAIServer
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
 
 # --- stats ------------------------------------------------------------------------------------
 

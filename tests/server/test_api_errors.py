@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextError, T
 from embedonce.testing.servers.loopback import Reply
 from embedonce.testing.servers.openai import OpenAIServer
 from embedonce_server.api.api_errors import explain_failures
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 def configure(api: OpenAIServer, serving: dict[str, Any] | None = None) -> dict[str, Any]:

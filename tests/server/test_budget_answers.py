@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from serving import KEY, serve
 
 from embedonce.testing.servers.openai import OpenAIServer
 
 HEADERS = {"authorization": f"Bearer {KEY}"}
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 def configure(api: OpenAIServer, tokens_per_day: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,6 @@ CALLS = 4
 """How many texts the budget is enough for."""
 DAY = 86_400
 MIDNIGHT = 20_000.0 * DAY
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 def make_text(number: int) -> str:

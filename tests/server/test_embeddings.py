@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,10 @@ from patience import wait_until_async
 from serving import KEY, Served, serve
 
 from embedonce.testing.servers.openai import OpenAIServer
+from embedonce_server.api.answer_memory import PART_BYTES
 from embedonce_server.failure_log import FailureLog
 
 MODEL = "text-embedding-3-small"
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 def provider(api: OpenAIServer, **options: Any) -> dict[str, Any]:
@@ -488,6 +482,17 @@ async def test_an_answer_of_one_hit_is_that_of_any_other(api: OpenAIServer, tmp_
             assert headers == headers[:1] * len(headers)
             assert int(answers[-1].headers["x-embedonce-saved-tokens"]) == api.tokens_of("a")
         assert dict(short.service.counters.list_samples())["hits", ("memory", "", MODEL)] == 12
+
+
+async def test_a_hit_whose_answer_is_long_gives_its_bytes_back(tmp_path: Path) -> None:
+    with OpenAIServer(dimensions=8192) as api:
+        async with serve(configure(api), tmp_path) as server:
+            answers = [await server.embed("a") for _ in range(3)]
+            assert [answer.cache[0] for answer in answers] == ["miss", "hit", "hit"]
+            assert len(answers[1].body) > PART_BYTES
+            assert answers[1].body == answers[2].body
+            assert equal(answers[0].vectors, answers[1].vectors)
+            assert server.service.answers.bytes == 0
 
 
 async def test_requests_per_minute_are_limited(api: OpenAIServer, tmp_path: Path) -> None:

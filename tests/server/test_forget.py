@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,6 @@ from serving import KEY, serve
 
 from embedonce import Cache
 from embedonce.testing.servers.openai import OpenAIServer
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 async def test_forget_removes_a_text_everywhere_by_default(tmp_path: Path) -> None:

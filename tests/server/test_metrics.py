@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from embedonce_server.service import Service
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 TENANT = {"authorization": f"Bearer {KEY}"}
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 def provider(api: OpenAIServer, **options: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,6 @@ def with_tenants(**serve: Any) -> dict[str, Any]:
         {"name": "other", "keys": [OTHER_KEY]},
     ]
     return configure(models=models, tenants=tenants, **serve)
-
-
-@pytest.fixture
-def api() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
 
 
 # --- models -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .tables import (
     PluginsTable,
     ProviderTable,
     TierTable,
-    is_in_process,
+    read_scope,
 )
 
 TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "embed", "serve")
@@ -267,7 +267,7 @@ class _Loader:
         return name
 
     def _check_supported(self, table: Table, cls: type[Any]) -> None:
-        if not is_in_process(cls):
+        if read_scope(cls) != "process":
             return
         for option, reason in NOT_IN_PROCESS.items():
             if table.values.get(option) is not None:

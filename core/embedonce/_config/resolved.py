@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from embedonce.keys import KeyPolicy
 
-from .tables import ServeTable
+from .tables import ServeTable, read_scope
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +69,11 @@ class TierConfig(Plugged):
     write: Literal["inline", "background", "none"] | None = None
     encryption: str | Sequence[str] | None = field(default=None, repr=False)
     lease: float | Literal["off"] | None = None
+
+    @property
+    def scope(self) -> str | None:
+        """The scope that the backend's class declares; None if the backend declares it only when it is made."""
+        return read_scope(self.cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

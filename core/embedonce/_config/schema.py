@@ -32,7 +32,7 @@ from .tables import (
     ServeTable,
     TenantTable,
     TierTable,
-    is_in_process,
+    read_scope,
 )
 
 TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
@@ -161,7 +161,7 @@ class _Schema:
             options = merge_options(cls, own, {"type", *more})
         except PluginError:  # `embedonce plugins` reports the error
             return None
-        if own and is_in_process(cls):
+        if own and read_scope(cls) == "process":
             options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
         table = self._describe_table(f"{role}.{name}", options, more)
         properties = {"type": self._describe_type_option(name), **table["properties"]}

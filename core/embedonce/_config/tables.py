@@ -265,10 +265,10 @@ class TenantTable:
     ] = None
 
 
-def is_in_process(cls: type[Any]) -> bool:
-    """Return whether a backend class declares that its entries are private to this process."""
+def read_scope(cls: type[Any]) -> str | None:
+    """Return the scope that a backend class declares; None if the backend declares it only when it is made."""
     capabilities = getattr(cls, "capabilities", None)
-    return isinstance(capabilities, Capabilities) and capabilities.scope == "process"
+    return capabilities.scope if isinstance(capabilities, Capabilities) else None
 
 
 OWN_TABLES: Mapping[str, type[Any]] = {

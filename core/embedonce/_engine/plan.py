@@ -292,7 +292,7 @@ class Engine(ProviderRequests):
             await self.store(call, unstored)
 
     async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> list[str]:
-        """Wait for other calls' flights. Return the keys of those that were abandoned.
+        """Wait for the flights of other calls. Return the keys whose flights were abandoned.
 
         Begin to wait only after the flights that this call leads have landed. Otherwise two calls could wait for each
         other's flights for ever. A call that was refused does not wait, because its caller has to know soon.

@@ -268,7 +268,7 @@ def _make_display(reader: Reader, cache: Cache | None, *, show: bool) -> Display
 
 
 def _list_persistent_tiers(config: Config) -> list[str]:
-    return [tier.name for tier in config.tiers if _outlives_process(tier.cls) and tier.write != "none"]
+    return [tier.name for tier in config.tiers if tier.scope != "process" and tier.write != "none"]
 
 
 # --- the dry run and its exit code ------------------------------------------------------------
@@ -408,16 +408,11 @@ def _describe_stored(config: Config, is_temporary: bool = True) -> str:
         return (
             'Replay mode does not call the provider. To store the missing vectors, run once with mode = "read-through".'
         )
-    if not any(_outlives_process(tier.cls) for tier in config.tiers):
+    if all(tier.scope == "process" for tier in config.tiers):
         return "The computed vectors are lost, because no tier outlives this process. Add a disk tier to keep them."
     if is_temporary:
         return "The computed vectors are stored. Run the same command again to continue."
     return "The computed vectors are stored. Fix the cause, then run the same command to continue."
-
-
-def _outlives_process(backend: type[Any]) -> bool:
-    """Return whether the entries of a backend outlive this process."""
-    return getattr(getattr(backend, "capabilities", None), "scope", "host") != "process"
 
 
 # --- the summary ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Bounds the bytes of answers that one worker keeps in memory until the clients have read them.
 
+An answer of one hit of up to ``PART_BYTES`` does not count, because each connection has at most one answer at a time.
 A short request can have a large answer: 2,048 inputs of one letter, with 3,072 dimensions each, make more than 25 MB.
 """
 

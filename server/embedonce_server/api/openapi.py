@@ -172,7 +172,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             ),
             "providers": _map(
                 _object({"status": {"enum": ["ok", "failing"]}, "last_error": MAYBE_TEXT}),
-                "A provider is failing if its last request has failed.",
+                "A provider is failing from an error of one of its models until this model embeds a text again.",
             ),
         }
     ),

@@ -487,11 +487,7 @@ async def _count(service: Service, parts: Mapping[str, str], where: Callable[[Sp
 
 def _list_private_tiers(generation: Generation) -> Collection[str]:
     """Return the names of the tiers that each worker has for itself."""
-    return {
-        tier.name
-        for tier in generation.config.tiers
-        if getattr(getattr(tier.cls, "capabilities", None), "scope", None) == "process"
-    }
+    return {tier.name for tier in generation.config.tiers if tier.scope == "process"}
 
 
 async def _erase_everywhere(
