@@ -1,8 +1,8 @@
-"""The interfaces of backends and providers: read this file to write a plugin.
+"""The interfaces of backends, providers and importers: read this file to write a plugin.
 
-A backend stores bytes (frames) or entries under keys. A provider computes vectors. Neither deals with
-retries, breakers, metrics or flights, and a backend never sees a text. Both raise an exception when something
-fails, and the engine decides how to handle it.
+A backend stores bytes (frames) or entries under keys. A provider computes vectors. An importer finds vectors in the
+store of another program. None of them deals with retries, breakers, metrics or flights, and a backend never sees a
+text. All raise an exception when something fails, and the engine decides how to handle it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -446,3 +446,103 @@ class AsyncProvider(Protocol):
 
 AnyProvider: TypeAlias = Provider | AsyncProvider
 Normalizer: TypeAlias = Callable[[str], str]
+
+
+# --- importers --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an importer reads: the store of another program."""
+
+    name: str
+    """Names the store and every option that determines which vector a text gets, for messages. It contains no secret
+    and no text. The result of a verification is kept under a hash of this name."""
+    task: Task | None = field(default=None, kw_only=True)
+    """The task of all vectors, such as ``"document"``; None if the store does not say it."""
+    mixing: str = field(default="", kw_only=True)
+    """Why vectors of several tasks may be stored under the same key, as a sentence without a full stop. It also says
+    what to do if there is anything to do. Empty if this cannot happen.
+
+    With a provider that embeds queries and documents differently, embedonce does not import from such a store."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundVectors:
+    """Texts and their vectors in a store."""
+
+    texts: Sequence[str]
+    vectors: Vectors | Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
+    """Row i is the vector of text i: a matrix of shape (n, d), or n rows. embedonce checks each row, and does not use
+    a row that is None or invalid."""
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+    """The number of values that could not be read, by reason. A reason contains no text."""
+
+    def __repr__(self) -> str:
+        unreadable = sum(self.unreadable.values())
+        return (
+            f"<FoundVectors {format_count(len(self.texts), 'text')}{f', {unreadable:,} unreadable' * bool(unreadable)}>"
+        )
+
+
+class Importer(Protocol):
+    """Finds vectors that another program has stored. It only reads.
+
+    An importer has ``lookup`` (:class:`LookupImporter`), ``scan`` (:class:`ScanImporter`), or both. Its options are the
+    keyword-only parameters of its class, as for a backend. The constructor opens nothing, so that a missing file or an
+    unreachable server is an error of the first call and not of the configuration.
+
+    If the store cannot be read, a method raises :class:`~embedonce.errors.SourceError`, or the error of its client. A
+    single value that cannot be read is no error: count it in ``unreadable``.
+    """
+
+    @property
+    def source(self) -> Source: ...
+
+    def check(self) -> None:
+        """Open the store and read a little of it.
+
+        Raises:
+            SourceError: the store is missing, is of another kind, or cannot be read. The message says what to do.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close files and connections. A second call does nothing."""
+        ...
+
+
+class LookupImporter(Importer, Protocol):
+    """An importer that finds vectors by their texts, because the keys of the store can be made from the texts.
+
+    Several threads may call ``lookup`` at the same time.
+    """
+
+    def lookup(self, texts: Sequence[str], /) -> FoundVectors:
+        """Return the texts that the store has, in any order, with their vectors.
+
+        ``texts`` has at least one and at most :data:`LOOKUP_BATCH` texts, each of them once. They are normalised, as
+        the provider would get them. Return them unchanged.
+
+        A call should end within :func:`time_left` seconds. embedonce does not wait longer for it.
+        """
+        ...
+
+
+class ScanImporter(Importer, Protocol):
+    """An importer that reads all texts and vectors of a store that keeps both."""
+
+    def scan(self) -> Iterable[FoundVectors]:
+        """Yield all texts with their vectors, in parts of at most a few thousand, in the same order each time.
+
+        A text may occur several times. Memory must not grow with the size of the store.
+        """
+        ...
+
+    def count(self) -> int | None:
+        """Return about how many texts :meth:`scan` yields, for the progress; None if this is not known quickly."""
+        ...
+
+
+LOOKUP_BATCH = 1024
+"""Maximum number of texts in a call of :meth:`LookupImporter.lookup`."""

@@ -124,6 +124,20 @@ class ReplayMiss(EmbedonceError, LookupError):
     """A text is in no tier, and ``mode = "replay"`` computes nothing."""
 
 
+class SourceError(EmbedonceError):
+    """An importer cannot read its source, because it is missing, is of another kind, or is damaged.
+
+    Importers raise this error. The message says what to do, and contains no text and no secret.
+    """
+
+
+class ImportRefused(EmbedonceError):
+    """The vectors of a source must not be imported, because they are not those that the provider would compute.
+
+    Raised if the verification has failed, or if the source has vectors of another task. Nothing was imported.
+    """
+
+
 class Incomplete(EmbedonceError):
     """``Fetched.vectors`` was read although some rows are missing; read ``rows`` and ``failed`` instead."""
 

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
-    from .contracts import AsyncProvider, EntryBackend, FrameBackend, Normalizer, Provider
+    from .contracts import AsyncProvider, EntryBackend, FrameBackend, Importer, Normalizer, Provider
     from .events import Event
 
 PROJECT = "embedonce"
-"""The name of the pluggy project and of the entry-point group."""
+"""The name of the pluggy project, and of the entry-point group of backends, providers and normalisation steps."""
+
+IMPORTERS = "embedonce.importers"
+"""The name of the entry-point group of importers."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,6 +51,10 @@ def embedonce_providers() -> Mapping[str, type[Provider] | type[AsyncProvider]]:
     """Return provider classes by name; TOML uses the name as the provider's ``type``."""
 
 
+def embedonce_importers() -> Mapping[str, type[Importer]]:  # type: ignore[empty-body]
+    """Return importer classes by name; ``embedonce import --from`` and ``[[imports]]`` use the name."""
+
+
 def embedonce_normalizers() -> Mapping[str, Normalizer]:  # type: ignore[empty-body]
     """Return normalisation steps by name; TOML lists the names in ``[key] normalize``."""
 
@@ -56,4 +63,4 @@ def embedonce_event(event: Event) -> None:
     """Receive one event. The hook runs while the caller waits, so it must be quick and must not raise."""
 
 
-HOOKS = (embedonce_backends, embedonce_providers, embedonce_normalizers, embedonce_event)
+HOOKS = (embedonce_backends, embedonce_providers, embedonce_importers, embedonce_normalizers, embedonce_event)

@@ -22,10 +22,10 @@ from embedonce._plugins.loading import (
     Kind,
     LoadedPlugin,
     find_extra,
+    group_of,
     list_event_hooks,
     list_registered,
     load_entry_point,
-    registered_names,
 )
 from embedonce.errors import PluginError
 
@@ -75,7 +75,7 @@ def _inspect_plugin(point: EntryPoint) -> InstalledPlugin:
     problems = [problem for kind, cls in classes for problem in _list_class_problems(kind, cls)]
     problems += _list_unreachable(point, plugin)
     try:
-        find_entry_point(point.name)
+        find_entry_point(point.name, point.group)
     except PluginError as error:  # several plugins have this name
         problems.append(str(error))
     return about(kinds=kinds, error="; ".join(problems) or None, broken=bool(problems))
@@ -93,31 +93,44 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
         yield f'its entry point is named "{point.name}", but it provides no plugin with this name; it provides {names}'
         return
     origin = origin_of(point)
-    found_by = {other.name for other in all_entry_points() if origin_of(other) == origin and other.value == point.value}
-    for description, name in registered_names(plugin):
-        if name not in found_by:
-            yield f'{description} cannot be used: add an entry point {name} = "{point.value}"'
+    found_by = {
+        (other.group, other.name)
+        for other in all_entry_points()
+        if origin_of(other) == origin and other.value == point.value
+    }
+    for kind, registered in plugin.registered.items():
+        group = group_of(kind)
+        for name in registered:
+            if (group, name) not in found_by:
+                where = f' to the group "{group}"' if group != point.group else ""
+                yield f'{kind} "{name}" cannot be used: add an entry point {name} = "{point.value}"{where}'
 
 
 def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield the problems that can be found in a plugin's class without creating an instance of it."""
     from embedonce._plugins.options import merge_options, options_of  # needed only in this function
 
-    from .tables import TierTable
+    from .tables import ImportTable, TierTable
 
     if kind == "normalizer":
         return
     # Check only methods, because attributes such as limits and capabilities may be set in __init__.
-    methods = ["get_many", "set_many", "close"] if kind == "backend" else ["space", "close"]
-    missing = [name for name in methods if not callable(getattr(cls, name, None))]
+    methods = {
+        "backend": ("get_many", "set_many", "close"),
+        "provider": ("space", "close"),
+        "importer": ("check", "close"),
+    }
+    missing = [name for name in methods[kind] if not callable(getattr(cls, name, None))]
     if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):
         missing.insert(0, "(embed or aembed)")
+    if kind == "importer" and not (callable(getattr(cls, "lookup", None)) or callable(getattr(cls, "scan", None))):
+        missing.insert(0, "(lookup or scan)")
     if missing:
         yield f"{cls.__module__}.{cls.__qualname__} must define {join_words(missing)}"
-    own = options_of(TierTable) if kind == "backend" else {}
-    reserved = {"type"} if kind == "backend" else {"type", "fallback"}
+    own = {"backend": TierTable, "importer": ImportTable}.get(kind)
+    reserved = {"type", "fallback"} if kind == "provider" else {"type"}
     try:
-        merge_options(cls, own, reserved)
+        merge_options(cls, {} if own is None else options_of(own), reserved)
     except PluginError as error:
         yield str(error)
 

@@ -25,6 +25,7 @@ from .tables import (
     CacheTable,
     EmbedTable,
     FallbackTable,
+    ImportTable,
     KeyTable,
     PluginsTable,
     ProviderTable,
@@ -71,6 +72,7 @@ class _Schema:
                     DriftGuard, "Checks whether the provider still returns the same vectors as those stored."
                 ),
                 "tiers": self._describe_tiers(),
+                "imports": self._describe_imports(),
                 "embed": self._describe_own(EmbedTable, "How the command embedonce embed reads files."),
                 "serve": self._describe_serve(),
             },
@@ -111,6 +113,14 @@ class _Schema:
             "items": {"oneOf": tier},
         }
 
+    def _describe_imports(self) -> dict[str, Any]:
+        importer = self._describe_plugins("importer", "import", loading.importer, options_of(ImportTable), {})
+        return {
+            "description": "Stores of other programs that may have the vectors that no tier has.",
+            "type": "array",
+            "items": {"oneOf": importer},
+        }
+
     def _describe_serve(self) -> dict[str, Any]:
         self._definitions["served_provider"] = {
             "description": "Plugin that computes the vectors of this model.",
@@ -149,30 +159,38 @@ class _Schema:
         The table for a ``type`` from a variable allows any key, because the plugin is unknown.
         """
         tables = [
-            table for name in self._list_names(kind) if (table := self._describe_plugin(name, role, find, own, more))
+            table
+            for name in self._list_names(kind)
+            if (table := self._describe_plugin(kind, name, role, find, own, more))
         ]
         return [*tables, {"type": "object", "properties": {"type": VARIABLE}, "required": ["type"]}]
 
     def _describe_plugin(
-        self, name: str, role: str, find: Callable[[str], type[Any]], own: Mapping[str, Option], more: Mapping[str, Any]
+        self,
+        kind: loading.Kind,
+        name: str,
+        role: str,
+        find: Callable[[str], type[Any]],
+        own: Mapping[str, Option],
+        more: Mapping[str, Any],
     ) -> dict[str, Any] | None:
         try:
             cls = find(name)
             options = merge_options(cls, own, {"type", *more})
         except PluginError:  # `embedonce plugins` reports the error
             return None
-        if own and read_scope(cls) == "process":
+        if kind == "backend" and read_scope(cls) == "process":
             options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
         table = self._describe_table(f"{role}.{name}", options, more)
-        properties = {"type": self._describe_type_option(name), **table["properties"]}
-        if role == "tier":
+        properties = {"type": self._describe_type_option(kind, name), **table["properties"]}
+        if role in ("tier", "import"):
             properties["name"] = {**properties["name"], **TIER}
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
 
-    def _describe_type_option(self, name: str) -> dict[str, Any]:
+    def _describe_type_option(self, kind: loading.Kind, name: str) -> dict[str, Any]:
         """Return the schema of a plugin's ``type``: the plugin's name, with or without the distribution."""
         described = {"description": "Name of the plugin."}
-        (found,) = [plugin for plugin in self._installed if plugin.type == name]
+        (found,) = [plugin for plugin in self._installed if plugin.type == name and kind in plugin.kinds]
         full = f"{found.distribution}:{found.name}"
         return {**described, "const": name} if full == name else {**described, "enum": [name, full]}
 

@@ -199,6 +199,25 @@ class TierTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportTable:
+    """``[[imports]]``: embedonce's options, in addition to those of the importer."""
+
+    name: Annotated[
+        str | None, Doc("Name of the importer in Fetched.sources, stats, metrics and messages. Default: its type.")
+    ] = None
+    task: Annotated[str, MinLen(1), Doc("Task of all vectors that this importer finds.")] = "document"
+    verify: Annotated[
+        int,
+        Ge(0),
+        Doc(
+            "Compute the first N texts that the importer finds as well, and use no vector of it unless all of them are "
+            "equal. 0: trust the source."
+        ),
+    ] = 20
+    timeout: Annotated[Duration, Gt(0), Doc("Timeout of a call to the importer.")] = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeTable:
     """``[serve]``: how ``embedonce serve`` listens, and what it accepts."""
 

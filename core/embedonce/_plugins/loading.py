@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -33,14 +33,20 @@ if TYPE_CHECKING:
 
     import pluggy
 
-Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
+Kind: TypeAlias = Literal["backend", "provider", "importer", "normalizer"]
 
 HOOKS: Mapping[Kind, str] = {
     "backend": "embedonce_backends",
     "provider": "embedonce_providers",
+    "importer": "embedonce_importers",
     "normalizer": "embedonce_normalizers",
 }
 """For each kind of plugin, the name of the hook that registers plugins of this kind."""
+
+
+def group_of(kind: Kind) -> str:
+    """Return the entry-point group of the plugins of a kind."""
+    return hookspecs.IMPORTERS if kind == "importer" else hookspecs.PROJECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,12 @@ def provider(name: str) -> type[Any]:
     return cls
 
 
+def importer(name: str) -> type[Any]:
+    """Return the importer class with this name. Raises the same errors as :func:`backend`."""
+    cls: type[Any] = _get_registered("importer", name)
+    return cls
+
+
 def normalizer(name: str) -> Normalizer:
     """Return the normalisation step ``name``: the built-in step, or else the step that a plugin provides.
 
@@ -84,15 +96,20 @@ def normalizer(name: str) -> Normalizer:
     return step
 
 
-def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
-    """Return the event hooks of the plugins in ``used``, as functions to call with each event."""
-    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load_plugin(name).module]}
+def listeners(used: Iterable[str], importers: Iterable[str] = ()) -> list[Callable[[Event], None]]:
+    """Return the event hooks of some plugins, as functions to call with each event.
+
+    ``used`` has the names of backends, providers and normalisation steps.
+    """
+    loaded = [_load_plugin(name) for name in used if name not in NORMALIZERS]
+    loaded += [_load_plugin(name, hookspecs.IMPORTERS) for name in importers]
+    modules = {id(plugin.module): plugin.module for plugin in loaded}
     return [function for module in modules.values() for function in list_event_hooks(module)]
 
 
 _lock = threading.RLock()
-_plugins: dict[str, LoadedPlugin] = {}
-"""Loaded plugins by ``distribution:name``."""
+_plugins: dict[tuple[str, str], LoadedPlugin] = {}
+"""Loaded plugins by entry-point group and ``distribution:name``."""
 
 
 def _renew_lock() -> None:
@@ -119,22 +136,23 @@ def _get_manager() -> pluggy.PluginManager:
 
 
 def _get_registered(kind: Kind, name: str) -> Any:
-    plugin = _load_plugin(name)
+    plugin = _load_plugin(name, group_of(kind))
     found = plugin.registered[kind].get(plugin.name)
     if found is None:
         raise PluginError(_explain_wrong_kind(kind, plugin))
     return found
 
 
-def _load_plugin(name: str) -> LoadedPlugin:
-    return load_entry_point(find_entry_point(name))
+def _load_plugin(name: str, group: str = hookspecs.PROJECT) -> LoadedPlugin:
+    return load_entry_point(find_entry_point(name, group))
 
 
 def load_entry_point(point: EntryPoint) -> LoadedPlugin:
+    place = (point.group, full_name(point))
     with _lock:
-        known = _plugins.get(full_name(point))
+        known = _plugins.get(place)
         if known is None or known.origin != origin_of(point):
-            known = _plugins[full_name(point)] = _import_and_register_module(point)
+            known = _plugins[place] = _import_and_register_module(point)
         return known
 
 
@@ -289,11 +307,4 @@ def _explain_wrong_kind(kind: Kind, plugin: LoadedPlugin) -> str:
 
 def list_registered(plugin: LoadedPlugin) -> list[str]:
     """Return a description of everything that a plugin registers, for messages."""
-    return [what for what, _ in registered_names(plugin)]
-
-
-def registered_names(plugin: LoadedPlugin) -> Iterator[tuple[str, str]]:
-    """Yield everything that a plugin registers: its description, such as ``backend "disk"``, and its name."""
-    for kind, found in plugin.registered.items():
-        for name in found:
-            yield f'{kind} "{name}"', name
+    return [f'{kind} "{name}"' for kind, found in plugin.registered.items() for name in found]
