@@ -183,7 +183,7 @@ class _Schema:
             options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
         table = self._describe_table(f"{role}.{name}", options, more)
         properties = {"type": self._describe_type_option(kind, name), **table["properties"]}
-        if role in ("tier", "import"):
+        if role == "tier":
             properties["name"] = {**properties["name"], **TIER}
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
 

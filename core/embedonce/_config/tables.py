@@ -202,9 +202,6 @@ class TierTable:
 class ImportTable:
     """``[[imports]]``: embedonce's options, in addition to those of the importer."""
 
-    name: Annotated[
-        str | None, Doc("Name of the importer in Fetched.sources, stats, metrics and messages. Default: its type.")
-    ] = None
     task: Annotated[str, MinLen(1), Doc("Task of all vectors that this importer finds.")] = "document"
     verify: Annotated[
         int,
