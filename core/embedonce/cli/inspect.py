@@ -369,7 +369,7 @@ def _list_dates(held: Held) -> list[str | None]:
 
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """List the installed backends, providers and normalisation steps."""
+    """List the installed backends, providers, importers and normalisation steps."""
     from embedonce.config import read_allow_list
 
     found = _list_installed(read_allow_list(config))
