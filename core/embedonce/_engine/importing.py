@@ -1,0 +1,285 @@
+"""One importer of a running chain: its calls with their deadline, its breaker, its counters and its verification."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Literal
+
+from embedonce.contracts import LOOKUP_BATCH, FoundVectors
+from embedonce.errors import LoopBusy, ProviderError, TierBusy
+from embedonce.events import Event, Imported, ImporterChanged, ImporterStats, Verification
+from embedonce.vectors import Dtype, Vector
+
+from .breaker import Breaker
+from .checks import check_rows
+from .imports import Import
+from .ports import Port
+from .repeated_warnings import RepeatedWarnings
+from .routes import Route
+from .scan_index import IndexNotReady, ScanIndex
+from .verifying import Difference, find_difference
+from .workers import Workers
+
+log = logging.getLogger("embedonce")
+
+MAX_CALLS = 8
+"""Maximum number of calls to one importer that run in threads at the same time."""
+MAX_PROBE_TEXTS = 64
+"""Maximum number of texts in a probe."""
+
+
+class LiveImporter:
+    """An importer of a running chain, bound to one vector space."""
+
+    def __init__(
+        self,
+        one: Import,
+        name: str,
+        *,
+        origin: bytes,
+        namespace: str,
+        dtype: Dtype,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.name = name
+        self.importer: Any = one.importer
+        self.task = one.task
+        self.verify = one.verify
+        self.source = one.importer.source
+        self._origin = origin
+        self._namespace = namespace
+        self._timeout = one.timeout
+        self._dtype: Dtype = dtype
+        self._emit = emit
+        self._warnings = RepeatedWarnings()
+        self._index: ScanIndex | None = None if hasattr(self.importer, "lookup") else ScanIndex(self.importer)
+        self.has_read_record = False
+        """Whether the tiers were asked for the result of an earlier verification."""
+        self.verification: Verification = "unverified" if one.verify else "off"
+        self._compared: dict[str, tuple[Vector, Vector]] = {}
+        """The found and the computed vector of each text that was compared so far, by key."""
+        self._counts: Counter[str] = Counter()
+        self._causes: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._last_cause: str | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over in a forked child."""
+        self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
+        self._warnings.renew_lock()
+        self._workers = Workers(MAX_CALLS)
+        self._breaker = Breaker(self._note_change)
+        if self._index is not None:
+            self._index.reset()
+
+    def serves(self, route: Route) -> bool:
+        """Return whether the vectors of this importer belong into the space and the namespace of a route."""
+        return (
+            route.origin == self._origin
+            and not route.generation
+            and not route.source.fallback
+            and route.policy.namespace == self._namespace
+        )
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+        self.importer.close()
+
+    # --- finding ------------------------------------------------------------------------------
+
+    async def find(
+        self, port: Port, texts: Mapping[str, str], route: Route, dimensions: int | None
+    ) -> dict[str, Vector]:
+        """Return the vectors that the source has for some texts, by key. ``texts`` has the normalised texts by key.
+
+        The vectors are float32, of shape (d,), and not rounded. Texts whose vector is invalid are left out and counted.
+        A source that fails or hangs has no vectors.
+        """
+        keys = {text: key for key, text in texts.items()}
+        found: dict[str, Vector] = {}
+        ordered = list(keys)
+        for start in range(0, len(ordered), LOOKUP_BATCH):
+            found |= await self._find_batch(port, ordered[start : start + LOOKUP_BATCH], route, dimensions)
+        return {keys[text]: row for text, row in found.items()}
+
+    async def _find_batch(
+        self, port: Port, texts: Sequence[str], route: Route, dimensions: int | None
+    ) -> dict[str, Vector]:
+        admitted = self._breaker.admit()
+        if admitted != "go":
+            if admitted == "probe":
+                self._probe(texts[:MAX_PROBE_TEXTS])
+            self._count(route, skipped=len(texts))
+            return {}
+        start = time.perf_counter()
+        look_up = self.importer.lookup if self._index is None else self._index.lookup
+        try:
+            answer = await port.call(partial(look_up, texts), self._timeout, self._workers, inline=False, quick=False)
+            found, invalid = self._read_answer(answer, texts, dimensions)
+        except IndexNotReady:
+            self._count(route, skipped=len(texts), seconds=time.perf_counter() - start)
+            return {}
+        except Exception as error:  # noqa: BLE001  (an importer may raise anything)
+            cause = self._note_failure(error)
+            self._count(route, errors=len(texts), cause=cause, seconds=time.perf_counter() - start)
+            return {}
+        self._breaker.record_success()
+        missing = len(texts) - len(found) - invalid
+        self._count(route, found=len(found), missing=missing, invalid=invalid, seconds=time.perf_counter() - start)
+        return found
+
+    def _read_answer(self, answer: Any, texts: Sequence[str], dimensions: int | None) -> tuple[dict[str, Vector], int]:
+        """Return the valid vectors by text, and the number of values that are unreadable or invalid.
+
+        Raises:
+            ProviderError: the answer has not exactly one row per text.
+        """
+        if not isinstance(answer, FoundVectors):
+            raise ProviderError(f"importer {self.name!r} returned {type(answer).__name__}; expected FoundVectors")
+        unreadable = sum(answer.unreadable.values())
+        number = len(answer.texts)
+        if not number:
+            return {}, min(unreadable, len(texts))
+        who = f"importer {self.name!r} returned"
+        if len(answer.vectors) != number:
+            raise ProviderError(f"{who} {len(answer.vectors):,} vectors for {number:,} texts")
+        try:
+            rows, bad = check_rows(answer.vectors, number, dimensions=dimensions, dtype="float32", who=who)
+        except ProviderError as error:
+            self._warnings.warn("invalid", "%s", error)
+            return {}, min(number + unreadable, len(texts))
+        asked = set(texts)
+        good = [text for i, text in enumerate(answer.texts) if i not in bad]
+        found = {text: row for text, row in zip(good, rows, strict=True) if text in asked}
+        return found, min(len(bad) + unreadable, len(texts) - len(found))
+
+    def _probe(self, texts: Sequence[str]) -> None:
+        """Ask for some texts in the background, and report the result to the breaker."""
+
+        def probe() -> None:
+            try:
+                (self.importer.lookup if self._index is None else self._index.lookup)(texts)
+            except IndexNotReady:
+                pass
+            except Exception as error:  # noqa: BLE001  (the breaker gets every failure)
+                self._note_failure(error)
+            else:
+                self._breaker.record_success()
+
+        try:
+            self._workers.submit(probe)
+        except RuntimeError:  # the interpreter is shutting down
+            return
+
+    # --- failures and counts ------------------------------------------------------------------
+
+    def _note_failure(self, error: Exception) -> str:
+        """Report a failed call to the breaker, and return the cause of the failure."""
+        if isinstance(error, LoopBusy) and not self._breaker.record_busy_loop(error.started):
+            return "busy_loop"
+        cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        if not isinstance(error, TierBusy):
+            self._breaker.record_failure(cause)
+        return cause
+
+    def _note_change(self, state: Literal["open", "closed"], cause: str | None) -> None:
+        if state == "open":
+            log.warning("importer %r is failing (%s); skipping it until a probe succeeds", self.name, cause)
+        else:
+            log.warning("importer %r works again", self.name)
+        self._emit(ImporterChanged(importer=self.name, state=state, cause=cause))
+
+    def _count(self, route: Route, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
+        with self._lock:
+            for name, number in counts.items():
+                self._counts[name] += number
+            if cause is not None:
+                self._causes[cause] += counts["errors"]
+                self._last_cause = cause
+            self._seconds += seconds
+        event = Imported(
+            importer=self.name, task=route.task, scope=route.keyer.scope, seconds=seconds, cause=cause, **counts
+        )
+        self._emit(event)
+
+    def count_imported(self, number: int) -> None:
+        """Count texts whose vector a call got from this importer."""
+        with self._lock:
+            self._counts["imported"] += number
+
+    def count_invalid(self) -> None:
+        """Count a text whose vector was found, but does not fit the vector space."""
+        with self._lock:
+            self._counts["found"] -= 1
+            self._counts["invalid"] += 1
+
+    def stats(self) -> ImporterStats:
+        with self._lock:
+            names = ("imported", "found", "missing", "invalid", "errors", "skipped")
+            return ImporterStats(
+                **{name: self._counts[name] for name in names},
+                seconds=self._seconds,
+                causes=dict(self._causes),
+                verification=self.verification,
+                is_skipped=self._breaker.is_open,
+                last_cause=self._last_cause,
+            )
+
+    # --- verification -------------------------------------------------------------------------
+
+    def hash_source(self) -> str:
+        """Return the name under which the result of the verification is kept, as 32 hex digits."""
+        return blake2b(f"{self.task}\n{self.source.name}".encode(errors="replace"), digest_size=16).hexdigest()
+
+    def take_result(self, is_equal: bool) -> None:
+        """Take over the result of an earlier verification."""
+        with self._lock:
+            if self.verification == "unverified":
+                self.verification = "verified" if is_equal else "refused"
+        if not is_equal:
+            log.warning(
+                "importer %r: nothing is imported from %s, because a verification has found less than a day ago that "
+                "its vectors are not those of the provider",
+                self.name,
+                self.source.name,
+            )
+
+    def count_unverified(self) -> int:
+        """Return how many texts are still to be compared."""
+        with self._lock:
+            return max(0, self.verify - len(self._compared))
+
+    def compare(self, pairs: Mapping[str, tuple[Vector, Vector]]) -> Difference | None:
+        """Compare found vectors with computed vectors, by key. Set :attr:`verification` once the result is clear.
+
+        Return the difference that this call has found.
+        """
+        with self._lock:
+            if self.verification != "unverified":
+                return None
+            self._compared |= pairs
+            found, computed = zip(*self._compared.values(), strict=True)
+            difference = find_difference(found, computed, self._dtype)
+            if difference is not None:
+                self.verification = "refused"
+            elif len(self._compared) >= self.verify:
+                self.verification = "verified"
+            else:
+                return None
+            self._compared = {}
+        if difference is not None:
+            log.warning(
+                "importer %r: nothing is imported from %s, because its vectors are not those of the provider: %s",
+                self.name,
+                self.source.name,
+                difference,
+            )
+        return difference
