@@ -283,6 +283,20 @@ class ProviderCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class ImporterCheck:
+    """The result of checking whether an importer can read its source."""
+
+    importer: str
+    source: str
+    ok: bool
+    seconds: float
+    verification: str
+    """``"off"``, ``"unverified"``, ``"verified"`` or ``"refused"``, as in :data:`embedonce.events.Verification`."""
+    detail: str = ""
+    """The error if ``ok`` is False."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChainWarning:
     """A probable mistake in a chain of tiers. The chain works in spite of the mistake."""
 

@@ -11,8 +11,9 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
+from embedonce.answers import ImporterCheck
 from embedonce.contracts import LOOKUP_BATCH, FoundVectors
-from embedonce.errors import LoopBusy, ProviderError, TierBusy
+from embedonce.errors import EmbedonceError, LoopBusy, ProviderError, TierBusy
 from embedonce.events import Event, Imported, ImporterChanged, ImporterStats, Verification
 from embedonce.vectors import Dtype, Vector
 
@@ -30,6 +31,10 @@ log = logging.getLogger("embedonce")
 
 MAX_CALLS = 8
 """Maximum number of calls to one importer that run in threads at the same time."""
+CHECK_SECONDS = 30.0
+"""Timeout of a check of the source."""
+MAX_DETAIL = 500
+"""Maximum number of characters of an error's message that are kept."""
 MAX_PROBE_TEXTS = 64
 """Maximum number of texts in a probe."""
 
@@ -178,6 +183,21 @@ class LiveImporter:
             self._workers.submit(probe)
         except RuntimeError:  # the interpreter is shutting down
             return
+
+    async def check(self, port: Port) -> ImporterCheck:
+        """Return whether the importer can read its source."""
+        start = time.perf_counter()
+        detail = ""
+        try:
+            await port.call(self.importer.check, CHECK_SECONDS, self._workers, inline=False, quick=False)
+        except TimeoutError:
+            detail = f"no answer within {CHECK_SECONDS:.0f} s"
+        except Exception as error:  # noqa: BLE001  (an importer may raise anything)
+            said = " ".join(str(error).split())[:MAX_DETAIL]
+            is_ours = isinstance(error, EmbedonceError) and bool(said)
+            detail = said if is_ours else ": ".join(filter(None, (type(error).__name__, said)))
+        seconds = time.perf_counter() - start
+        return ImporterCheck(self.name, self.source.name, not detail, seconds, self.verification, detail)
 
     # --- failures and counts ------------------------------------------------------------------
 
