@@ -205,7 +205,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
         provider = NoProvider() if config.provider is None else make(config.provider)
     fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
-    importers = [make(one) for one in config.imports] if own is not None or config.provider is not None else []
+    importers = [make(one) for one in config.imports]
     encryptions = [_make_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
         raise ConfigError(problems) from next(iter(causes), None)
@@ -230,7 +230,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
             verify=one.verify,
             timeout=one.timeout,
         )
-        for one, importer in zip(config.imports, importers, strict=False)  # without a provider, there are no importers
+        for one, importer in zip(config.imports, importers, strict=True)
     ]
     providers = (config.provider, config.fallback, *(model.provider for model in config.serve.models))
     used = [part.type for part in (*providers, *config.tiers) if part is not None]

@@ -14,6 +14,7 @@ from embedonce import Cache, ConfigError, DriftGuard, Import, KeyPolicy, ReplayM
 from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import SourceError
 from embedonce.events import Event, Imported, ImporterChanged
+from embedonce.functions import NoProvider
 from embedonce.testing import CountingProvider
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
@@ -28,7 +29,10 @@ class Model:
 
     limits = CountingProvider().limits
 
-    def __init__(self, *, asymmetric: bool = False, seed: int = 0, dimensions: int | None = 16) -> None:
+    def __init__(
+        self, *, asymmetric: bool = False, seed: int = 0, dimensions: int | None = 16, name: str = "m"
+    ) -> None:
+        self.name = name
         self.texts: list[str] = []
         self.asymmetric = asymmetric
         self.seed = seed
@@ -36,7 +40,7 @@ class Model:
 
     def space(self, task: str) -> VectorSpace:
         return VectorSpace(
-            provider="model", model="m", task=task if self.asymmetric else None, dimensions=self.dimensions
+            provider="model", model=self.name, task=task if self.asymmetric else None, dimensions=self.dimensions
         )
 
     def embed(self, texts: Sequence[str], task: str) -> list[np.ndarray]:
@@ -297,6 +301,27 @@ def test_importers_belong_to_one_space_and_one_namespace() -> None:
         other = CountingProvider(dimensions=16)
         assert cache.for_provider(other).fetch(TEXTS[1:2]).sources == ["provider"]
         assert cache.for_namespace("tenant").fetch(TEXTS[2:3]).sources == ["provider"]
+
+
+def test_a_chain_without_a_provider_asks_for_each_provider_and_verifies_each(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = store_of(TEXTS)
+    with open_cache(NoProvider(), store) as base:  # type: ignore[arg-type]
+        first = base.for_provider(Model())
+        assert first.fetch(TEXTS).sources.count("store") == 30
+        second = base.for_provider(Model(seed=1, name="n"))
+        assert second.fetch(TEXTS).sources == ["provider"] * 50
+        assert base.stats().importers["store"].verification == "verified"
+    with open_cache(NoProvider(), Import(store_of(TEXTS), verify=0)) as base:  # type: ignore[arg-type]
+        assert base.for_provider(Model()).fetch(TEXTS[:1]).sources == ["store"]
+        other = base.for_provider(Model(seed=1, name="n"))
+        assert other.fetch(TEXTS[1:2]).sources == ["provider"]
+        assert "one vector space only" in caplog.text
+    with open_cache(NoProvider(), store_of(TEXTS, mixing="queries are mixed up")) as base:  # type: ignore[arg-type]
+        assert base.for_provider(Model(asymmetric=True)).fetch(TEXTS).imported == set()
+        assert "queries are mixed up" in caplog.text
+        assert len(base.for_provider(Model()).fetch(TEXTS).imported) == 30
 
 
 def test_the_vectors_of_one_task_are_not_those_of_another() -> None:

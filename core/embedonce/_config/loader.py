@@ -91,7 +91,7 @@ class _Loader:
             provider, fallback, fetch_only = self._read_providers()
             drift = self._read_drift()
             tiers = self._read_tiers()
-            imports = self._read_imports(has_provider=provider is not None or self._own_provider)
+            imports = self._read_imports(has_provider=self._own_provider or "provider" in self._values.data)
             serve = ServeConfig() if self._own_provider else read_serve(self._reader)
         embed = self._reader.read_section("embed", EmbedTable)
         self._reader.check_variables()
@@ -290,12 +290,17 @@ class _Loader:
                 self._reader.add_problem(("imports",), f"imports must be a list of tables: write {header}")
             self._reader.unread.append(("imports",))
             return []
-        if given and not has_provider and "provider" not in self._values.data:
-            provider = self._document.table("provider")
-            message = f"{header} needs {provider}, because an importer belongs to the vector space of one provider"
-            self._reader.add_problem(("imports", 0), message, key=True)
         found = [self._read_import(("imports", index), item) for index, item in enumerate(given)]
-        return [one for one in found if one is not None]
+        imports = [one for one in found if one is not None]
+        for one in imports if not has_provider else ():
+            if not one.verify:
+                message = (
+                    f"verify in {one.label}: 0 requires {self._document.table('provider')}, because without it the "
+                    "importer is asked for the texts of every model, and only a verification can tell whose vectors "
+                    "it has"
+                )
+                self._reader.add_problem((*one.path, "verify"), message)
+        return imports
 
     def _read_import(self, where: TomlPath, item: Any) -> ImportConfig | None:
         given = self._reader.require_table(where, item)

@@ -150,7 +150,7 @@ class Config:
     drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
     imports: tuple[ImportConfig, ...]
-    """The importers. They are bound to the vector space of the provider, and are not used without a provider."""
+    """The importers. They belong to the vector space of the provider."""
     embed: EmbedTable = field(compare=False)
     """How the command ``embedonce embed`` reads files."""
     serve: ServeConfig = field(compare=False)

@@ -15,7 +15,7 @@ from embedonce.vectors import Dtype, Entry, Vector, freeze, freeze_rows
 from .call import Call
 from .checks import round_matrix
 from .flights import Claims, Flight, InFlight
-from .importing import LiveImporter
+from .importing import LiveImporter, SpaceOfImporter
 from .ports import Port
 from .routes import Route
 from .tiers import LiveTier
@@ -33,6 +33,7 @@ class Pending:
     """What an importer that is not verified has found for a call."""
 
     importer: LiveImporter
+    space: SpaceOfImporter
     found: Mapping[str, Vector]
     sample: Sequence[str]
     """Keys of the texts that the call computes as well."""
@@ -76,9 +77,10 @@ class ImportSteps:
         for importer in self.importers:
             if not missing:
                 break
-            if not importer.serves(answer.route) or not await self._is_usable(call, importer, can_verify=can_verify):
+            space = importer.find_space(answer.route)
+            if space is None or not await self._is_usable(call, importer, space, can_verify=can_verify):
                 continue
-            is_verified = importer.verification != "unverified"
+            is_verified = space.verification != "unverified"
             dimensions = answer.dimensions if is_verified else None
             normalized = answer.normalize_texts(missing)
             texts = {key: normalized[key] for key in missing}
@@ -90,8 +92,8 @@ class ImportSteps:
                 missing = answer.entries.lacking(missing)
                 continue
             keys = list(found)
-            size = max(1, importer.count_unverified())
-            pending.append(Pending(importer, found, keys[:size], keys[size:]))
+            size = max(1, importer.count_unverified(space))
+            pending.append(Pending(importer, space, found, keys[:size], keys[size:]))
             held = set(keys[size:])
             missing = [key for key in missing if key not in held]
         return missing, pending
@@ -103,16 +105,16 @@ class ImportSteps:
             pairs = {key: (one.found[key], entries[key].vector) for key in one.sample if key in entries}
             if not pairs:
                 continue
-            importer = one.importer
-            importer.compare(pairs)
-            if importer.verification in ("verified", "refused"):
-                await self._keep_record(call.port, importer, call.answer.route)
-            if importer.verification == "verified":
+            importer, space = one.importer, one.space
+            if importer.compare(space, pairs):
+                await self._keep_record(call, importer, is_equal=space.verification == "verified")
+            if space.verification == "verified":
                 await self._take(call, importer, {key: one.found[key] for key in one.rest})
 
     def explain_miss(self, route: Route) -> ReplayMiss | None:
         """Return the error of a text that a call in replay mode did not find, if it was not asked for everywhere."""
-        names = [one.name for one in self.importers if one.serves(route) and one.verification == "unverified"]
+        spaces = {one.name: one.find_space(route) for one in self.importers}
+        names = [name for name, space in spaces.items() if space is not None and space.verification == "unverified"]
         if not names:
             return None
         return ReplayMiss(
@@ -166,14 +168,14 @@ class ImportSteps:
 
     # --- the results of verifications ---------------------------------------------------------
 
-    async def _is_usable(self, call: Call, importer: LiveImporter, *, can_verify: bool) -> bool:
-        if importer.verification == "unverified" and not importer.has_read_record:
-            await self._read_record(call.port, importer, call.answer.route)
-        if importer.verification == "unverified":
+    async def _is_usable(self, call: Call, importer: LiveImporter, space: SpaceOfImporter, *, can_verify: bool) -> bool:
+        if space.verification == "unverified" and not space.has_read_record:
+            await self._read_record(call.port, importer, space, call.answer.route)
+        if space.verification == "unverified":
             return can_verify and not self._replays
-        return importer.verification != "refused"
+        return space.verification != "refused"
 
-    async def _read_record(self, port: Port, importer: LiveImporter, route: Route) -> None:
+    async def _read_record(self, port: Port, importer: LiveImporter, space: SpaceOfImporter, route: Route) -> None:
         """Take over the result of a verification that this or another process has made."""
         tier = self._tier
         if tier is None or tier.reader.breaker.is_open:
@@ -184,22 +186,21 @@ class ImportSteps:
             entry = tier.decode(values, dtype="int8", dimensions=None).entries.get(key)
         except TierError:
             return  # the importer is verified again
-        importer.has_read_record = True
+        space.has_read_record = True
         record = None if entry is None else entry.metadata
         if isinstance(record, dict) and record.get("compared", 0) >= importer.verify:
-            importer.take_result(bool(record.get("equal")))
+            importer.take_result(space, is_equal=record.get("equal") is True)
 
-    async def _keep_record(self, port: Port, importer: LiveImporter, route: Route) -> None:
-        tier = self._tier
+    async def _keep_record(self, call: Call, importer: LiveImporter, *, is_equal: bool) -> None:
+        tier, route = self._tier, call.answer.route
         if tier is None:
             return
-        is_equal = importer.verification == "verified"
         seconds = VERIFIED_SECONDS if is_equal else REFUSED_SECONDS
         now = self._clock()
         metadata = {"equal": is_equal, "compared": importer.verify}
         items = tier.codec.encode({_make_key(importer, route): Entry(freeze(()), now, now + seconds, metadata)})
         try:
-            await tier.calls.call(port, partial(tier.backend.set_many, items, seconds))
+            await tier.calls.call(call.port, partial(tier.backend.set_many, items, seconds))
         except Exception as error:  # noqa: BLE001  (the next process verifies the importer again)
             log.info("tier %r did not store the result of a verification (%s)", tier.name, type(error).__name__)
 

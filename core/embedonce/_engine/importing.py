@@ -12,23 +12,26 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from embedonce.answers import ImporterCheck
-from embedonce.contracts import LOOKUP_BATCH, FoundVectors
-from embedonce.errors import EmbedonceError, LoopBusy, ProviderError, TierBusy
+from embedonce.contracts import LOOKUP_BATCH, AnyProvider, FoundVectors
+from embedonce.errors import EmbedonceError, ImportRefused, LoopBusy, ProviderError, TierBusy
 from embedonce.events import Event, Imported, ImporterChanged, ImporterStats, Verification
 from embedonce.vectors import Dtype, Vector
 
 from .breaker import Breaker
 from .checks import check_rows
+from .import_checks import check_source
 from .imports import Import
 from .ports import Port
 from .repeated_warnings import RepeatedWarnings
-from .routes import Route
+from .routes import Route, describe_space
 from .scan_index import IndexNotReady, ScanIndex
-from .verifying import Difference, find_difference
+from .verifying import find_difference
 from .workers import Workers
 
 log = logging.getLogger("embedonce")
 
+MAX_SPACES = 256
+"""Maximum number of vector spaces whose verification an importer remembers."""
 MAX_CALLS = 8
 """Maximum number of calls to one importer that run in threads at the same time."""
 CHECK_SECONDS = 30.0
@@ -39,15 +42,30 @@ MAX_PROBE_TEXTS = 64
 """Maximum number of texts in a probe."""
 
 
+class SpaceOfImporter:
+    """What is known about the vectors of an importer in one vector space."""
+
+    def __init__(self, verification: Verification) -> None:
+        self.verification: Verification = verification
+        self.has_read_record = False
+        """Whether the tiers were asked for the result of an earlier verification."""
+        self.compared: dict[str, tuple[Vector, Vector]] = {}
+        """The found and the computed vector of each text that was compared so far, by key."""
+
+
 class LiveImporter:
-    """An importer of a running chain, bound to one vector space."""
+    """An importer of a running chain.
+
+    ``provider`` is the provider whose vectors it finds. None means every provider that is used with this chain, because
+    the chain was opened for its tiers alone. Each of their vector spaces is verified separately.
+    """
 
     def __init__(
         self,
         one: Import,
         name: str,
         *,
-        origin: bytes,
+        provider: AnyProvider | None,
         namespace: str,
         dtype: Dtype,
         emit: Callable[[Event], None],
@@ -57,18 +75,14 @@ class LiveImporter:
         self.task = one.task
         self.verify = one.verify
         self.source = one.importer.source
-        self._origin = origin
+        self._origin = None if provider is None else describe_space(provider, one.task).fingerprint()
         self._namespace = namespace
         self._timeout = one.timeout
         self._dtype: Dtype = dtype
         self._emit = emit
         self._warnings = RepeatedWarnings()
         self._index: ScanIndex | None = None if hasattr(self.importer, "lookup") else ScanIndex(self.importer)
-        self.has_read_record = False
-        """Whether the tiers were asked for the result of an earlier verification."""
-        self.verification: Verification = "unverified" if one.verify else "off"
-        self._compared: dict[str, tuple[Vector, Vector]] = {}
-        """The found and the computed vector of each text that was compared so far, by key."""
+        self._spaces: dict[bytes, SpaceOfImporter] = {}
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._seconds = 0.0
@@ -84,14 +98,46 @@ class LiveImporter:
         if self._index is not None:
             self._index.reset()
 
-    def serves(self, route: Route) -> bool:
-        """Return whether the vectors of this importer belong into the space and the namespace of a route."""
-        return (
-            route.origin == self._origin
-            and not route.generation
-            and not route.source.fallback
-            and route.policy.namespace == self._namespace
-        )
+    def find_space(self, route: Route) -> SpaceOfImporter | None:
+        """Return the state of the importer in the space of a route, or None if its vectors do not belong there."""
+        if route.generation or route.source.fallback or route.policy.namespace != self._namespace:
+            return None
+        if self._origin is not None and route.origin != self._origin:
+            return None
+        with self._lock:
+            space = self._spaces.get(route.origin)
+            if space is None and self._origin is None and not self._is_task_of(route):
+                return None
+            if space is None:
+                space = self._spaces[route.origin] = SpaceOfImporter(self._begin_space(route))
+                if len(self._spaces) > MAX_SPACES:
+                    del self._spaces[next(iter(self._spaces))]
+            return space
+
+    def _is_task_of(self, route: Route) -> bool:
+        try:
+            return describe_space(route.source.provider, self.task).fingerprint() == route.origin
+        except Exception:  # noqa: BLE001  (the provider does not know the task)
+            return False
+
+    def _begin_space(self, route: Route) -> Verification:
+        """Return the first state of the importer in a space. Hold the lock."""
+        try:
+            check_source(self.source, route.source.provider, self.task)
+        except ImportRefused as error:
+            log.warning("importer %r: %s", self.name, error)
+            return "refused"
+        if self.verify:
+            return "unverified"
+        if self._spaces:
+            log.warning(
+                "importer %r: nothing is imported for model %r, because verify = 0 trusts the source for one vector "
+                "space only, and the first one was another; set verify above 0",
+                self.name,
+                route.space.model,
+            )
+            return "refused"
+        return "off"
 
     def close(self) -> None:
         if self._index is not None:
@@ -197,7 +243,7 @@ class LiveImporter:
             is_ours = isinstance(error, EmbedonceError) and bool(said)
             detail = said if is_ours else ": ".join(filter(None, (type(error).__name__, said)))
         seconds = time.perf_counter() - start
-        return ImporterCheck(self.name, self.source.name, not detail, seconds, self.verification, detail)
+        return ImporterCheck(self.name, self.source.name, not detail, seconds, self.summarize_verification(), detail)
 
     # --- failures and counts ------------------------------------------------------------------
 
@@ -248,10 +294,17 @@ class LiveImporter:
                 **{name: self._counts[name] for name in names},
                 seconds=self._seconds,
                 causes=dict(self._causes),
-                verification=self.verification,
+                verification=self.summarize_verification(),
                 is_skipped=self._breaker.is_open,
                 last_cause=self._last_cause,
             )
+
+    def summarize_verification(self) -> Verification:
+        """Return the best result in any vector space."""
+        states = {space.verification for space in list(self._spaces.values())}
+        first: Verification = "unverified" if self.verify else "off"
+        ordered: Sequence[Verification] = ("off", "verified", "unverified", "refused")
+        return next((state for state in ordered if state in states), first)
 
     # --- verification -------------------------------------------------------------------------
 
@@ -259,11 +312,11 @@ class LiveImporter:
         """Return the name under which the result of the verification is kept, as 32 hex digits."""
         return blake2b(f"{self.task}\n{self.source.name}".encode(errors="replace"), digest_size=16).hexdigest()
 
-    def take_result(self, is_equal: bool) -> None:
+    def take_result(self, space: SpaceOfImporter, *, is_equal: bool) -> None:
         """Take over the result of an earlier verification."""
         with self._lock:
-            if self.verification == "unverified":
-                self.verification = "verified" if is_equal else "refused"
+            if space.verification == "unverified":
+                space.verification = "verified" if is_equal else "refused"
         if not is_equal:
             log.warning(
                 "importer %r: nothing is imported from %s, because a verification has found less than a day ago that "
@@ -272,29 +325,26 @@ class LiveImporter:
                 self.source.name,
             )
 
-    def count_unverified(self) -> int:
+    def count_unverified(self, space: SpaceOfImporter) -> int:
         """Return how many texts are still to be compared."""
         with self._lock:
-            return max(0, self.verify - len(self._compared))
+            return max(0, self.verify - len(space.compared))
 
-    def compare(self, pairs: Mapping[str, tuple[Vector, Vector]]) -> Difference | None:
-        """Compare found vectors with computed vectors, by key. Set :attr:`verification` once the result is clear.
-
-        Return the difference that this call has found.
-        """
+    def compare(self, space: SpaceOfImporter, pairs: Mapping[str, tuple[Vector, Vector]]) -> bool:
+        """Compare found vectors with computed vectors, by key. Return whether this call has made the result clear."""
         with self._lock:
-            if self.verification != "unverified":
-                return None
-            self._compared |= pairs
-            found, computed = zip(*self._compared.values(), strict=True)
+            if space.verification != "unverified":
+                return False
+            space.compared |= pairs
+            found, computed = zip(*space.compared.values(), strict=True)
             difference = find_difference(found, computed, self._dtype)
             if difference is not None:
-                self.verification = "refused"
-            elif len(self._compared) >= self.verify:
-                self.verification = "verified"
+                space.verification = "refused"
+            elif len(space.compared) >= self.verify:
+                space.verification = "verified"
             else:
-                return None
-            self._compared = {}
+                return False
+            space.compared = {}
         if difference is not None:
             log.warning(
                 "importer %r: nothing is imported from %s, because its vectors are not those of the provider: %s",
@@ -302,4 +352,4 @@ class LiveImporter:
                 self.source.name,
                 difference,
             )
-        return difference
+        return True

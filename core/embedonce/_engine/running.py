@@ -20,6 +20,7 @@ from embedonce.contracts import Backend, Importer, Normalizer
 from embedonce.drift import DriftGuard
 from embedonce.errors import ImportRefused
 from embedonce.events import Computed, Event, ProviderStats, Stats, Stored
+from embedonce.functions import NoProvider
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import NO_WORK, Dtype
 
@@ -36,7 +37,7 @@ from .plan import Engine
 from .ports import Port, Ports
 from .recording import SavingsRecorder
 from .repeated_warnings import RepeatedWarnings
-from .routes import LiveProvider, Route, describe_space
+from .routes import LiveProvider, Route
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -174,24 +175,26 @@ class RunningChain:
         )
 
     def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
-        """Ask importers for the texts of this provider that no tier has.
+        """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
 
         Raises:
             ImportOptionError: an importer cannot be used.
             ImportRefused: a source has vectors of other tasks.
         """
+        provider = None if isinstance(source.provider, NoProvider) else source.provider
         live: list[LiveImporter] = []
         for place, one in enumerate(check_imports(imports)):
             taken = {"provider", *(tier.name for tier in self.tiers), *(other.name for other in live)}
             try:
-                check_source(one.importer.source, source.provider, one.task)
+                if provider is not None:
+                    check_source(one.importer.source, provider, one.task)
             except ImportRefused as error:
                 raise ImportOptionError(str(error), place) from error
             live.append(
                 LiveImporter(
                     one,
                     choose_name(one, taken),
-                    origin=describe_space(source.provider, one.task).fingerprint(),
+                    provider=provider,
                     namespace=self.policy.namespace,
                     dtype=self.dtype,
                     emit=self.emit,
