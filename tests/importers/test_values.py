@@ -9,9 +9,10 @@ import pickle
 
 import numpy as np
 import pytest
-from embedonce_importers._values import DECODERS, MAX_VALUE_BYTES, ValueForm, convert_numbers, decode
 from hypothesis import given
 from hypothesis import strategies as st
+
+from embedonce_importers._values import DECODERS, MAX_VALUE_BYTES, ValueForm, convert_numbers, decode
 
 VECTORS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 
@@ -101,5 +102,5 @@ def test_a_json_number_above_the_range_of_floats_is_infinite_or_refused() -> Non
 
 @pytest.mark.parametrize("numbers", [[], [True, 1.0], [None], ["1"], [[1.0]], [1j], [10**400]])
 def test_items_that_are_not_numbers_are_refused(numbers: list[object]) -> None:
-    with pytest.raises(ValueError, match="empty|number"):
+    with pytest.raises(ValueError, match=r"empty|number"):
         convert_numbers(numbers)
