@@ -6,26 +6,20 @@ no setting outlives its transaction, so a transaction pooler such as PgBouncer m
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import psycopg
-from numpy.typing import NDArray
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from embedonce.contracts import FoundVectors, time_left
+from embedonce.contracts import time_left
 from embedonce.errors import ConfigError, SourceError, TierBusy, TierTimeout
-from embedonce.vectors import Matrix, Vector
 
 Statement: TypeAlias = sql.SQL | sql.Composed
 Row: TypeAlias = tuple[Any, ...]
@@ -41,15 +35,6 @@ COUNT_SECONDS = 5.0
 """Time limit in seconds for counting rows. A count is only for the progress, so a slow one is given up."""
 SCAN_ROWS = 1000
 """Number of rows that a scan reads per round trip."""
-MAX_LISTED = 20
-"""Maximum number of names that a message lists."""
-LEAST_COSINE = 0.999
-"""Minimum cosine of two vectors of one text that count as the same. A model computes a text slightly differently each
-time."""
-
-NO_VECTOR = "no vector"
-NO_TEXT = "no text"
-SEVERAL_VECTORS = "several different vectors of one text"
 
 
 # --- connections ------------------------------------------------------------------------------
@@ -214,8 +199,10 @@ class Database:
 
 def _begin(connection: _Connection, seconds: float | None) -> None:
     """Begin a read-only transaction, in which a statement may take ``seconds``."""
-    limit = "" if seconds is None else f"; SET LOCAL statement_timeout = {max(1, int(1000 * seconds))}"
-    connection.execute(sql.SQL("BEGIN READ ONLY" + limit))
+    begin: Statement = sql.SQL("BEGIN READ ONLY")
+    if seconds is not None:
+        begin += sql.SQL("; SET LOCAL statement_timeout = {}").format(max(1, int(1000 * seconds)))
+    connection.execute(begin)
 
 
 def _is_usable(connection: _Connection) -> bool:
@@ -320,215 +307,6 @@ def explain_errors(database: Database) -> Iterator[None]:
         ) from error
     except psycopg.Error as error:
         raise SourceError(f"cannot read {database.name}: {error}") from error
-
-
-# --- tables -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table or a view, and the types of its columns."""
-
-    name: str
-    """The name for messages: schema and table."""
-    identifier: sql.Identifier
-    columns: Mapping[str, str]
-    """For each column, the name of its type in ``pg_type``, such as ``_float4`` for ``real[]``."""
-
-    def check_column(self, column: str, option: str, expected: Iterable[str], advice: str) -> str:
-        """Return the type of a column that an option names.
-
-        Raises:
-            SourceError: there is no such column, or its type is not ``expected``; ``advice`` says what to do then.
-        """
-        if column not in self.columns:
-            raise SourceError(
-                f"{self.name} has no column {column!r} ({option}); it has {list_names(self.columns)}"
-                f"{suggest_name(column, self.columns)}"
-            )
-        kind = self.columns[column]
-        if kind not in expected:
-            raise SourceError(
-                f"the column {column!r} ({option}) of {self.name} has the type {format_type(kind)}; {advice}"
-            )
-        return kind
-
-
-def format_type(name: str) -> str:
-    """Return a type's name in ``pg_type`` as people write it: ``real[]`` for ``_float4``."""
-    known = {"float4": "real", "float8": "double precision", "bpchar": "char"}
-    base = name.removeprefix("_")
-    return known.get(base, base) + "[]" * name.startswith("_")
-
-
-_FIND_TABLE = sql.SQL("""
-SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relname = %s AND n.nspname = %s AND c.relkind IN ('r', 'v', 'm', 'p', 'f')""")
-
-_LIST_TABLES = sql.SQL("""
-SELECT n.nspname::text, c.relname::text
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'v', 'm', 'p', 'f') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
-ORDER BY 1, 2""")
-
-# A domain counts as the type that it is based on.
-_LIST_COLUMNS = sql.SQL("""
-SELECT a.attname::text, coalesce(b.typname, t.typname)::text
-FROM pg_catalog.pg_attribute a
-JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
-LEFT JOIN pg_catalog.pg_type b ON b.oid = t.typbasetype
-WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped
-ORDER BY a.attnum""")
-
-
-def inspect_table(database: Database, table: str, schema: str | None = None, *, advice: str = "") -> Table:
-    """Return a table and its columns. Without ``schema``, the table is searched as in a query, in the search path.
-
-    Raises:
-        SourceError: there is no such table. The message lists the tables that exist, and ends with ``advice``.
-    """
-    if schema is None:
-        regclass = sql.SQL("SELECT pg_catalog.to_regclass(pg_catalog.quote_ident(%s))::oid")
-        found = [row for row in database.run(regclass, (table,)) if row[0] is not None]
-    else:
-        found = database.run(_FIND_TABLE, (table, schema))
-    if not found:
-        where = f"the schema {schema!r} of {database.name}" if schema else database.name
-        raise SourceError(f"{where} has no table {table!r}{_list_tables(database, table, schema)}{advice}")
-    columns = {str(name): str(kind) for name, kind in database.run(_LIST_COLUMNS, (int(found[0][0]),))}
-    identifier = sql.Identifier(schema, table) if schema else sql.Identifier(table)
-    return Table(f"{schema}.{table}" if schema else table, identifier, columns)
-
-
-def _list_tables(database: Database, table: str, schema: str | None) -> str:
-    """Return the end of a message: which tables exist, and which of them may be meant."""
-    tables = [(str(where), str(name)) for where, name in database.run(_LIST_TABLES)]
-    elsewhere = [where for where, name in tables if name == table]
-    if elsewhere:
-        return f"; there is one in the schema {list_names(elsewhere)}: set {'schema' if schema else 'search_path'}"
-    names = [name if where == (schema or "public") else f"{where}.{name}" for where, name in tables]
-    return f"; it has {list_names(names)}{suggest_name(table, names)}" if names else "; it has no tables"
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Return names for a message, in quotes, at most :data:`MAX_LISTED` of them."""
-    quoted = [repr(name) for name in names]
-    more = f" and {len(quoted) - MAX_LISTED:,} more" if len(quoted) > MAX_LISTED else ""
-    return (", ".join(quoted[:MAX_LISTED]) or "none") + more
-
-
-def suggest_name(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message that suggests the most similar of ``names``; empty if none is similar."""
-    found = difflib.get_close_matches(name.lower(), by_form := {known.lower(): known for known in names}, n=1)
-    return f". Did you mean {by_form[found[0]]!r}?" if found else ""
-
-
-# --- vectors ----------------------------------------------------------------------------------
-
-ARRAYS = ("vector", "halfvec", "_float4", "_float8")
-"""The types that :func:`select_vector` reads as arrays of numbers."""
-
-_HEADER = np.dtype([("axes", ">i4"), ("has_null", ">i4"), ("kind", ">u4"), ("size", ">i4"), ("first", ">i4")])
-"""The beginning of an array of one axis in Postgres' binary format. The elements follow, each after its size."""
-_ELEMENTS = {
-    700: np.dtype([("size", ">i4"), ("value", ">f4")]),
-    701: np.dtype([("size", ">i4"), ("value", ">f8")]),
-}
-"""The layout of an element, by the number of the type (float4, float8)."""
-
-
-def select_vector(column: sql.Composable, kind: str) -> Statement:
-    """Return the expression that selects a vector column in the form in which this module or ``_values`` decodes it.
-
-    The types in :data:`ARRAYS` become Postgres' binary form of an array, in which a value is read fastest. It needs
-    nothing of pgvector in this process.
-    """
-    if kind in ("vector", "halfvec"):
-        return sql.SQL("pg_catalog.array_send({}::real[])").format(column)
-    if kind in ARRAYS:
-        return sql.SQL("pg_catalog.array_send({})").format(column)
-    return sql.SQL("{}").format(column) if kind == "bytea" else sql.SQL("{}::text").format(column)
-
-
-def decode_array(value: bytes) -> Vector:
-    """Return the float32 vector in the binary form of an array.
-
-    Raises:
-        ValueError: the array is empty, has several axes, or has a null.
-    """
-    if len(value) < _HEADER.itemsize:
-        raise ValueError("an empty array")
-    header = np.frombuffer(value, _HEADER, count=1)[0]
-    if header["axes"] != 1:
-        raise ValueError("an array of arrays")
-    if header["has_null"]:
-        raise ValueError("an array with a null")
-    elements = np.frombuffer(value, _ELEMENTS[int(header["kind"])], offset=_HEADER.itemsize)
-    return _round(elements["value"])
-
-
-def decode_arrays(values: Sequence[bytes | None]) -> Matrix | None:
-    """Return a matrix with the vector of each value, or None if a value is missing, invalid, or of another length."""
-    size = len(values[0] or b"") if values else 0
-    if size <= _HEADER.itemsize or any(value is None or len(value) != size for value in values):
-        return None
-    block = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)  # type: ignore[arg-type]
-    headers = np.ascontiguousarray(block[:, : _HEADER.itemsize]).view(_HEADER)[:, 0]
-    if (headers["axes"] != 1).any() or headers["has_null"].any():
-        return None
-    elements = np.ascontiguousarray(block[:, _HEADER.itemsize :]).view(_ELEMENTS[int(headers["kind"][0])])
-    return _round(elements["value"])
-
-
-def _round(numbers: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # it becomes infinity, which the engine refuses
-        return numbers.astype(np.float32)
-
-
-def make_found(
-    texts: Sequence[str],
-    values: Sequence[bytes | str | None],
-    decode: Callable[[Any], NDArray[np.floating[Any]]] = decode_array,
-) -> FoundVectors:
-    """Return texts with the vectors of their values; row i of ``values`` belongs to text i.
-
-    A value that ``decode`` refuses with a ValueError is counted, and so is each value that is None.
-    """
-    if decode is decode_array and (matrix := decode_arrays(values)) is not None:  # type: ignore[arg-type]
-        return FoundVectors(texts, matrix)
-    unreadable: Counter[str] = Counter()
-    kept: list[str] = []
-    vectors: list[Vector] = []
-    for text, value in zip(texts, values, strict=True):
-        try:
-            if value is None:
-                raise ValueError(NO_VECTOR)
-            vectors.append(_round(decode(value)))
-        except ValueError as error:
-            unreadable[str(error)] += 1
-        else:
-            kept.append(text)
-    return FoundVectors(kept, vectors, unreadable)
-
-
-def merge_repeated(found: FoundVectors) -> FoundVectors:
-    """Return each text once. A text whose vectors differ is left out and counted, since only one of them is right."""
-    if len(set(found.texts)) == len(found.texts):
-        return found
-    rows: dict[str, list[Vector]] = {}
-    for text, row in zip(found.texts, found.vectors, strict=True):
-        rows.setdefault(text, []).append(np.asarray(row, np.float32))
-    kept = {text: same[0] for text, same in rows.items() if all(_is_same(same[0], other) for other in same[1:])}
-    unreadable = Counter(found.unreadable)
-    unreadable[SEVERAL_VECTORS] += len(rows) - len(kept)
-    return FoundVectors(list(kept), list(kept.values()), +unreadable)
-
-
-def _is_same(left: Vector, right: Vector) -> bool:
-    if left.shape != right.shape:
-        return False
-    product = float(np.linalg.norm(left.astype(np.float64)) * np.linalg.norm(right.astype(np.float64)))
-    return bool(product) and float(left.astype(np.float64) @ right) / product >= LEAST_COSINE
 
 
 def is_storable(text: str) -> bool:

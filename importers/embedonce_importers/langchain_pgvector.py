@@ -17,20 +17,10 @@ from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import SourceError
 from embedonce.options import Doc
 
-from ._postgres import (
-    NO_TEXT,
-    Database,
-    Row,
-    Statement,
-    explain_errors,
-    inspect_table,
-    is_storable,
-    list_names,
-    make_found,
-    merge_repeated,
-    select_vector,
-    suggest_name,
-)
+from ._found import NO_TEXT, merge_repeated
+from ._missing_names import describe_missing
+from ._postgres import Database, Row, Statement, explain_errors, is_storable
+from ._postgres_tables import decode_rows, inspect_table, select_vector
 
 api = 1
 
@@ -117,15 +107,13 @@ class LangChainPGVectorImporter:
                 f"in {COLLECTIONS}; rename all but one of them"
             )
         if self._collection not in names:
-            raise SourceError(
-                f"{self._database.name} has no collection {self._collection!r}; it has {list_names(names)}"
-                f"{suggest_name(self._collection, names)}"
-            )
+            problem = f"{self._database.name} has no collection"
+            raise SourceError(describe_missing(problem, self._collection, [*names], "collections"))
 
 
 def _make_part(rows: Sequence[Row]) -> FoundVectors:
     with_text = [row for row in rows if row[0] is not None]
-    found = make_found([text for text, _ in with_text], [value for _, value in with_text])
+    found = decode_rows([text for text, _ in with_text], [value for _, value in with_text])
     missing = len(rows) - len(with_text)
     return FoundVectors(found.texts, found.vectors, {**found.unreadable, NO_TEXT: missing}) if missing else found
 
