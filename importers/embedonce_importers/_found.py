@@ -9,17 +9,17 @@ from embedonce.contracts import FoundVectors
 
 from ._values import DecodedVector
 
-V = TypeVar("V")
+Item = TypeVar("Item")
 
 
-def collect_vectors(stored: Iterable[tuple[str, V]], decode: Callable[[V], DecodedVector]) -> FoundVectors:
-    """Decode the stored value of each text. ValueErrors of ``decode`` are counted by their messages."""
+def collect_vectors(items: Iterable[Item], read: Callable[[Item], tuple[str, DecodedVector]]) -> FoundVectors:
+    """Return the texts and vectors that ``read`` makes of the items. Its ValueErrors are counted by their messages."""
     texts: list[str] = []
     vectors: list[DecodedVector] = []
     unreadable: dict[str, int] = {}
-    for text, value in stored:
+    for item in items:
         try:
-            vector = decode(value)
+            text, vector = read(item)
         except ValueError as error:
             unreadable[str(error)] = unreadable.get(str(error), 0) + 1
         else:

@@ -26,7 +26,7 @@ from ._langchain_keys import (
     make_source,
 )
 from ._redis import RedisReader, UrlOption
-from ._values import decode_json
+from ._values import DecodedVector, decode_json
 
 api = 1
 
@@ -82,12 +82,16 @@ class LangChainRedisImporter:
         keys = {text: encode_key(text, self._prefix + self._namespace, self._key_encoder) for text in texts}
         asked = [(text, key) for text, key in keys.items() if key is not None]
         values = self._reader.get_values([key.encode() for _, key in asked])
-        pairs = ((text, value) for (text, _), value in zip(asked, values, strict=True) if value is not None)
-        return collect_vectors(pairs, decode_json)
+        items = ((text, value) for (text, _), value in zip(asked, values, strict=True) if value is not None)
+        return collect_vectors(items, _read)
 
     def close(self) -> None:
         """Close the connections."""
         self._reader.close()
+
+
+def _read(item: tuple[str, bytes]) -> tuple[str, DecodedVector]:
+    return item[0], decode_json(item[1])
 
 
 @hookimpl

@@ -98,7 +98,7 @@ class LiteLLMRedisImporter:
         for (text, _), value in zip(keys, self._reader.get_values([key for _, key in keys]), strict=True):
             if value is not None:
                 stored.setdefault(text, []).append(value)
-        return collect_vectors(((text, (text, values)) for text, values in stored.items()), _decode_first)
+        return collect_vectors(stored.items(), _read)
 
     def close(self) -> None:
         """Close the connections."""
@@ -123,19 +123,19 @@ def is_ambiguous(text: str) -> bool:
     return bool(LOOKS_LIKE_PARAMETERS.search(text) or LOOKS_LIKE_TOKENS.fullmatch(text))
 
 
-def _decode_first(stored: tuple[str, Sequence[bytes]]) -> DecodedVector:
-    """Return the first valid vector of a text. Its values differ only in the encoding_format of the request.
+def _read(item: tuple[str, Sequence[bytes]]) -> tuple[str, DecodedVector]:
+    """Return a text and its first valid vector. Its values differ only in the encoding_format of the request.
 
     Raises:
         ValueError: no value is valid, or the text is ambiguous. The message is a short reason.
     """
-    text, values = stored
+    text, values = item
     if is_ambiguous(text):
         raise ValueError(AMBIGUOUS)
     problem = ValueError("no value")
     for value in values:
         try:
-            return decode_answer(value)
+            return text, decode_answer(value)
         except ValueError as error:
             problem = error
     raise problem

@@ -88,16 +88,17 @@ class RedisImporter:
                 if value is not None:
                     yield from ((text, value) for text in groups[key])
 
-        return collect_vectors(pair_texts(), self._decode)
+        return collect_vectors(pair_texts(), self._read)
 
     def close(self) -> None:
         """Close the connections."""
         self._reader.close()
 
-    def _decode(self, value: bytes | WrongType) -> DecodedVector:
+    def _read(self, item: tuple[str, bytes | WrongType]) -> tuple[str, DecodedVector]:
+        text, value = item
         if isinstance(value, WrongType):
             raise ValueError("not a hash")
-        return self._decode_value(value)
+        return text, self._decode_value(value)
 
 
 @hookimpl

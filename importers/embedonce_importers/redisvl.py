@@ -71,15 +71,16 @@ class RedisVLImporter:
         """Return the texts that the cache has."""
         keys = {text: key for text in texts if (key := self._make_key(text)) is not None}
         rows = self._reader.get_fields(list(keys.values()), FIELDS)
-        return collect_vectors(
-            ((text, (text, row)) for text, row in zip(keys, rows, strict=True) if not _is_missing(row)), self._decode
-        )
+        stored = (item for item in zip(keys, rows, strict=True) if not _is_missing(item[1]))
+        return collect_vectors(stored, self._read)
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield all texts of the model."""
         for keys in self._reader.scan_keys(self._prefix, "hash"):
             rows = self._reader.get_fields(keys, FIELDS)
-            yield collect_vectors(self._list_entries(keys, rows), self._decode)
+            # The row of another model is skipped, and a key that was replaced by another type since it was listed.
+            own = ((k, row) for k, row in zip(keys, rows, strict=True) if _get_model(row) == self._model.encode())
+            yield collect_vectors(own, self._read_listed)
 
     def count(self) -> int | None:
         """Return None, because Redis does not count keys by their beginning."""
@@ -96,31 +97,33 @@ class RedisVLImporter:
         except UnicodeEncodeError:
             return None
 
-    def _list_entries(self, keys: Sequence[bytes], rows: Sequence[Row]) -> Iterator[tuple[str, tuple[str, Row]]]:
-        for key, row in zip(keys, rows, strict=True):
-            if isinstance(row, WrongType) or row[1] != self._model.encode():
-                continue  # an entry of another model, or a key that has been replaced since it was listed
-            text = None if row[0] is None else row[0].decode("utf-8", "replace")
-            # The key also says whether the content was stored as bytes. Such content is not a text.
-            if text is not None and key == self._make_key(text):
-                yield text, (text, row)
-            elif not _is_missing(row):
-                yield "", ("", WRONG_CONTENT)
-
-    def _decode(self, entry: tuple[str, Row]) -> DecodedVector:
-        text, row = entry
+    def _read(self, item: tuple[str, Row]) -> tuple[str, DecodedVector]:
+        text, row = item
         if isinstance(row, WrongType):
             raise ValueError("not a hash")
         content, model, embedding = row
         if content != text.encode() or model != self._model.encode():
-            raise ValueError("an entry of another text or model, or of bytes, under this key")
+            raise ValueError(OTHER_CONTENT)
         if embedding is None:
             raise ValueError("no embedding")
-        return decode_json(embedding)
+        return text, decode_json(embedding)
+
+    def _read_listed(self, item: tuple[bytes, Row]) -> tuple[str, DecodedVector]:
+        key, row = item
+        content = b"" if isinstance(row, WrongType) else row[0] or b""
+        # Bytes are embedded too, such as those of an image. Their key is the hash of their hexadecimal form, even if
+        # they can be decoded as a text.
+        text = content.decode("utf-8", "replace")
+        if key != self._make_key(text):
+            raise ValueError(OTHER_CONTENT)
+        return self._read((text, row))
 
 
-WRONG_CONTENT: Row = (None, None, None)
-"""Stands for an entry whose key does not belong to its content."""
+OTHER_CONTENT = "an entry of bytes, or of another text or model"
+
+
+def _get_model(row: Row) -> bytes | None:
+    return None if isinstance(row, WrongType) else row[1]
 
 
 def _is_missing(row: Row) -> bool:
