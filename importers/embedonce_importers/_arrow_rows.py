@@ -5,7 +5,7 @@ This module imports pyarrow, so an importer imports this module inside its metho
 
 from __future__ import annotations
 
-import difflib
+import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from embedonce.contracts import FoundVectors
 from embedonce.errors import SourceError
 
 from ._llama_index_texts import NODE_COLUMN, is_text_alone_embedded
+from ._missing_names import MAX_SHOWN, describe_missing
 
 BATCH_ROWS = 2048
 """Maximum number of rows per part. A part with vectors of 3,072 dimensions takes 25 MB."""
@@ -44,10 +44,9 @@ VECTOR_NAMES = ("vector", "vectors", "embedding", "embeddings", "emb", "dense", 
 NOT_TEXT_NAMES = ("id", "ids", "_id", "uuid", "key", "hash", "url", "uri", "path", "__index_level_0__")
 """Names of columns that are never chosen as the texts unless an option names them."""
 
-MAX_SHOWN = 20
-"""Maximum number of columns that an error lists."""
-
-_compute: Any = pa.compute
+compute: Any = importlib.import_module(
+    "pyarrow.compute"
+)  # pyright does not know the functions that pyarrow makes when it is imported
 Array: TypeAlias = Any
 """An ``Array`` or ``ChunkedArray`` of pyarrow, which has no types."""
 DataType: TypeAlias = Any
@@ -135,9 +134,7 @@ def _choose(
                 f"{where}: the column {wanted!r} has the type {types[wanted]}, and not {needed}; choose another column "
                 f"with the option {option}. The columns are {_show(types)}"
             )
-        closest = difflib.get_close_matches(wanted, types, n=1)
-        hint = f"; did you mean {closest[0]!r}?" if closest else "."
-        raise SourceError(f"{where} has no column {wanted!r}{hint} The columns are {_show(types)}")
+        raise SourceError(describe_missing(f"{where} has no column", wanted, list(types), "columns"))
     known = [name for name in usable if name.lower() in preferred]
     found = known if known else usable
     if len(found) == 1:
@@ -237,7 +234,7 @@ def _decode(value: bytes | None, counts: Counter[str]) -> str | None:
 
 def _find_good_vectors(vectors: Array, is_wanted: NDArray[np.bool_], counts: Counter[str]) -> NDArray[np.bool_]:
     """Return which rows have a vector without nulls. A row that is not wanted is not counted a second time."""
-    lengths = _compute.list_value_length(vectors).fill_null(0).to_numpy(zero_copy_only=False)
+    lengths = compute.list_value_length(vectors).fill_null(0).to_numpy(zero_copy_only=False)
     is_empty = lengths == 0
     if empty := int((is_empty & is_wanted).sum()):
         counts["row without a vector"] += empty
@@ -257,7 +254,7 @@ def _read_vectors(vectors: Array) -> Matrix | list[Matrix]:
     values = vectors.flatten().to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # embedonce refuses a row with an infinite number
         values = values.astype(np.float32, copy=False)
-    lengths = _compute.list_value_length(vectors).to_numpy(zero_copy_only=False)
+    lengths = compute.list_value_length(vectors).to_numpy(zero_copy_only=False)
     if len(lengths) == 0:
         return np.empty((0, 0), np.float32)
     if (lengths == lengths[0]).all():

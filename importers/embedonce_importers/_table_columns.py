@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.ipc  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
 from embedonce.contracts import FoundVectors
 from embedonce.errors import SourceError
@@ -76,7 +75,7 @@ class ParquetTable:
         with (
             open_file(self._path) as file,
             translate_errors(self._path, "Parquet"),
-            pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table,
+            parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table,
         ):
             yield table
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.csv  # type: ignore[import-untyped]
-import pyarrow.json  # type: ignore[import-untyped]
+import pyarrow.csv as arrow_csv  # type: ignore[import-untyped]
+import pyarrow.json as arrow_json  # type: ignore[import-untyped]
 
 from embedonce.contracts import FoundVectors
 from embedonce.errors import SourceError
@@ -110,10 +110,10 @@ def _parse_json(block: bytes, schema: Any, counts: Counter[str]) -> Iterator[Any
     if not block.strip():
         return
     try:
-        yield pa.json.read_json(
+        yield arrow_json.read_json(
             pa.BufferReader(block),
-            read_options=pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
-            parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            read_options=arrow_json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
     except pa.ArrowException:
         middle = block.find(b"\n", len(block) // 2)
@@ -145,13 +145,13 @@ class CsvTable:
             open_file(self._path) as file,
             translate_errors(self._path, "CSV"),
             closing(
-                pa.csv.open_csv(
+                arrow_csv.open_csv(
                     file,
-                    read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES),
-                    parse_options=pa.csv.ParseOptions(
+                    read_options=arrow_csv.ReadOptions(block_size=BLOCK_BYTES),
+                    parse_options=arrow_csv.ParseOptions(
                         delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip
                     ),
-                    convert_options=pa.csv.ConvertOptions(check_utf8=False, **options),
+                    convert_options=arrow_csv.ConvertOptions(check_utf8=False, **options),
                 )
             ) as reader,
         ):
@@ -162,27 +162,21 @@ class CsvTable:
             schema = reader.schema
             described = describe_schema(schema, self._path)
         with self._open(column_types=dict.fromkeys(schema.names, pa.binary())) as reader:
-            first = reader.read_next_batch().slice(0, 100)
-        is_text = {field.name for field in schema if not pa.types.is_integer(field.type)}
-        is_text -= {field.name for field in schema if pa.types.is_floating(field.type)}
-        vectors = [name for name in schema.names if _starts_with_bracket(first.column(name).to_pylist())]
+            first = next(iter(reader), None)
+        if first is None:
+            raise SourceError(f"{self._path} has a header and no rows; give a file that has rows")
+        cells = first.slice(0, 100).to_pydict()
+        vectors = [name for name in schema.names if _starts_with_bracket(cells[name])]
         types = {name: "a list as text" if name in vectors else type_ for name, type_ in described.types.items()}
-        return Schema(types, [name for name in schema.names if name in is_text - set(vectors)], vectors)
+        return Schema(types, [name for name in described.texts if name not in vectors], vectors)
 
     def read(self, columns: Columns) -> Iterator[FoundVectors]:
         counts: Counter[str] = Counter()
-        types = dict.fromkeys(columns.names, pa.binary())
+        types = {name: pa.binary() if name == columns.vector else pa.string() for name in columns.names}
         options = {"include_columns": columns.names, "include_missing_columns": True, "column_types": types}
         with self._open(counts=counts, **options) as reader:
             for batch in reader:
-                vectors = pa.array(
-                    _parse_cells(batch.column(columns.vector).to_pylist(), counts), pa.list_(pa.float64())
-                )
-                arrays = {columns.text: batch.column(columns.text), columns.vector: vectors}
-                if columns.node is not None:
-                    arrays[columns.node] = batch.column(columns.node)
-                found = {name: _to_text(array) if name != columns.vector else array for name, array in arrays.items()}
-                yield from read_parts(pa.RecordBatch.from_pydict(found), columns, counts)
+                yield from read_parts(_parse_vectors(batch, columns.vector, counts), columns, counts)
                 counts.clear()
         if counts:
             yield FoundVectors([], [], dict(counts))
@@ -196,23 +190,22 @@ def _starts_with_bracket(cells: Sequence[bytes | None]) -> bool:
     return bool(filled) and all(cell.startswith(b"[") for cell in filled)
 
 
-def _to_text(array: Any) -> Any:
-    """Return a column of bytes as text. It may have invalid UTF-8, which is counted when it is decoded."""
-    return pa.Array.from_buffers(pa.string(), len(array), array.buffers(), array.null_count, array.offset)
-
-
-def _parse_cells(cells: Sequence[bytes | None], counts: Counter[str]) -> list[Any]:
-    return [_parse_cell(cell, counts) for cell in cells]
-
-
-def _parse_cell(cell: bytes | None, counts: Counter[str]) -> Any:
-    if cell is None or not cell.strip():
-        return None
-    try:
-        return decode_json(cell)
-    except ValueError as error:
-        counts[f"vector is {error}"] += 1
-        return None
+def _parse_vectors(batch: Any, column: str, counts: Counter[str]) -> Any:
+    """Return a batch whose column has vectors and not JSON. Rows with an invalid vector are counted and left out."""
+    vectors: list[Any] = []
+    is_kept: list[bool] = []
+    for cell in batch.column(column).to_pylist():
+        try:
+            vector = decode_json(cell) if cell and cell.strip() else None
+        except ValueError as error:
+            counts[f"vector is {error}"] += 1
+            is_kept.append(False)
+            continue
+        vectors.append(vector)
+        is_kept.append(True)
+    kept = batch.filter(pa.array(is_kept, pa.bool_()))
+    index = kept.schema.get_field_index(column)
+    return kept.set_column(index, column, pa.array(vectors, pa.list_(pa.float64())))
 
 
 class NumpyTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,15 +10,11 @@ from embedonce.contracts import FoundVectors
 from ._arrow_rows import Columns, choose_columns
 from ._table_files import open_table
 
-_log = logging.getLogger("embedonce.importers")
-
 
 def choose_table_columns(
     files: Sequence[Path], *, text_column: str | None, vector_column: str | None, where: str
 ) -> Columns:
     """Return the columns to read. A column counts if at least one of the files has it.
-
-    The columns are logged, so that a user sees which ones were chosen.
 
     Raises:
         SourceError: a file cannot be read, a named column is missing, or it is not clear which columns are meant.
@@ -32,11 +27,9 @@ def choose_table_columns(
         types.update(schema.types)
         texts.update(dict.fromkeys(schema.texts))
         vectors.update(dict.fromkeys(schema.vectors))
-    columns = choose_columns(
+    return choose_columns(
         list(texts), list(vectors), types, text_column=text_column, vector_column=vector_column, where=where
     )
-    _log.info("%s: reading %s", where, columns)
-    return columns
 
 
 def scan_files(files: Sequence[Path], columns: Columns) -> Iterator[FoundVectors]:

@@ -6,15 +6,21 @@ NumPy arrays beside a text file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from embedonce import hookimpl
 from embedonce.contracts import FoundVectors, Source
 from embedonce.options import Doc
 
+if TYPE_CHECKING:
+    from ._arrow_rows import Columns
+
 api = 1
+
+log = logging.getLogger("embedonce")
 
 
 class TableImporter:
@@ -48,7 +54,11 @@ class TableImporter:
         Raises:
             SourceError: a file is missing or damaged, or it is not clear which columns have the texts and the vectors.
         """
-        next(iter(self.scan()), None)
+        from ._table_scans import scan_files
+
+        files, columns = self._find_columns()
+        log.info("%s: reading %s", self._path, columns)
+        next(scan_files(files, columns), None)
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield the rows of all files, in the order of the files' names.
@@ -56,14 +66,9 @@ class TableImporter:
         Raises:
             SourceError: a file is missing or damaged, or it is not clear which columns have the texts and the vectors.
         """
-        from ._table_files import list_files
-        from ._table_scans import choose_table_columns, scan_files
+        from ._table_scans import scan_files
 
-        files = list_files(self._path)
-        columns = choose_table_columns(
-            files, text_column=self._text_column, vector_column=self._vector_column, where=str(self._path)
-        )
-        yield from scan_files(files, columns)
+        yield from scan_files(*self._find_columns())
 
     def count(self) -> int | None:
         """Return the number of rows; None for JSON Lines, CSV and Arrow streams, which do not say it."""
@@ -71,6 +76,15 @@ class TableImporter:
         from ._table_scans import count_rows
 
         return count_rows(list_files(self._path))
+
+    def _find_columns(self) -> tuple[list[Path], Columns]:
+        from ._table_files import list_files
+        from ._table_scans import choose_table_columns
+
+        files = list_files(self._path)
+        return files, choose_table_columns(
+            files, text_column=self._text_column, vector_column=self._vector_column, where=str(self._path)
+        )
 
     def close(self) -> None:
         """Do nothing, because a file is open only while it is read."""
