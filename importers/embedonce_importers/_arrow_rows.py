@@ -5,7 +5,6 @@ This module imports pyarrow, so an importer imports this module inside its metho
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from pyarrow import compute as arrow_compute
 
 from embedonce.contracts import FoundVectors
 from embedonce.errors import SourceError
@@ -44,9 +44,8 @@ VECTOR_NAMES = ("vector", "vectors", "embedding", "embeddings", "emb", "dense", 
 NOT_TEXT_NAMES = ("id", "ids", "_id", "uuid", "key", "hash", "url", "uri", "path", "__index_level_0__")
 """Names of columns that are never chosen as the texts unless an option names them."""
 
-compute: Any = importlib.import_module(
-    "pyarrow.compute"
-)  # pyright does not know the functions that pyarrow makes when it is imported
+compute: Any = arrow_compute
+"""The same module without its types, because type checkers cannot see the functions that pyarrow makes at run time."""
 Array: TypeAlias = Any
 """An ``Array`` or ``ChunkedArray`` of pyarrow, which has no types."""
 DataType: TypeAlias = Any

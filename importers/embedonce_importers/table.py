@@ -15,6 +15,8 @@ from embedonce import hookimpl
 from embedonce.contracts import FoundVectors, Source
 from embedonce.options import Doc
 
+from ._packages import require_package
+
 if TYPE_CHECKING:
     from ._arrow_rows import Columns
 
@@ -37,6 +39,7 @@ class TableImporter:
             str | None, Doc("Column with the vectors. Default: the only column that may have vectors.")
         ] = None,
     ) -> None:
+        require_package("pyarrow")
         self._path = path
         self._text_column = text_column
         self._vector_column = vector_column
