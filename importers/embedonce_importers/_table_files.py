@@ -70,7 +70,7 @@ def list_files(path: Path) -> list[Path]:
         return [file for name in names for file in _list_dataset(path / name)]
     if (path / "state.json").exists():
         return _list_dataset(path)
-    found = sorted(_walk(path))
+    found = sorted(walk_files(path))
     formats = sorted({SUFFIXES[file.suffix.lower()] for file in found})
     if not found:
         raise SourceError(f"{path} has no files whose names end in {', '.join(SUFFIXES)}; give the folder with them")
@@ -82,7 +82,12 @@ def list_files(path: Path) -> list[Path]:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in and below a folder whose names have a known suffix. Links to folders are not followed.
+
+    Raises:
+        SourceError: a folder is missing or cannot be listed.
+    """
     check_folder(folder)
 
     def fail(error: OSError) -> None:
