@@ -283,5 +283,7 @@ def errors(cache: Cache) -> None:
         assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
+    except (ImportRefused, SourceError) as error:
+        print(error)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:
         print(error)
