@@ -143,11 +143,23 @@ class KeyTemplate:
         return "".join([part.build(text) for part in self._parts])
 
     def group_by_key(self, texts: Sequence[str]) -> dict[str, list[str]]:
-        """Return the texts by their keys. With steps, several texts may have the same key."""
+        """Return the texts by their keys. With steps, several texts may have the same key.
+
+        Texts with a lone surrogate are left out: they have no UTF-8, so the other program cannot have stored them.
+        """
         groups: dict[str, list[str]] = {}
         for text in texts:
-            groups.setdefault(self.make_key(text), []).append(text)
+            if text.isascii() or _has_utf8(text):
+                groups.setdefault(self.make_key(text), []).append(text)
         return groups
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Parser:
