@@ -72,9 +72,7 @@ def test_texts_are_looked_up_and_scanned_in_columns_of_any_type(database: Path, 
         texts = TEXTS  # SQLite would change the others
     vectors = np.arange(len(texts) * 4, dtype=np.float32).reshape(-1, 4) + 1
     rows = [(text, row.tobytes()) for text, row in zip(texts, vectors, strict=True)]
-    run(
-        database, f"CREATE TABLE cache (text {declared}, embedding BLOB)", rows=("INSERT INTO cache VALUES (?,?)", rows)
-    )
+    run(database, f"CREATE TABLE c (text {declared}, embedding)", rows=("INSERT INTO c VALUES (?, ?)", rows))
     importer = make(database, table="C", text_column="Text", value="float32")
     importer.check()
     expected = dict(zip(texts, vectors.tolist(), strict=True))
