@@ -107,7 +107,7 @@ class ReadOnlyDatabase:
         connection = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,
-            timeout=CHECK_TIMEOUT,
+            timeout=0,
             isolation_level=None,
             check_same_thread=False,
         )
@@ -115,6 +115,7 @@ class ReadOnlyDatabase:
             connection.text_factory = bytes
             for limit, value in _LIMITS:
                 connection.setlimit(limit, value)
+            set_deadline(connection)
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").close()
             connection.execute("SELECT count(*) FROM sqlite_master").fetchall()  # reads the file for the first time

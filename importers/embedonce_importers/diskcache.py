@@ -136,14 +136,14 @@ class _Reader:
     """Reads the values of rows, in the row or in a file beside the database."""
 
     def __init__(self, form: ValueForm, stack: ExitStack) -> None:
-        self._form = form
+        self._form: ValueForm = form
         self._stack = stack
         self._folders: dict[Path, Folder] = {}
 
     def read(self, item: tuple[str, Path, Sequence[Any]]) -> tuple[str, DecodedVector]:
         text, folder, (_, mode, filename, value) = item
-        form: ValueForm = "pickled-list" if mode == PICKLE else self._form
-        return text, decode(get_bytes(value) if filename is None else self._read_file(folder, filename), form)
+        content = get_bytes(value) if filename is None else self._read_file(folder, filename)
+        return text, decode(content, "pickled-list") if mode == PICKLE else decode(content, self._form)
 
     def _read_file(self, path: Path, filename: object) -> bytes:
         time_left()  # raises an error after the deadline
