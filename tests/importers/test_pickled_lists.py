@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedonce_importers._pickled_lists import parse_pickled_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from embedonce_importers._pickled_lists import parse_pickled_list
 
 NUMBERS = st.floats(allow_nan=False) | st.integers(-(2**31), 2**31 - 1)
 PROTOCOLS = st.integers(2, 5)

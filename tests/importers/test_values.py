@@ -9,9 +9,10 @@ import pickle
 
 import numpy as np
 import pytest
-from embedonce_importers._values import DECODERS, MAX_VALUE_BYTES, ValueForm, convert_numbers, decode
 from hypothesis import given
 from hypothesis import strategies as st
+
+from embedonce_importers._values import DECODERS, MAX_VALUE_BYTES, ValueForm, convert_numbers, decode
 
 VECTORS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 
