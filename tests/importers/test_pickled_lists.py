@@ -76,7 +76,7 @@ def test_lists_of_several_parts_and_frames_are_read(count: int, protocol: int) -
 def test_other_values_are_refused_and_not_run(value: object, protocol: int) -> None:
     Recorder.ran = False
     data = pickle.dumps(value, protocol)
-    with pytest.raises(ValueError, match="empty list|not a pickled list of floats"):
+    with pytest.raises(ValueError, match=r"empty list|not a pickled list of floats"):
         parse_pickled_list(data)
     assert not Recorder.ran
 
