@@ -103,8 +103,8 @@ class StoreCopy:
         free = shutil.disk_usage(copy).free
         if needed > free:
             raise SourceError(
-                f"{self._folder} is copied before it is read, which needs {needed // 2**20:,} MiB, and {copy.parent} has "
-                f"{free // 2**20:,} MiB free; set the environment variable TMPDIR to a folder with more space"
+                f"{self._folder} is copied before it is read, which needs {needed // 2**20:,} MiB, and {copy.parent} "
+                f"has {free // 2**20:,} MiB free; set the environment variable TMPDIR to a folder with more space"
             )
 
     def _copy_files(self, copy: Path, files: Mapping[str, _Stat]) -> None:
