@@ -159,12 +159,11 @@ class QdrantImporter:
             points, _ = client.scroll(name, limit=SAMPLE, with_payload=True, with_vectors=False)
         if not points:
             return None
-        return _Fields(
-            name, _choose_text_field([point.payload or {} for point in points], self._text_field, where), vector
-        )
+        payloads = [point.payload or {} for point in points]
+        return _Fields(name, _choose_text_field(payloads, self._text_field, where), vector)
 
     def _find_collection(self, client: Any) -> str:
-        names = sorted(collection.name for collection in client.get_collections().collections)
+        names: list[str] = sorted(collection.name for collection in client.get_collections().collections)
         if self._collection is not None:
             # An alias is not in the list of collections.
             if self._collection not in names and not client.collection_exists(self._collection):
@@ -263,7 +262,7 @@ def _read_text(payload: Mapping[str, Any], field: str, counts: Counter[str]) -> 
     if isinstance(node, str):
         text = read_text(node)
         if text is None:
-            counts["LlamaIndex node that was embedded together with its metadata"] += 1
+            counts["LlamaIndex node that has no text or was embedded together with its metadata"] += 1
             return None
         if field == NODE_COLUMN:
             return text
