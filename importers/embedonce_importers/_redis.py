@@ -139,8 +139,10 @@ class RedisReader:
                 if not cursor:
                     break
 
-    def scan_fields(self, key: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
+    def scan_fields(self, key: bytes, *, page: int = PAGE_FIELDS) -> Iterator[list[tuple[bytes, bytes]]]:
         """Yield the fields and values of one hash, in pages. A field may be listed twice if the hash grows meanwhile.
+
+        ``page`` is about the number of fields per page.
 
         Raises:
             SourceError: the key is not a hash.
@@ -149,13 +151,13 @@ class RedisReader:
         while True:
             try:
                 with self._translate_errors():
-                    cursor, page = client.hscan(key, cursor, count=PAGE_FIELDS)
+                    cursor, fields = client.hscan(key, cursor, count=page)
             except ResponseError as error:
                 if _is_wrong_type(error):
                     self._refuse_type(key)
                 raise
-            if page:
-                yield list(page.items())
+            if fields:
+                yield list(fields.items())
             if not cursor:
                 return
 
