@@ -57,7 +57,14 @@ def with_stranger(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return a function that puts a distribution with one plugin on the path, and returns the plugin's name."""
 
-    def install(code: str, *, name: str | None = None, distribution: str = "acme", metadata: str = "") -> str:
+    def install(
+        code: str,
+        *,
+        name: str | None = None,
+        distribution: str = "acme",
+        metadata: str = "",
+        group: str = hookspecs.PROJECT,
+    ) -> str:
         number = next(_numbers)
         name = name or f"plugin-{number}"
         site = tmp_path / f"site-{number}"
@@ -69,6 +76,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
             distribution=distribution,
             version=f"1.{number}",
             metadata=metadata,
+            group=group,
         )
         monkeypatch.syspath_prepend(str(site))
         return name

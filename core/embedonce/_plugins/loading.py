@@ -302,7 +302,8 @@ def _explain_unknown_step(name: str) -> str:
 
 def _explain_wrong_kind(kind: Kind, plugin: LoadedPlugin) -> str:
     provided = join_words(list_registered(plugin))
-    return f'"{plugin.name}" is not a {kind}; {plugin.origin} provides {provided}'
+    article = "an" if kind == "importer" else "a"
+    return f'"{plugin.name}" is not {article} {kind}; {plugin.origin} provides {provided}'
 
 
 def list_registered(plugin: LoadedPlugin) -> list[str]:
