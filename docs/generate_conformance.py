@@ -1,4 +1,4 @@
-"""Write the tables of docs/conformance.md from the broken plugins of tests/testing/test_contract_catches.py.
+"""Write the tables of docs/conformance.md from the broken plugins of tests/testing/test_*contract_catches.py.
 
 usage: python docs/generate_conformance.py
 
@@ -20,6 +20,7 @@ BEGIN = "<!-- From here on this page is written by docs/generate_conformance.py:
 TITLES = {
     "BROKEN_BACKENDS": "Broken backends",
     "BROKEN_PROVIDERS": "Broken providers",
+    "BROKEN_IMPORTERS": "Broken importers",
     "BROKEN_NORMALIZERS": "Broken normalisation steps",
 }
 
@@ -34,10 +35,10 @@ def page(current: str) -> str:
 
 def tables() -> Iterator[str]:
     """Yield the lines of the tables: each bug, and the standard test that finds it."""
-    sources = [TESTS / "test_contract_catches.py", *sorted((TESTS / "shelf").glob("*.py"))]
+    sources = [*sorted(TESTS.glob("test_*contract_catches.py")), *sorted((TESTS / "shelf").glob("*.py"))]
     trees = [ast.parse(file.read_text(), str(file)) for file in sources]
     sentences = {name: said for tree in trees for name, said in _sentences(tree)}
-    registries = dict(_registries(trees[0]))
+    registries = dict(pair for tree in trees for pair in _registries(tree))
     for registry, title in TITLES.items():
         rows = registries[registry]
         yield f"## {title}"
