@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedonce.contracts import FoundVectors
 from embedonce.vectors import Vector
+
+from ._values import DecodedVector
+
+Item = TypeVar("Item")
 
 LEAST_COSINE = 0.999
 """Minimum cosine of two vectors of one text that count as the same. A model computes a text slightly differently each
@@ -44,6 +48,22 @@ def make_found(
         else:
             kept.append(text)
     return FoundVectors(kept, vectors, unreadable)
+
+
+def collect_vectors(items: Iterable[Item], read: Callable[[Item], tuple[str, DecodedVector]]) -> FoundVectors:
+    """Return the texts and vectors that ``read`` makes of the items. Its ValueErrors are counted by their messages."""
+    texts: list[str] = []
+    vectors: list[DecodedVector] = []
+    unreadable: dict[str, int] = {}
+    for item in items:
+        try:
+            text, vector = read(item)
+        except ValueError as error:
+            unreadable[str(error)] = unreadable.get(str(error), 0) + 1
+        else:
+            texts.append(text)
+            vectors.append(vector)
+    return FoundVectors(texts, vectors, unreadable)
 
 
 def merge_repeated(found: FoundVectors) -> FoundVectors:

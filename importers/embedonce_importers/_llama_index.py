@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Literal, TypeAlias
 
 from embedonce.options import Doc
+
+from ._values import DecodedVector, decode_json
+
+_BEFORE_LIST: Final = re.compile(rb'\{\s*"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*:\s*', re.DOTALL)
+_AFTER_LIST: Final = re.compile(rb"\s*\}")
 
 LineBreaks: TypeAlias = Annotated[
     Literal["kept", "replaced"] | None,
@@ -38,3 +44,16 @@ def find_embedded_text(text: str, line_breaks: str | None) -> str | None:
     if "\n" not in text or line_breaks == "kept":
         return text
     return text.replace("\n", " ") if line_breaks == "replaced" else None
+
+
+def decode_entry(raw: bytes) -> DecodedVector:
+    """Return the vector of an entry, which is an object with one member.
+
+    Raises:
+        ValueError: the entry is something else. The message is a short reason.
+    """
+    before = _BEFORE_LIST.match(raw)
+    end = raw.rfind(b"]") + 1
+    if before is None or not end or _AFTER_LIST.fullmatch(raw, end) is None:
+        raise ValueError("not an object with exactly one list of numbers")
+    return decode_json(raw[before.end() : end])

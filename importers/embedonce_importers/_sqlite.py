@@ -213,11 +213,11 @@ def get_bytes(value: object) -> bytes:
     """Return a value of a row, if it is text or a BLOB.
 
     Raises:
-        ValueError: it is a number or NULL.
+        ValueError: it is a number.
     """
     if isinstance(value, bytes):  # text too, because of the connection's `text_factory`
         return value
-    raise ValueError("NULL" if value is None else "a number in place of a vector")
+    raise ValueError("a number in place of a vector")
 
 
 def quote_identifier(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +24,13 @@ from embedonce.errors import SourceError
 from embedonce.options import Doc
 
 from ._json_stores import MAX_PIECE, JsonReader, JsonStore, decode_string
-from ._llama_index import UNKNOWN_LINE_BREAKS, LineBreaks, check_line_breaks, find_embedded_text
-from ._values import DecodedVector, decode_json
+from ._llama_index import UNKNOWN_LINE_BREAKS, LineBreaks, check_line_breaks, decode_entry, find_embedded_text
+from ._values import DecodedVector
 
 api = 1
 
 PART: Final = 1024
 """Number of texts that a scan yields at once."""
-
-_BEFORE_LIST: Final = re.compile(rb'\{\s*"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*:\s*', re.DOTALL)
-_AFTER_LIST: Final = re.compile(rb"\s*\}")
 
 
 class LlamaIndexImporter:
@@ -75,7 +71,7 @@ class LlamaIndexImporter:
             for _, reader in entries:
                 raw = reader.read()
                 try:
-                    _decode_entry(raw)
+                    decode_entry(raw)
                 except ValueError as error:
                     raise SourceError(
                         f"{self._store.path}: collection {self._store.collection!r} has something other than "
@@ -123,7 +119,7 @@ class LlamaIndexImporter:
                     text = find_embedded_text(decode_string(key), self._line_breaks)
                     if text is None:
                         raise ValueError(UNKNOWN_LINE_BREAKS)
-                    vectors.append(_decode_entry(raw))
+                    vectors.append(decode_entry(raw))
                     found.append(text)
                 except ValueError as error:
                     unreadable[str(error)] = unreadable.get(str(error), 0) + 1
@@ -178,7 +174,7 @@ class LlamaIndexImporter:
             key = next(reader.members())
             stored = find_embedded_text(decode_string(key), self._line_breaks)
             if stored == text:
-                return _decode_entry(reader.read())
+                return decode_entry(reader.read())
             if stored is None and decode_string(key) == text:
                 raise ValueError(UNKNOWN_LINE_BREAKS)
         return None
@@ -232,19 +228,6 @@ def _hash_key(key: bytes, line_breaks: str | None) -> int:
 
 def _hash_text(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
-
-
-def _decode_entry(raw: bytes) -> DecodedVector:
-    """Return the vector of an entry, which is an object with one member.
-
-    Raises:
-        ValueError: the entry is something else. The message is a short reason.
-    """
-    before = _BEFORE_LIST.match(raw)
-    end = raw.rfind(b"]") + 1
-    if before is None or not end or _AFTER_LIST.fullmatch(raw, end) is None:
-        raise ValueError("not an object with exactly one list of numbers")
-    return decode_json(raw[before.end() : end])
 
 
 @hookimpl

@@ -18,9 +18,10 @@ from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import ConfigError, SourceError
 from embedonce.options import Doc
 
+from ._found import make_found, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption, has_utf8
 from ._sqlite import ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
-from ._values import DecodedVector, ValueOption, collect_vectors, decode, merge_repeated
+from ._values import DecodedVector, ValueOption, decode
 
 api = 1
 
@@ -123,7 +124,7 @@ class SqliteImporter:
         with self._connect() as (connection, _):
             rows, too_large = fetch_by_keys(connection, query, groups, before=self._parameters)
         by_key = {key.encode(): same for key, same in groups.items()}
-        pairs: list[tuple[str, object]] = []
+        pairs: list[tuple[str, Any]] = []
         other_texts = 0
         for key, value, *stored in rows:
             # SQLite may compare without case, or as numbers, so the keys are compared again here.
@@ -131,7 +132,7 @@ class SqliteImporter:
             matching = [text for text in same if not stored or stored[0] == text.encode()]
             other_texts += bool(same and not matching)
             pairs += [(text, value) for text in matching]
-        found = merge_repeated(collect_vectors(pairs, self._decode))
+        found = merge_repeated(self._make_found(pairs))
         return _add_unreadable(found, {TOO_LARGE: too_large, OTHER_TEXT: other_texts})
 
     def close(self) -> None:
@@ -146,8 +147,8 @@ class SqliteImporter:
             with self._connect() as (connection, number):
                 if number is None:
                     raise SourceError(
-                        f"{self._database.path}: {self._table} is a view or has no row numbers, so it cannot be read in "
-                        "parts; name another table, or give the texts with --texts"
+                        f'{self._database.path}: "{self._table}" is a view or has no row numbers, so it cannot be read '
+                        "in parts; name another table, or give the texts with --texts"
                     )
                 columns = ", ".join([number, *map(_quote, self._columns)])
                 page = f"{self._where} AND {number} > ? ORDER BY {number} LIMIT ?"
@@ -168,7 +169,7 @@ class SqliteImporter:
 
     def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> FoundVectors:
         unreadable: Counter[str] = Counter()
-        pairs: list[tuple[str, object]] = []
+        pairs: list[tuple[str, Any]] = []
         for _, stored, value, *keys in rows:
             try:
                 text = stored.decode()
@@ -179,7 +180,7 @@ class SqliteImporter:
                 unreadable[OTHER_TEXT] += 1
             else:
                 pairs.append((text, value))
-        return _add_unreadable(collect_vectors(pairs, self._decode), unreadable)
+        return _add_unreadable(self._make_found(pairs), unreadable)
 
     def _count(self) -> int:
         """Return the number of rows."""
@@ -212,6 +213,9 @@ class SqliteImporter:
     @property
     def _parameters(self) -> tuple[str, ...]:
         return (self._model or "",) if self._model_column is not None else ()
+
+    def _make_found(self, pairs: Sequence[tuple[str, Any]]) -> FoundVectors:
+        return make_found([text for text, _ in pairs], [value for _, value in pairs], self._decode)
 
     def _decode(self, stored: object) -> DecodedVector:
         return decode(get_bytes(stored), self._value)
