@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from optional import needs
 
 from embedonce.contracts import FoundVectors, deadline
 from embedonce.errors import SourceError
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers.llama_index import LlamaIndexImporter
 
 from .stores.llama_index import write
@@ -257,3 +259,33 @@ def test_a_lookup_does_not_wait_longer_than_its_time_for_another_thread(tmp_path
     importer = LlamaIndexImporter(path=write_json(tmp_path / "store.json", {"embeddings": {"a": {"u": [1.0]}}}))
     with importer._lock, deadline(0.3), pytest.raises(SourceError, match="still being read"):
         importer.lookup(["a"])
+
+
+@written
+class TestContract(ImporterContract):
+    examples = 10
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.made = 0
+
+    def make(self, texts: Sequence[str], vectors: np.ndarray) -> LlamaIndexImporter:
+        self.made += 1
+        options: dict[str, Any] = write(self.folder / str(self.made), list(texts), vectors)
+        return LlamaIndexImporter(**options)
+
+    def recipe(self, importer: LlamaIndexImporter) -> Recipe:
+        return Recipe(LlamaIndexImporter, {"path": str(importer._store.path), "line_breaks": "kept"})
+
+    def missing(self) -> tuple[LlamaIndexImporter, str]:
+        return LlamaIndexImporter(path=self.folder / "missing"), str(self.folder / "missing")
+
+    def damage(self, importer: LlamaIndexImporter, text: str) -> None:
+        path = importer._store.path
+        store = json.loads(path.read_bytes())
+        store["embeddings"][text] = {"u": [1.0, "x"]}
+        write_json(path, store)
+
+    def snapshot(self, importer: LlamaIndexImporter) -> object:
+        return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}

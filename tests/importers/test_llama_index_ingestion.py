@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optional import needs
+from servers import find_free_port
 
 from embedonce.errors import ConfigError, SourceError
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers._json_stores import JsonReader
 from embedonce_importers._llama_index_nodes import read_nodes, rebuild_content
 from embedonce_importers.llama_index_ingestion import CHANGED, LlamaIndexIngestionImporter
@@ -24,6 +27,7 @@ from .test_llama_index import TEXTS, VECTORS, check_equal, merge
 
 pytestmark = needs("llama_index.core")
 
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
 EXPECTED = dict(zip(TEXTS, VECTORS, strict=False))
 
 
@@ -215,7 +219,7 @@ def test_nodes_whose_embedded_text_is_not_known_are_left_out_and_counted(tmp_pat
     nodes = [
         TextNode(text="good"),
         ImageNode(text="image", image_path="a.png"),
-        ImageDocument(text="image", image_url="http://localhost/a.png"),
+        ImageDocument(text="image", image=PIXEL),
         Node(text_resource=MediaResource(text="both"), image_resource=MediaResource(path=Path("a.png"))),
         TextNode(text="list", metadata={"k": ["a"]}),
         TextNode(text="dict", metadata={"k": {"a": 1}}),
@@ -319,3 +323,59 @@ def test_the_name_of_a_source_has_no_password() -> None:
     assert "hunter2" not in importer.source.name
     assert "host:6379/1" in importer.source.name
     importer.close()
+
+
+class TestContract(ImporterContract):
+    examples = 5
+    scan_length = 2_000  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.made = 0
+
+    def make(self, texts: Sequence[str], vectors: np.ndarray) -> LlamaIndexIngestionImporter:
+        self.made += 1
+        options: dict[str, Any] = write(self.folder / str(self.made), list(texts), vectors)
+        return LlamaIndexIngestionImporter(**options)
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(LlamaIndexIngestionImporter, {"path": importer._store.name, "line_breaks": "kept"})
+
+    def missing(self) -> tuple[LlamaIndexIngestionImporter, str]:
+        return LlamaIndexIngestionImporter(path=self.folder / "missing"), str(self.folder / "missing")
+
+    def damage(self, importer: Any, text: str) -> None:
+        path = Path(importer._store.name)
+        store = json.loads(path.read_bytes())
+        for entry in store["llama_cache"].values():
+            for node in entry["nodes"]:
+                if node["__data__"]["text"] == text:
+                    node["__data__"]["embedding"] = [1.0, "x"]
+        path.write_text(json.dumps(store))
+
+    def snapshot(self, importer: Any) -> object:
+        return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+
+class TestContractInRedis(ImporterContract):
+    examples = 5
+    scan_length = 2_000  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
+    secrets = ("hunter2",)
+
+    @pytest.fixture(autouse=True)
+    def on_a_server(self, redis_server: Any) -> None:
+        self.server = redis_server
+
+    def make(self, texts: Sequence[str], vectors: np.ndarray) -> LlamaIndexIngestionImporter:
+        collection = f"cache-{uuid.uuid4()}"
+        options: dict[str, Any] = write_to_redis(self.server.url, list(texts), vectors, collection)
+        return LlamaIndexIngestionImporter(**options)
+
+    def recipe(self, importer: Any) -> Recipe:
+        options = {"url": self.server.url, "collection": importer._store._collection, "line_breaks": "kept"}
+        return Recipe(LlamaIndexIngestionImporter, options)
+
+    def missing(self) -> tuple[LlamaIndexIngestionImporter, str]:
+        url = f"redis://user:hunter2@127.0.0.1:{find_free_port()}"
+        return LlamaIndexIngestionImporter(url=url), "127.0.0.1"
