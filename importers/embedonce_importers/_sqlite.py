@@ -184,7 +184,7 @@ def check_columns(connection: sqlite3.Connection, path: Path, table: str, column
 
 
 def fetch_by_keys(
-    connection: sqlite3.Connection, select: str, keys: Collection[str], *, before: Sequence[str] = ()
+    connection: sqlite3.Connection, select: str, keys: Collection[str], *, before: Sequence[str | float] = ()
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Run a query for many keys. Return its rows, and the number of keys whose row is too large.
 
