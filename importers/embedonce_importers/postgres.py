@@ -133,7 +133,7 @@ class PostgresImporter:
         if self._template is None:
             return self._look_up_texts(plan, texts)
         groups: dict[str | bytes, list[str]] = {}
-        for key, same in self._template.group_by_key([text for text in texts if is_storable(text)]).items():
+        for key, same in self._template.group_by_key(texts).items():
             if (encoded := _encode_key(key, plan.key_kind)) is not None:
                 groups[encoded] = same
         assert self._key_column is not None
@@ -261,7 +261,7 @@ def _show_column(column: sql.Identifier, kind: str | None) -> sql.Composable:
 def _encode_key(key: str, kind: str | None) -> str | bytes | None:
     """Return a key as the column has it; None if the column cannot have it. A bytea column has the bytes of a hash."""
     if kind != "bytea":
-        return key
+        return key if is_storable(key) else None
     try:
         return bytes.fromhex(key)
     except ValueError:

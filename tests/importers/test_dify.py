@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
-from importers.stores.dify import PROVIDER, hash_text, write
-from importers.stores.postgres_databases import create_database, run
 from optional import needs
 
 from embedonce.contracts import FoundVectors
 from embedonce.errors import ConfigError, SourceError
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers.dify import DifyImporter
+
+from .stores.dify import PROVIDER, hash_text, write
+from .stores.postgres_databases import create_database, run
 
 pytestmark = [needs("psycopg"), needs("redis")]
 
@@ -37,6 +39,47 @@ def database(postgres_server: Any) -> Iterator[str]:
 @pytest.fixture(params=["postgres", "redis"])
 def url(request: pytest.FixtureRequest, database: str) -> str:
     return database if request.param == "postgres" else str(request.getfixturevalue("redis_server").url)
+
+
+class DifyContract(ImporterContract):
+    options: dict[Any, dict[str, Any]]
+    url: str
+
+    def make(self, texts: Sequence[str], vectors: np.ndarray[Any, Any]) -> DifyImporter:
+        options: dict[str, Any] = write(self.url, list(texts), vectors)
+        importer = DifyImporter(**options)
+        self.options[importer] = options
+        return importer
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(DifyImporter, self.options[importer])
+
+
+class TestDocumentsOfDify(DifyContract):
+    @pytest.fixture(autouse=True)
+    def _take_database(self, database: str) -> None:
+        self.url, self.options = database, {}
+
+    def missing(self) -> tuple[Any, str]:
+        return DifyImporter(url=f"{self.url}_missing", provider=PROVIDER, model="m"), "_missing"
+
+    def damage(self, importer: Any, text: str) -> None:
+        run(self.url, f"UPDATE embeddings SET embedding = 'x' WHERE hash = '{hash_text(text)}'")
+
+
+class TestQueriesOfDify(DifyContract):
+    @pytest.fixture(autouse=True)
+    def _take_server(self, redis_server: Any) -> None:
+        self.url, self.options = redis_server.url, {}
+
+    def missing(self) -> tuple[Any, str]:
+        return DifyImporter(url="redis://127.0.0.1:1/0", provider="p", model="m"), "redis://127.0.0.1:1/0"
+
+    def damage(self, importer: Any, text: str) -> None:
+        import redis
+
+        with redis.Redis.from_url(self.url) as client:
+            client.set(f"{PROVIDER}_{self.options[importer]['model']}_{hash_text(text)}", "{}")
 
 
 def test_the_vectors_of_the_asked_texts_are_returned(url: str) -> None:

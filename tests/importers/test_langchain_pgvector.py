@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
-from importers.stores.langchain_pgvector import write
-from importers.stores.postgres_databases import create_database, run
 from optional import needs
 from servers import PostgresServer
 
 from embedonce.contracts import FoundVectors, deadline
 from embedonce.errors import ConfigError, SourceError, TierTimeout
+from embedonce.testing import ImporterContract, Recipe
+from embedonce_importers._postgres import is_storable
 from embedonce_importers.langchain_pgvector import LangChainPGVectorImporter
+
+from .stores.langchain_pgvector import write
+from .stores.postgres_databases import create_database, run
 
 pytestmark = needs("langchain_postgres")
 
@@ -36,6 +40,48 @@ def as_dict(found: FoundVectors) -> dict[str, bytes]:
 def database(postgres_server: Any) -> Iterator[str]:
     with create_database(postgres_server.url) as url:
         yield url
+
+
+class TestLangChainPGVector(ImporterContract):
+    secrets = ("hunter2",)
+
+    @pytest.fixture(autouse=True)
+    def _take_database(self, database: str, postgres_server: Any) -> None:
+        self.database = database.replace("postgres@", "postgres:hunter2@")
+        self.server = postgres_server
+        self.options: dict[Any, dict[str, Any]] = {}
+
+    def make(self, texts: Sequence[str], vectors: np.ndarray[Any, Any]) -> LangChainPGVectorImporter:
+        options: dict[str, Any] = write(self.database, list(texts), vectors)
+        importer = LangChainPGVectorImporter(**options)
+        self.options[importer] = options
+        return importer
+
+    def can_hold(self, text: str) -> bool:
+        return is_storable(text)
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(LangChainPGVectorImporter, self.options[importer])
+
+    def missing(self) -> tuple[Any, str]:
+        write(self.database, [], make_vectors(0))
+        return LangChainPGVectorImporter(url=self.database, collection="no such collection"), "no such collection"
+
+    def damage(self, importer: Any, text: str) -> None:
+        run(self.database, f"UPDATE langchain_pg_embedding SET embedding = NULL WHERE document = '{text}'")
+
+    def snapshot(self, importer: Any) -> object:
+        with psycopg.connect(self.database) as connection:
+            tables = ("langchain_pg_collection", "langchain_pg_embedding")
+            return [connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables]  # type: ignore[arg-type]
+
+    @contextmanager
+    def stall(self, importer: Any) -> Iterator[None]:
+        self.server.pause()
+        try:
+            yield
+        finally:
+            self.server.resume()
 
 
 def test_lookup_returns_the_vectors_of_the_asked_texts(database: str) -> None:

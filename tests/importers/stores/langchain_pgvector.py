@@ -9,18 +9,19 @@ from uuid import uuid4
 import numpy as np
 
 
-class Vectors:
-    """LangChain's interface of embeddings over known vectors."""
+def make_embeddings(vectors: np.ndarray[Any, Any]) -> Any:
+    """Return LangChain's Embeddings that returns these vectors for any texts."""
+    from langchain_core.embeddings import Embeddings
 
-    def __init__(self, vectors: np.ndarray[Any, Any]) -> None:
-        self._vectors = vectors
+    class KnownVectors(Embeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            assert len(texts) == len(vectors)
+            return [[float(number) for number in row] for row in vectors]
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        assert len(texts) == len(self._vectors)
-        return [[float(number) for number in row] for row in self._vectors]
+        def embed_query(self, text: str) -> list[float]:
+            raise AssertionError("a vector store does not store queries")
 
-    def embed_query(self, text: str) -> list[float]:
-        raise AssertionError("PGVector does not store queries")
+    return KnownVectors()
 
 
 def write(
@@ -34,7 +35,7 @@ def write(
     collection = collection or f"texts {uuid4()}"
     engine = create_engine(re.sub("^postgres(ql)?://", "postgresql+psycopg://", url))
     try:
-        store = PGVector(Vectors(vectors), collection_name=collection, connection=engine)  # type: ignore[arg-type]
+        store = PGVector(make_embeddings(vectors), collection_name=collection, connection=engine)
         if texts:
             # LangChain stores metadata beside the text, and does not embed it.
             store.add_documents([Document(text, metadata={"number": place}) for place, text in enumerate(texts)])
