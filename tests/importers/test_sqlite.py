@@ -290,7 +290,9 @@ def test_a_table_that_disappears_is_an_error_of_the_next_check(database: Path) -
     [
         ({}, "set key_column to the column with the keys, or text_column"),
         ({"text_column": "t", "model_column": "m"}, "model_column needs the option model"),
-        ({"text_column": "t", "steps": ["lower"]}, "steps are for keys"),
+        ({"text_column": "t", "steps": ["lower"]}, "key and steps are for keys"),
+        ({"text_column": "t", "key": '"{text}"'}, "key and steps are for keys"),
+        ({"text_column": "t", "model": "m"}, "model is for keys and for model_column"),
         ({"key_column": "k", "key": "sha256"}, "key, column 7: expected"),
         ({"key_column": "k", "model": "m"}, "key does not use {model}"),
     ],
@@ -383,7 +385,7 @@ def test_a_closed_log_in_a_folder_that_cannot_be_written_is_read(
     opened: list[str] = []
     connect = _sqlite.ReadOnlyDatabase._open_with
 
-    def refuse_locks(self: _sqlite.ReadOnlyDatabase, mode: str) -> sqlite3.Connection:
+    def refuse_locks(self: _sqlite.ReadOnlyDatabase, mode: str) -> Any:
         opened.append(mode)
         if "immutable" not in mode:
             error = sqlite3.OperationalError("unable to open database file")
@@ -397,8 +399,11 @@ def test_a_closed_log_in_a_folder_that_cannot_be_written_is_read(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     importer = make(**options)
     assert read(importer) == EXPECTED
+    assert opened[-2:] == ["mode=ro", "mode=ro&immutable=1"]
+    row = (hashlib.sha256(b"new").hexdigest(), "[1, 2]")
+    run(database, rows=("INSERT INTO embeddings VALUES (?, ?)", [row]))
+    assert read(importer, ["new"]) == {"new": [1, 2]}  # a later call sees what was written in between
     importer.close()
-    assert opened == ["mode=ro", "mode=ro", "mode=ro&immutable=1"]
     database.with_name(f"{database.name}-wal").write_bytes(b"x")
     with pytest.raises(SourceError, match="SQLite cannot open"):
         make(**options).check()
