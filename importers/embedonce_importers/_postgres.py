@@ -124,11 +124,10 @@ class Database:
             _begin(connection, None)
             # Otherwise the server may start in the middle of a table that another scan is reading, and may end the
             # session while the caller stores the rows.
-            settings = ["synchronize_seqscans = off", "idle_in_transaction_session_timeout = 0"]
+            connection.execute("SET LOCAL synchronize_seqscans = off")
+            connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             if connection.info.server_version >= 170000:
-                settings.append("transaction_timeout = 0")
-            for setting in settings:
-                connection.execute(f"SET LOCAL {setting}")
+                connection.execute("SET LOCAL transaction_timeout = 0")
             with connection.cursor("embedonce", binary=True) as cursor:
                 cursor.execute(statement, parameters)
                 while rows := cursor.fetchmany(SCAN_ROWS):
