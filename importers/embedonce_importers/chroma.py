@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -127,12 +127,13 @@ class ChromaImporter:
         copy = self._copy.get_path()
         with self._translate():
             settings = Settings(anonymized_telemetry=False)
-            client = chromadb.PersistentClient(copy, settings=settings, tenant=self._tenant, database=self._database)
+            place = {"tenant": self._tenant, "database": self._database}
+            client: Any = chromadb.PersistentClient(copy, settings=settings, **place)
         try:
             with self._translate():
                 name = self._choose_collection([collection.name for collection in client.list_collections()])
                 collection = client.get_collection(name, embedding_function=None)
-            yield cast("_Collection", collection)
+            yield collection
         finally:
             client.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sqlite3
 import subprocess
@@ -246,16 +245,6 @@ def test_wrong_options_are_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
         ChromaImporter(**options)
     assert "hunter2" not in str(caught.value)
-
-
-def test_a_forked_child_does_not_use_the_copy_of_its_parent(tmp_path: Path) -> None:
-    write(tmp_path, TEXTS, VECTORS)
-    with importing(path=tmp_path) as importer:
-        importer.check()
-        importer._copy._pid = os.getpid() + 1  # type: ignore[union-attr]
-        with pytest.raises(SourceError, match="before a fork"):
-            importer.check()
-        importer._copy._pid = os.getpid()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
