@@ -132,6 +132,12 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def iter_names(self) -> Iterator[str]:
+        """Yield the names of everything in the folder, in any order."""
+        with os.scandir(self._path if self._descriptor is None else self._descriptor) as entries:
+            for entry in entries:
+                yield entry.name
+
     @contextmanager
     def open_subfolder(self, *names: str) -> Iterator[Folder | None]:
         """Open the folder below that ``names`` lead to, one name per level; None if it is missing.

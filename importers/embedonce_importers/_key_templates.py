@@ -132,6 +132,11 @@ class KeyTemplate:
         self._name += f", steps {', '.join(steps)}" if steps else ""
 
     @property
+    def has_steps(self) -> bool:
+        """Whether several texts may have the same key."""
+        return bool(self._steps)
+
+    @property
     def name(self) -> str:
         """The options that determine the keys, for the name of a source."""
         return self._name
@@ -143,11 +148,26 @@ class KeyTemplate:
         return "".join([part.build(text) for part in self._parts])
 
     def group_by_key(self, texts: Sequence[str]) -> dict[str, list[str]]:
-        """Return the texts by their keys. With steps, several texts may have the same key."""
+        """Return the texts by their keys. With steps, several texts may have the same key.
+
+        Texts with a lone surrogate are left out: they have no UTF-8, so the other program cannot have stored them.
+        """
         groups: dict[str, list[str]] = {}
         for text in texts:
-            groups.setdefault(self.make_key(text), []).append(text)
+            if has_utf8(text):
+                groups.setdefault(self.make_key(text), []).append(text)
         return groups
+
+
+def has_utf8(text: str) -> bool:
+    """Return whether a text can be encoded. A text with a lone surrogate cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Parser:

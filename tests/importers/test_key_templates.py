@@ -73,7 +73,7 @@ def test_steps_change_the_text_before_the_key_is_made(steps: tuple[Step, ...], t
 
 def test_texts_with_the_same_key_are_grouped() -> None:
     keys = KeyTemplate('"{text}"', steps=["lower"])
-    assert keys.group_by_key(["A", "b", "a"]) == {"a": ["A", "a"], "b": ["b"]}
+    assert keys.group_by_key(["A", "b", "a", "lone \udc80 surrogate"]) == {"a": ["A", "a"], "b": ["b"]}
 
 
 @pytest.mark.parametrize(

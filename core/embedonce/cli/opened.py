@@ -89,6 +89,11 @@ def open_for_upkeep(source: str | None) -> Iterator[tuple[Config, Cache]]:
         yield loaded, cache
 
 
+def list_persistent_tiers(loaded: Config) -> list[str]:
+    """Return the names of the tiers that keep entries after this process has ended, and that are written to."""
+    return [tier.name for tier in loaded.tiers if tier.scope != "process" and tier.write != "none"]
+
+
 def list_folders(loaded: Config) -> dict[str, str]:
     """Return the folder of each tier that keeps its entries in a folder of this machine, by the tier's name."""
     folders: dict[str, str] = {}
@@ -125,8 +130,8 @@ def translate_tier_errors(loaded: Config) -> Iterator[None]:
 
 
 def list_secrets(loaded: Config) -> list[str]:
-    """Return the secrets in the options of the providers and the tiers. No message may contain one of them."""
-    parts = (loaded.provider, loaded.fallback, *loaded.tiers)
+    """Return the secrets in the options of providers, tiers and importers. No message may contain one of them."""
+    parts = (loaded.provider, loaded.fallback, *loaded.tiers, *loaded.imports)
     return [secret for part in parts if part is not None for secret in part.secrets]
 
 

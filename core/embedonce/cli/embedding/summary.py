@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Summary:
     """Result of a run, counted in passages.
 
-    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that could not be embedded.
+    ``texts`` is ``computed`` + the sums of ``hits`` and ``imported`` + ``repeated`` + the passages that could not be
+    embedded.
     """
 
     texts: int = 0
@@ -34,6 +35,8 @@ class Summary:
     """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
     """Passages whose vector a tier had, by tier name."""
+    imported: dict[str, int] = field(default_factory=dict)
+    """Passages whose vector an importer had, by the importer's name."""
     spent: SummedCost | None = None
     """Cost of the texts that the provider embedded. None if it could not be computed, and in a dry run."""
     saved: SummedCost | None = None
@@ -113,6 +116,21 @@ def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
     """Return the number of errors and dropped writes per tier and cause. Leave out tiers that have none."""
     found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
     return {name: by_cause for name, by_cause in found.items() if by_cause}
+
+
+def describe_tier_failures(
+    trouble: Mapping[str, Mapping[str, int]], causes: Mapping[str, Mapping[str, int]]
+) -> Iterator[str]:
+    """Yield one line per tier that failed. The arguments are the results of the two functions above."""
+    for tier, kinds in trouble.items():
+        by_cause = "; ".join(f"{cause}: {number:,}" for cause, number in causes.get(tier, {}).items())
+        counted = ", ".join(_format_failure_count(kind, number) for kind, number in kinds.items())
+        yield f"tier {tier}: {counted}{f' ({by_cause})' if by_cause else ''}"
+
+
+def _format_failure_count(kind: str, number: int) -> str:
+    """Return ``1 error``, ``2 errors``, ``3 skipped``."""
+    return format_count(number, "error") if kind == "errors" else f"{number:,} {kind}"
 
 
 def has_stored_nothing(tier: TierStats) -> bool:
