@@ -12,7 +12,7 @@ import optional
 import pytest
 
 from embedonce.errors import ConfigError, SourceError
-from embedonce.testing import ImporterContract, Recipe
+from embedonce.testing import ImporterContract
 from embedonce_importers.qdrant import QdrantImporter
 
 from .stores.qdrant import serve, write, write_collection
@@ -60,11 +60,7 @@ class TestContract(ImporterContract):
 
     def make(self, texts: Sequence[str], vectors: Any) -> QdrantImporter:
         url, _ = self.servers.enter_context(serve())
-        self.options = {**write(url, texts, vectors), "collection": "passages"}
-        return QdrantImporter(**self.options)  # type: ignore[arg-type]
-
-    def recipe(self, importer: Any) -> Recipe:
-        return Recipe(QdrantImporter, self.options)
+        return QdrantImporter(**write(url, texts, vectors))  # type: ignore[arg-type]
 
     def missing(self) -> tuple[QdrantImporter, str]:
         with socket.create_server(("127.0.0.1", 0)) as free:
