@@ -112,6 +112,14 @@ def test_the_field_of_the_texts_is_chosen(server: str) -> None:
     assert read(url=server, collection="b", text_field="text")[0] == TEXTS
 
 
+def test_a_field_that_only_late_points_have_is_found(server: str) -> None:
+    payloads: list[dict[str, Any]] = [{"title": "none"}] * 100 + [{"title": "late", "body": "late text"}]
+    write_collection(server, "a", [""] * 101, np.repeat(VECTORS[:1], 101, axis=0), payloads=payloads)
+    assert read(url=server, text_field="body")[::2] == (["late text"], {"point without a text": 100})
+    assert "'title'" in refuse(url=server)
+    assert 'has no field "bodi"' in refuse(url=server, text_field="bodi")
+
+
 def test_points_without_a_text_are_counted(server: str) -> None:
     payloads: list[dict[str, Any]] = [{"text": "a"}, {}, {"text": None}, {"text": 1}, {"text": ["a"]}, {"text": "b"}]
     write_collection(server, "a", TEXTS, VECTORS, payloads=payloads)
