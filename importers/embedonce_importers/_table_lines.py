@@ -166,7 +166,7 @@ class CsvTable:
         if first is None:
             raise SourceError(f"{self._path} has a header and no rows; give a file that has rows")
         cells = first.slice(0, 100).to_pydict()
-        vectors = [name for name in schema.names if _starts_with_bracket(cells[name])]
+        vectors = [name for name in described.texts if _has_lists(cells[name])]
         types = {name: "a list as text" if name in vectors else type_ for name, type_ in described.types.items()}
         return Schema(types, [name for name in described.texts if name not in vectors], vectors)
 
@@ -185,9 +185,10 @@ class CsvTable:
         return None
 
 
-def _starts_with_bracket(cells: Sequence[bytes | None]) -> bool:
+def _has_lists(cells: Sequence[bytes | None]) -> bool:
+    """Tell whether more than half of the cells that are not empty start like a JSON list."""
     filled = [cell.lstrip() for cell in cells if cell and cell.strip()]
-    return bool(filled) and all(cell.startswith(b"[") for cell in filled)
+    return 2 * sum(cell.startswith(b"[") for cell in filled) > len(filled)
 
 
 def _parse_vectors(batch: Any, column: str, counts: Counter[str]) -> Any:
