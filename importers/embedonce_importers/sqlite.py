@@ -21,7 +21,7 @@ from embedonce.options import Doc
 from ._found import make_found, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption, has_utf8
 from ._sqlite import ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
-from ._values import DecodedVector, ValueOption, decode
+from ._values import DecodedVector, ValueForm, ValueOption, decode
 
 api = 1
 
@@ -75,7 +75,7 @@ class SqliteImporter:
         self._vector_column = vector_column
         self._model_column = model_column
         self._model = model
-        self._value = value
+        self._value: ValueForm = value
         self._is_checked = False
         self._row_number: str | None = None
         self.source = Source(self._describe())
