@@ -102,6 +102,13 @@ class Database:
             TierTimeout: the deadline has passed.
             psycopg.Error: the server refuses the statement. The message has no values of the table.
         """
+        try:
+            return self._run_once(statement, parameters)
+        except psycopg.OperationalError:
+            # The server has ended the session, for example because it was restarted. Reading twice does no harm.
+            return self._run_once(statement, parameters)
+
+    def _run_once(self, statement: Statement, parameters: Sequence[Any]) -> list[Row]:
         with self._lend() as connection:
             _begin(connection, time_left())
             rows = connection.cursor(binary=True).execute(statement, parameters).fetchall()

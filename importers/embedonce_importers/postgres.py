@@ -22,7 +22,7 @@ from embedonce.options import Doc
 from ._found import NO_TEXT, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
-from ._postgres_tables import ARRAYS, Table, decode_array, decode_rows, inspect_table, select_vector
+from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, inspect_table, select_vector
 from ._values import ValueForm, ValueOption, decode
 
 api = 1
@@ -33,7 +33,7 @@ TEXTS = ("text", "varchar")
 """Types of a column with texts. Not ``char(n)``, because it does not tell spaces at the end of a text from its own."""
 KEYS = (*TEXTS, "bpchar", "bytea")
 JSON = ("json", "jsonb")
-VECTORS = (*ARRAYS, *JSON, "text", "varchar", "bytea")
+VECTORS = (*BINARY, *JSON, "text", "varchar", "bytea")
 TEXT_FORMS = ("json", "pgvector", "base64-float64")
 """The forms of vectors that are text."""
 
@@ -233,12 +233,12 @@ class PostgresImporter:
         return self._known
 
     def _choose_decoder(self, table: Table, kind: str) -> Decode:
-        if kind in ARRAYS or kind in JSON:
+        if kind in BINARY or kind in JSON:
             if self._value is not None:
                 raise SourceError(
                     f"the type of the column {self._vector_column!r} of {table.name} tells how to read it; remove value"
                 )
-            return decode_array if kind in ARRAYS else lambda text: decode(text, "json")
+            return BinaryDecoder(kind) if kind in BINARY else lambda text: decode(text, "json")
         if kind == "bytea" and self._value is None:
             raise SourceError(
                 f"the column {self._vector_column!r} of {table.name} has bytes; set value to their form, for example "

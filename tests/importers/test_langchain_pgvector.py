@@ -11,7 +11,7 @@ import numpy as np
 import psycopg
 import pytest
 from optional import needs
-from servers import PostgresServer
+from servers import PostgresServer, wait_until
 
 from embedonce.contracts import FoundVectors, deadline
 from embedonce.errors import ConfigError, SourceError, TierTimeout
@@ -284,7 +284,8 @@ def test_a_server_that_stops_answering_does_not_hold_a_call() -> None:
         server.call("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'embedonce'")
         assert list(importer.lookup(["a"]).texts) == ["a"]
         importer.close()
-        assert server.call("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedonce'") == "0"
+        count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedonce'"
+        wait_until(lambda: server.call(count) == "0", "the sessions of the importer have ended")
 
 
 def test_a_slow_statement_ends_at_the_deadline(database: str) -> None:

@@ -25,7 +25,7 @@ from embedonce.contracts import FoundVectors
 from embedonce.errors import ConfigError, SourceError
 from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers._postgres import is_storable
-from embedonce_importers._postgres_tables import decode_array, decode_arrays
+from embedonce_importers._postgres_tables import BinaryDecoder
 from embedonce_importers.postgres import PostgresImporter
 
 from .stores.postgres import write
@@ -374,9 +374,10 @@ def encode_array(row: np.ndarray[Any, Any]) -> bytes:
 @given(matrix=arrays(np.float32, (3, 4), elements=st.floats(width=32)))
 def test_arrays_are_decoded_exactly_one_by_one_and_together(matrix: np.ndarray[Any, Any]) -> None:
     values = [encode_array(row) for row in matrix]
-    together = decode_arrays(values)
+    decoder = BinaryDecoder("_float4")
+    together = decoder.decode_all(values)
     assert together is not None
-    assert together.tobytes() == matrix.tobytes() == b"".join(decode_array(value).tobytes() for value in values)
-    assert decode_arrays([*values, None]) is None
-    assert decode_arrays([*values, values[0][:-8]]) is None
-    assert decode_arrays([]) is None
+    assert together.tobytes() == matrix.tobytes() == b"".join(decoder(value).tobytes() for value in values)
+    assert decoder.decode_all([*values, None]) is None
+    assert decoder.decode_all([*values, values[0][:-8]]) is None
+    assert decoder.decode_all([]) is None
