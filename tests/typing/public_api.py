@@ -30,6 +30,7 @@ from embedonce import (
     Fetched,
     Held,
     Import,
+    ImportRefused,
     Incomplete,
     KeyPolicy,
     Limits,
@@ -41,6 +42,7 @@ from embedonce import (
     ProviderTimeout,
     Purged,
     ReplayMiss,
+    SourceError,
     SpaceError,
     Stats,
     TextError,
@@ -283,5 +285,7 @@ def errors(cache: Cache) -> None:
         assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
+    except (ImportRefused, SourceError) as error:
+        print(error)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:
         print(error)
