@@ -84,10 +84,10 @@ def each_store(*, is_folder: bool | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", [pytest.param(name, marks=needs(STORES[name].library)) for name in names])
 
 
-def make_importer(name: str, **options: Any) -> Any:
+def make_importer(plugin: str, /, **options: Any) -> Any:
     """Return an importer by the name of TOML."""
-    module = importlib.import_module(f"embedonce_importers.{name.replace('-', '_')}")
-    return module.embedonce_importers()[name](**options)
+    module = importlib.import_module(f"embedonce_importers.{plugin.replace('-', '_')}")
+    return module.embedonce_importers()[plugin](**options)
 
 
 def read(importer: Any, texts: Sequence[str]) -> tuple[dict[str, Vectors], dict[str, int]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -204,17 +206,24 @@ def test_a_folder_that_is_swapped_for_a_link_while_the_store_is_read_is_not_foll
             copy = tmp_path / f"copy-{moment}-{number}"
             shutil.copytree(options["path"], copy)
             target = secret / inner
-            calls: list[Path] = []
-
-            def swap(path: Path, mode: int, /) -> None:
-                original(path, mode)
-                calls.append(path)
-                if len(calls) == moment + 1 and target.exists():  # noqa: B023
-                    replace(copy / inner, make_link_to(target))  # noqa: B023
-
+            swap = make_swap(original, moment, copy / inner, target)
             monkeypatch.setattr(_files, "_refuse_other_kinds", swap)
             with open_importer(store.importer, options | {"path": copy}) as importer, suppress(SourceError):
                 check_ours(read(importer, TEXTS)[0])
+
+
+def make_swap(
+    check: Callable[[Path, int], None], moment: int, folder: Path, target: Path
+) -> Callable[[Path, int], None]:
+    """Return a function that calls ``check``, and swaps ``folder`` for a link to ``target`` after call ``moment``."""
+    calls = itertools.count()
+
+    def swap(path: Path, mode: int, /) -> None:
+        check(path, mode)
+        if next(calls) == moment and target.exists():
+            replace(folder, make_link_to(target))
+
+    return swap
 
 
 @each_store()
@@ -253,12 +262,8 @@ def test_a_damaged_store_gives_errors_and_counts_but_never_crashes(name: str, tm
                 damaged = damaged[: int(generator.integers(0, len(content)))]
             file.write_bytes(damaged)
             with open_importer(store.importer, options) as importer:
-                try:
+                # The client of the store may say itself what is damaged.
+                with suppress(SourceError, sqlite3.DatabaseError):
                     importer.check()
                     read(importer, TEXTS)
-                except SourceError as error:
-                    assert str(tmp_path) in str(error) or str(root) in str(error)
-                except Exception as error:
-                    # The client of the store may say what is damaged.
-                    assert type(error).__module__.split(".")[0] in ("sqlite3", "chromadb", "pyarrow"), repr(error)
         file.write_bytes(content)
