@@ -184,7 +184,7 @@ def import_vectors(
             code = _execute(run, partial(_make_display, total=total, show=not (json or quiet)), verify)
             run.complete_summary()
     finally:
-        opened.call(opened.importer.close)
+        opened.close()
     code = _report_tiers(summary, code)
     if json:
         emit(asdict(summary))
