@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedonce.contracts import FoundVectors
 from embedonce.vectors import Vector
+
+from ._values import DecodedVector
+
+Item = TypeVar("Item")
 
 LEAST_COSINE = 0.999
 """Minimum cosine of two vectors of one text that count as the same. A model computes a text slightly differently each
@@ -19,6 +23,22 @@ time."""
 NO_VECTOR = "no vector"
 NO_TEXT = "no text"
 SEVERAL_VECTORS = "several different vectors of one text"
+
+
+def collect_vectors(items: Iterable[Item], read: Callable[[Item], tuple[str, DecodedVector]]) -> FoundVectors:
+    """Return the texts and vectors that ``read`` makes of the items. Its ValueErrors are counted by their messages."""
+    texts: list[str] = []
+    vectors: list[DecodedVector] = []
+    unreadable: Counter[str] = Counter()
+    for item in items:
+        try:
+            text, vector = read(item)
+        except ValueError as error:
+            unreadable[str(error)] += 1
+        else:
+            texts.append(text)
+            vectors.append(vector)
+    return FoundVectors(texts, vectors, unreadable)
 
 
 def make_found(
@@ -30,20 +50,15 @@ def make_found(
 
     A value that ``decode`` refuses with a ValueError is counted, and so is each value that is None.
     """
-    unreadable: Counter[str] = Counter()
-    kept: list[str] = []
-    vectors: list[Vector] = []
-    for text, value in zip(texts, values, strict=True):
-        try:
-            if value is None:
-                raise ValueError(NO_VECTOR)
-            with np.errstate(over="ignore"):  # it becomes infinity, which the engine refuses
-                vectors.append(decode(value).astype(np.float32))
-        except ValueError as error:
-            unreadable[str(error)] += 1
-        else:
-            kept.append(text)
-    return FoundVectors(kept, vectors, unreadable)
+
+    def read(item: tuple[str, bytes | str | None]) -> tuple[str, Vector]:
+        text, value = item
+        if value is None:
+            raise ValueError(NO_VECTOR)
+        with np.errstate(over="ignore"):  # it becomes infinity, which the engine refuses
+            return text, decode(value).astype(np.float32)
+
+    return collect_vectors(zip(texts, values, strict=True), read)
 
 
 def merge_repeated(found: FoundVectors) -> FoundVectors:

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
@@ -29,6 +29,7 @@ from redis.retry import Retry
 
 from embedonce.contracts import time_left
 from embedonce.errors import ConfigError, SourceError, TierTimeout
+from embedonce.options import Doc
 
 Client: TypeAlias = Any
 """redis-py's Redis or RedisCluster. Its types do not say that replies are bytes."""
@@ -60,8 +61,19 @@ BATCH_KEYS = 256
 """Maximum number of values per round trip. Values of 3,072 dimensions in JSON then take about 16 MB."""
 PAGE_KEYS = 1000
 """Number of keys that the server examines for one page of a scan."""
+SAMPLE_PAGES = 100
 PAGE_FIELDS = 100
 """Number of fields of a hash per page. The values are sent with them, about 6 MB at 3,072 dimensions."""
+
+
+UrlOption: TypeAlias = Annotated[
+    str,
+    Doc(
+        "redis://host:6379/0, redis+cluster://host:6379 or unix:///path?db=0. For TLS, write rediss instead of redis, "
+        "and ?ssl_ca_certs=/path/of/ca.pem after the database if the certificate is signed by an authority of your own."
+    ),
+]
+"""The option ``url``."""
 
 
 class WrongType:
@@ -139,8 +151,10 @@ class RedisReader:
                 if not cursor:
                     break
 
-    def scan_fields(self, key: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
+    def scan_fields(self, key: bytes, *, page: int = PAGE_FIELDS) -> Iterator[list[tuple[bytes, bytes]]]:
         """Yield the fields and values of one hash, in pages. A field may be listed twice if the hash grows meanwhile.
+
+        ``page`` is about the number of fields per page.
 
         Raises:
             SourceError: the key is not a hash.
@@ -149,13 +163,13 @@ class RedisReader:
         while True:
             try:
                 with self._translate_errors():
-                    cursor, page = client.hscan(key, cursor, count=PAGE_FIELDS)
+                    cursor, fields = client.hscan(key, cursor, count=page)
             except ResponseError as error:
                 if _is_wrong_type(error):
                     self._refuse_type(key)
                 raise
-            if page:
-                yield list(page.items())
+            if fields:
+                yield list(fields.items())
             if not cursor:
                 return
 
@@ -171,31 +185,22 @@ class RedisReader:
         count: int = reply
         return count
 
-    def has_key(self, prefix: bytes, kind: str) -> bool:
-        """Return whether one of the first 100,000 keys that the server examines starts with ``prefix``.
+    def sample_keys(self, prefix: bytes, kind: str) -> tuple[list[bytes], bool]:
+        """Return about 1,000 keys that start with ``prefix`` and have the type ``kind``, and whether these are all.
 
-        ``kind`` is the type, as for :meth:`scan_keys`. The number is bounded, because a database may have hundreds of
-        millions of other keys.
+        The server examines at most 100,000 keys for this, because a database may have hundreds of millions.
         """
+        sample: list[bytes] = []
         for node in self._list_nodes():
             cursor = 0
-            for _ in range(100):
+            for _ in range(SAMPLE_PAGES):
                 cursor, keys = self._scan_page(node, cursor, prefix, kind)
-                if keys:
-                    return True
-                if not cursor:
+                sample += keys
+                if not cursor or len(sample) >= PAGE_KEYS:
                     break
-            else:
-                return True  # there may be one among the other keys
-        return False
-
-    def count_keys(self) -> int:
-        """Return the number of all keys of the database, whatever their prefix."""
-        count = 0
-        for node in self._list_nodes():
-            with self._translate_errors():
-                count += node.dbsize()
-        return count
+            if cursor:
+                return sample, False
+        return sample, True
 
     # --- upkeep ---
 
