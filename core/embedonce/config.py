@@ -305,11 +305,13 @@ def _create_part(config: Config, part: Plugged, changes: Mapping[str, Any]) -> A
     Raises:
         ConfigError: the class raised an error. That error is the cause, unless it contains a secret.
     """
+    from ._config.secrets import contains_secret
+
     try:
         return part.cls(**{**part.options, **changes})
     except (Exception, SystemExit) as error:  # noqa: BLE001  (any error becomes a problem at the plugin's table)
         problem = _describe_failure(config, part, error)
-        cause = None if _contains_secret(error, part.secrets) else error
+        cause = None if contains_secret(error, part.secrets) else error
     raise ConfigError([problem]) from cause
 
 
@@ -346,22 +348,12 @@ def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Pr
 
     If the message of the error contains a secret, the message is left out.
     """
-    said = "(message hidden, because it contains a secret)" if _contains_secret(error, part.secrets) else str(error)
+    from ._config.secrets import contains_secret
+
+    said = "(message hidden, because it contains a secret)" if contains_secret(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
     message = f"{part.label} cannot be created: " + ": ".join(piece for piece in (kind, said) if piece)
     return config.document.problem(part.path, " ".join(message.split()), key=True)
-
-
-def _contains_secret(error: BaseException | None, secrets: frozenset[str]) -> bool:
-    """Return whether the message of an error, or of an earlier error that led to it, contains a secret."""
-    if error is None:
-        return False
-    text = f"{error} {getattr(error, '__notes__', '')}"
-    # A message may contain the repr() or the ascii() of a secret, in which some characters are escaped.
-    forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
-    return any(form in text for form in forms) or any(
-        _contains_secret(earlier, secrets) for earlier in (error.__cause__, error.__context__)
-    )
 
 
 def _close_parts(made: list[Any], error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -89,6 +89,18 @@ def find_credentials(text: str) -> Iterable[str]:
     except ValueError:  # not a URL
         return
     yield from (unquoted for part in found if part for unquoted in {part, unquote(part)})
+
+
+def contains_secret(error: BaseException | None, secrets: Collection[str]) -> bool:
+    """Return whether the message of an error, or of an earlier error that led to it, contains a secret."""
+    if error is None:
+        return False
+    text = f"{error} {getattr(error, '__notes__', '')}"
+    # A message may contain the repr() or the ascii() of a secret, in which some characters are escaped.
+    forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
+    return any(form in text for form in forms) or any(
+        contains_secret(earlier, secrets) for earlier in (error.__cause__, error.__context__)
+    )
 
 
 def find_invisible(

@@ -168,7 +168,7 @@ def _import_module(point: EntryPoint) -> Any:
     try:
         return point.load()
     except ModuleNotFoundError as error:
-        raise PluginError(f"{describe(point)} {_explain_missing_module(point, error)}") from error
+        raise PluginError(f"{describe(point)} {explain_missing_module(point, error)}") from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"{describe(point)} cannot be imported: {_describe_error(error)}") from error
 
@@ -258,7 +258,8 @@ def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> str:
+def explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> str:
+    """Return what a plugin needs and how to install it, as the end of a sentence about the plugin."""
     module = error.name or ""
     if not module:
         return f"cannot be imported: {_describe_error(error)}"

@@ -15,6 +15,7 @@ from . import conformance as _conformance
 from . import embed as _embed
 from . import evaluate as _evaluate
 from . import forget as _forget
+from . import import_vectors as _import
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
@@ -137,6 +138,7 @@ app.command(cls=Command, epilog=_init.EPILOG)(_init.init)
 app.command(cls=Command, epilog=_inspect.CHECK_EPILOG)(_inspect.check)
 app.command(cls=Command, epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
 app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
+app.command("import", cls=Command, epilog=_import.EPILOG)(_import.import_vectors)
 app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)

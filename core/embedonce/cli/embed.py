@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,10 +25,12 @@ from .embedding.reading_options import (
     KeepOption,
     QuoteOption,
     SplitOption,
+    check_inputs,
     find_conflict,
 )
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, is_terminal, say, write
+from .signals import Terminated, raise_on_sigterm
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
@@ -142,7 +142,7 @@ def embed(
     from .embedding.dry_run import DryRun
     from .embedding.run import Run
     from .embedding.sources import Reader
-    from .opened import load_config, translate_tier_errors
+    from .opened import list_persistent_tiers, load_config, translate_tier_errors
 
     loaded = load_config(config)
     limit = None if max_cost is None else read_limit(max_cost, loaded)
@@ -172,7 +172,7 @@ def embed(
             encoding=encoding,
         )
         show = not (json or quiet)
-        with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
+        with raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             trial = None
             if dry_run or (limit is not None and loaded.cache.mode != "replay"):
                 trial = DryRun(cache, make_reader(), task=task, strict=strict, allow_empty=allow_empty)
@@ -190,7 +190,7 @@ def embed(
                 task=task,
                 strict=strict,
                 allow_empty=allow_empty,
-                persistent_tiers=_list_persistent_tiers(loaded),
+                persistent_tiers=list_persistent_tiers(loaded),
             )
             run.summary.estimate = None if trial is None else trial.summary.estimate
             code = _execute_run(run, loaded, out, _make_display(reader, cache, show=show))
@@ -233,20 +233,11 @@ def _list_output_files(out: Path | None) -> list[str]:
 
 
 def _check_paths(paths: Sequence[str], out: Path | None) -> None:
+    check_inputs(paths)
     outputs = set(map(os.path.realpath, _list_output_files(out)))
     for path in paths:
-        if path == "-":
-            continue
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            raise Refused(f"{path}: no such file or folder") from None
-        except (OSError, ValueError) as error:
-            raise Refused(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        if os.path.realpath(path) in outputs:
+        if path != "-" and os.path.realpath(path) in outputs:
             raise Refused(f"{path}: --out would overwrite this input; choose another output file")
-    if paths.count("-") > 1:
-        raise Refused("standard input (-) can be given only once")
 
 
 def _make_display(reader: Reader, cache: Cache | None, *, show: bool) -> Display:
@@ -265,10 +256,6 @@ def _make_display(reader: Reader, cache: Cache | None, *, show: bool) -> Display
             if cache is not None:
                 cache.subscribe(display.handle_event)
     return display
-
-
-def _list_persistent_tiers(config: Config) -> list[str]:
-    return [tier.name for tier in config.tiers if tier.scope != "process" and tier.write != "none"]
 
 
 # --- the dry run and its exit code ------------------------------------------------------------
@@ -340,30 +327,6 @@ def _print_dry_run(trial: DryRun, config: Config, *, as_json: bool, quiet: bool,
 # --- the run and its exit code ----------------------------------------------------------------
 
 
-class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM, so that the run ends as it does after Ctrl-C."""
-
-
-@contextmanager
-def _raise_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a stopped container leaves no unfinished output behind."""
-
-    def terminate(signum: int, frame: Any) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except Terminated:  # before the run has begun, or after it has ended
-        say("interrupted")
-        raise typer.Exit(TERMINATED) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _execute_run(run: Run, config: Config, out: Path, display: Display) -> int:
     """Execute the run and return the exit code. If the run ends early, report the reason and add it to the summary."""
     from .embedding.run import Stopped
@@ -420,9 +383,16 @@ def _describe_stored(config: Config, is_temporary: bool = True) -> str:
 
 def _list_messages(run: Run, reader: Reader, *, quiet: bool) -> Iterator[str]:
     """Yield what the user must know after the run: notes about the input, failed tiers, unknown statistics."""
+    from .embedding.summary import describe_tier_failures
+
     if not quiet:
         yield from reader.notes
-    yield from describe_tier_failures(run.summary)
+    yield from describe_tier_failures(run.summary.trouble, run.summary.causes)
+    for tier in run.summary.unstored:
+        yield (
+            f"error: tier {tier} stored none of the computed vectors, so the next run will compute them again; check "
+            "whether the tier's disk is full or read-only, or whether its server is down (run `embedonce check`)"
+        )
     if run.summary.unknown:
         yield f"note: these statistics could not be computed: {', '.join(run.summary.unknown)}; the rows are complete"
 
@@ -459,21 +429,3 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     if summary.index is not None:
         yield f"and the source of each row to {summary.index}"
     yield f"{summary.seconds:,.1f} s, {summary.texts / max(summary.seconds, 1e-9):,.0f} passages/s"
-
-
-def describe_tier_failures(summary: Summary) -> Iterator[str]:
-    """Yield one line per tier that failed, and one line of advice per tier that stored nothing."""
-    for tier, kinds in summary.trouble.items():
-        causes = "; ".join(f"{cause}: {number:,}" for cause, number in summary.causes.get(tier, {}).items())
-        counted = ", ".join(format_failure_count(kind, number) for kind, number in kinds.items())
-        yield f"tier {tier}: {counted}{f' ({causes})' if causes else ''}"
-    for tier in summary.unstored:
-        yield (
-            f"error: tier {tier} stored none of the computed vectors, so the next run will compute them again; check "
-            "whether the tier's disk is full or read-only, or whether its server is down (run `embedonce check`)"
-        )
-
-
-def format_failure_count(kind: str, number: int) -> str:
-    """Return ``1 error``, ``2 errors``, ``3 skipped``."""
-    return format_count(number, "error") if kind == "errors" else f"{number:,} {kind}"

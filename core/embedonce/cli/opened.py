@@ -89,6 +89,11 @@ def open_for_upkeep(source: str | None) -> Iterator[tuple[Config, Cache]]:
         yield loaded, cache
 
 
+def list_persistent_tiers(loaded: Config) -> list[str]:
+    """Return the names of the tiers that keep entries after this process has ended, and that are written to."""
+    return [tier.name for tier in loaded.tiers if tier.scope != "process" and tier.write != "none"]
+
+
 def list_folders(loaded: Config) -> dict[str, str]:
     """Return the folder of each tier that keeps its entries in a folder of this machine, by the tier's name."""
     folders: dict[str, str] = {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,6 +12,8 @@ import typer
 
 from embedonce.cli.output import Refused
 from embedonce.prices import AMOUNT, CURRENCY, EXAMPLE, Price, format_money
+
+from .reading_options import find_stream
 
 if TYPE_CHECKING:
     from embedonce.answers import Estimate
@@ -84,21 +84,12 @@ def check_can_read_twice(paths: Sequence[str]) -> None:
     Raises:
         Refused: an input is standard input or a pipe.
     """
-    for path in paths:
-        if path == "-" or not _is_file_or_folder(path):
-            name = "standard input (-)" if path == "-" else path
-            raise Refused(
-                f"--max-cost cannot be used with {name}: the input is read twice, first to estimate the price. Write "
-                "it to a file first, or estimate the price of the same input with --dry-run"
-            )
-
-
-def _is_file_or_folder(path: str) -> bool:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return True  # the run reports it
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    stream = find_stream(paths)
+    if stream is not None:
+        raise Refused(
+            f"--max-cost cannot be used with {stream}: the input is read twice, first to estimate the price. Write "
+            "it to a file first, or estimate the price of the same input with --dry-run"
+        )
 
 
 def ask_to_embed(excess: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 
 import typer
 
 from embedonce.cli.options import decode_argument
+from embedonce.cli.output import Refused
 
 from .csv_records import NO_QUOTE
 from .decoding import find_encoding
@@ -88,6 +91,43 @@ def find_conflict(format: Format, delimiter: str | None, quote: str | None, path
     if "-" in paths and format == "parquet":
         return "cannot read Parquet from standard input; give the path of a file"
     return None
+
+
+def check_inputs(paths: Sequence[str]) -> None:
+    """Check that the files and folders to read exist.
+
+    Raises:
+        Refused: one of them does not exist or has an impossible name, or standard input is given more than once.
+    """
+    for path in paths:
+        if path == "-":
+            continue
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            raise Refused(f"{path}: no such file or folder") from None
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if paths.count("-") > 1:
+        raise Refused("standard input (-) can be given only once")
+
+
+def find_stream(paths: Sequence[str]) -> str | None:
+    """Return the name of the first input that can be read only once, because it is standard input or a pipe."""
+    for path in paths:
+        if path == "-":
+            return "standard input (-)"
+        if not _is_file_or_folder(path):
+            return path
+    return None
+
+
+def _is_file_or_folder(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True  # the run reports it
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 SplitOption: TypeAlias = Annotated[

@@ -118,6 +118,21 @@ def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 
 
+def describe_tier_failures(
+    trouble: Mapping[str, Mapping[str, int]], causes: Mapping[str, Mapping[str, int]]
+) -> Iterator[str]:
+    """Yield one line per tier that failed. The arguments are the results of the two functions above."""
+    for tier, kinds in trouble.items():
+        by_cause = "; ".join(f"{cause}: {number:,}" for cause, number in causes.get(tier, {}).items())
+        counted = ", ".join(_format_failure_count(kind, number) for kind, number in kinds.items())
+        yield f"tier {tier}: {counted}{f' ({by_cause})' if by_cause else ''}"
+
+
+def _format_failure_count(kind: str, number: int) -> str:
+    """Return ``1 error``, ``2 errors``, ``3 skipped``."""
+    return format_count(number, "error") if kind == "errors" else f"{number:,} {kind}"
+
+
 def has_stored_nothing(tier: TierStats) -> bool:
     """Return whether a tier stored nothing although vectors were written to it."""
     return not tier.stored and bool(tier.errors or tier.dropped)

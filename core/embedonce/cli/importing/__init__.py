@@ -1,0 +1,1 @@
+"""``embedonce import``: reading a source, verifying its vectors, and storing them."""
