@@ -42,6 +42,9 @@ MAX_PROBE_TEXTS = 64
 """Maximum number of texts in a probe."""
 
 
+_FROM_BEST_TO_WORST: Sequence[Verification] = ("off", "verified", "unverified", "refused")
+
+
 class SpaceOfImporter:
     """What is known about the vectors of an importer in one vector space."""
 
@@ -301,10 +304,12 @@ class LiveImporter:
 
     def summarize_verification(self) -> Verification:
         """Return the best result in any vector space."""
-        states = {space.verification for space in list(self._spaces.values())}
-        first: Verification = "unverified" if self.verify else "off"
-        ordered: Sequence[Verification] = ("off", "verified", "unverified", "refused")
-        return next((state for state in ordered if state in states), first)
+        states: dict[Verification, None] = {space.verification: None for space in list(self._spaces.values())}
+        best: Verification = "unverified" if self.verify else "off"
+        for state in _FROM_BEST_TO_WORST:
+            if state in states:
+                return state
+        return best
 
     # --- verification -------------------------------------------------------------------------
 
