@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ class RecordsImporter:
         self.closed = False
         self.stalled = threading.Event()
         """Set while the store hangs."""
+
+    def __reduce__(self) -> Any:
+        return partial(type(self), path=self.path, password=self.password), ()
 
     @property
     def source(self) -> Source:
@@ -95,6 +99,24 @@ class ScansOnly(RecordsImporter):
     """Can only scan."""
 
     lookup = None  # type: ignore[assignment]
+
+
+class NamesItsSourceByHash(RecordsImporter):
+    """Names its source by Python's `hash()`, which differs in every process."""
+
+    @property
+    def source(self) -> Source:
+        return Source(f"records {hash(str(self.path))}")
+
+
+class LosesItsPathInAPickle(RecordsImporter):
+    """Can be pickled, but a copy that was made with pickle has no path."""
+
+    def __reduce__(self) -> Any:
+        return object.__new__, (type(self),)
+
+    def close(self) -> None:
+        pass
 
 
 def damage_record(path: Path, text: str) -> None:

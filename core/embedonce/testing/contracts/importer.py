@@ -367,10 +367,13 @@ class ImporterContract(Contract):
         with self._open_for_scan(dict.fromkeys([*TEXTS, *alike])) as store:
             if not store.has_lookup:
                 pytest.skip("requires both lookup and scan")
+            texts: list[str] = []
             for part in store.importer.scan():
+                texts += part.texts
                 # The scan is not finished yet, so both methods use the store at the same time.
                 for start in range(0, len(part.texts), LOOKUP_BATCH):
                     store.look_up(list(dict.fromkeys(part.texts[start : start + LOOKUP_BATCH])), "lookup during a scan")
+            assert set(texts) == set(store.texts), "a scan left out texts, because lookup was called during the scan"
 
     # --- lifetime and processes ---------------------------------------------------------------
 
