@@ -132,6 +132,11 @@ class KeyTemplate:
         self._name += f", steps {', '.join(steps)}" if steps else ""
 
     @property
+    def has_steps(self) -> bool:
+        """Whether several texts may have the same key."""
+        return bool(self._steps)
+
+    @property
     def name(self) -> str:
         """The options that determine the keys, for the name of a source."""
         return self._name
@@ -149,12 +154,15 @@ class KeyTemplate:
         """
         groups: dict[str, list[str]] = {}
         for text in texts:
-            if text.isascii() or _has_utf8(text):
+            if has_utf8(text):
                 groups.setdefault(self.make_key(text), []).append(text)
         return groups
 
 
-def _has_utf8(text: str) -> bool:
+def has_utf8(text: str) -> bool:
+    """Return whether a text can be encoded. A text with a lone surrogate cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

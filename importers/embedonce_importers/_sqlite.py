@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embedonce.contracts import time_left
-from embedonce.errors import SourceError
+from embedonce.errors import SourceError, TierTimeout
 
 from ._files import check_file
 from ._missing_names import describe_missing
@@ -34,7 +34,7 @@ _PROGRESS_STEPS = 10_000
 """Instructions of SQLite between two checks of the deadline: less than a millisecond."""
 
 _LIMITS = (
-    (sqlite3.SQLITE_LIMIT_LENGTH, 16 * MAX_VALUE_BYTES),  # of a row; a row may have other columns too
+    (sqlite3.SQLITE_LIMIT_LENGTH, 4 * MAX_VALUE_BYTES),  # of a row, which may have other columns too
     (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
     (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
     (sqlite3.SQLITE_LIMIT_VDBE_OP, 100_000),
@@ -59,12 +59,13 @@ class ReadOnlyDatabase:
 
         Raises:
             SourceError: the file is missing, is not a database, or is damaged.
-            sqlite3.OperationalError: the database is locked, or a query took too long.
+            TierTimeout: a query took too long.
+            sqlite3.OperationalError: another program has locked the database.
         """
         with self._translate():
             connection = self._take() or self._open()
             try:
-                _set_deadline(connection)
+                set_deadline(connection)
                 yield connection
             except BaseException:
                 connection.close()
@@ -128,6 +129,8 @@ class ReadOnlyDatabase:
             yield
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_INTERRUPT:
+                raise TierTimeout(f"{self.path}: a query did not end in time; is there an index for it?") from error
             if code == sqlite3.SQLITE_NOTADB:
                 raise SourceError(f"{self.path} is not an SQLite database, or it is encrypted") from error
             if code == sqlite3.SQLITE_CORRUPT:
@@ -146,33 +149,46 @@ _CONNECTIONS_OF_PARENTS: list[sqlite3.Connection] = []
 """Connections that a parent process opened. They are kept here, because deleting them would close them."""
 
 
-def check_columns(connection: sqlite3.Connection, path: Path, table: str, columns: Sequence[str]) -> None:
-    """Check that a table or view exists and has these columns.
+def check_columns(connection: sqlite3.Connection, path: Path, table: str, columns: Collection[str]) -> str | None:
+    """Check that a table or view exists and has these columns. Return the expression of its row numbers.
+
+    The result is None if there are no row numbers: in a view, and in a table that was made WITHOUT ROWID.
 
     Raises:
-        SourceError: it does not; the message lists those that exist.
+        SourceError: the table or a column is missing; the message lists those that exist.
     """
     rows = connection.execute(
-        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+        "SELECT name, type FROM sqlite_master "
+        "WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
     ).fetchall()
-    tables = [name.decode(errors="replace") for (name,) in rows]
-    if table.lower() not in map(str.lower, tables):
-        raise SourceError(describe_missing(f"{path} has no table", table, tables, "tables"))
+    kinds = {name.decode(errors="replace"): kind for name, kind in rows}
+    exact = next((name for name in kinds if name.lower() == table.lower()), None)
+    if exact is None:
+        raise SourceError(describe_missing(f"{path} has no table", table, list(kinds), "tables"))
     rows = connection.execute(f"PRAGMA table_xinfo({quote_identifier(table)})").fetchall()
     known = [row[1].decode(errors="replace") for row in rows]
+    lower = {name.lower() for name in known}
     for column in columns:
-        if column.lower() not in map(str.lower, known):
-            raise SourceError(
-                describe_missing(f"table {quote_identifier(table)} of {path} has no column", column, known, "columns")
-            )
+        if column.lower() not in lower:
+            raise SourceError(describe_missing(f'table "{exact}" of {path} has no column', column, known, "columns"))
+    number = next((name for name in ("rowid", "oid", "_rowid_") if name not in lower), None)
+    if number is None or kinds[exact] == b"view":
+        return None
+    try:
+        connection.execute(f"SELECT source.{number} FROM {quote_identifier(table)} AS source LIMIT 0").close()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR:  # there is no such column
+            return None
+        raise
+    return f"source.{number}"
 
 
 def fetch_by_keys(
-    connection: sqlite3.Connection, select: str, keys: Collection[str]
+    connection: sqlite3.Connection, select: str, keys: Collection[str], *, before: Sequence[str | float] = ()
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Run a query for many keys. Return its rows, and the number of keys whose row is too large.
 
-    ``select`` ends before the list of keys, such as ``SELECT ... WHERE key IN``.
+    ``select`` ends before the list of keys, such as ``SELECT ... WHERE key IN``. ``before`` are its own parameters.
     """
     rows: list[tuple[Any, ...]] = []
     too_large = 0
@@ -182,9 +198,10 @@ def fetch_by_keys(
         part = parts.pop()
         try:
             # The deadline is set again for each query, because it also limits how long SQLite waits for a lock.
-            _set_deadline(connection)
-            rows += connection.execute(f"{select} ({', '.join('?' * len(part))})", part).fetchall()
-        except sqlite3.DataError:  # a row is larger than the limit; which one, SQLite does not say
+            set_deadline(connection)
+            query = f"{select} ({', '.join('?' * len(part))})"
+            rows += connection.execute(query, (*before, *part)).fetchall()
+        except sqlite3.DataError:  # a row is larger than the limit, but SQLite does not say which
             if len(part) == 1:
                 too_large += 1
             else:
@@ -192,12 +209,28 @@ def fetch_by_keys(
     return rows, too_large
 
 
+def get_bytes(value: object) -> bytes:
+    """Return a value of a row, if it is text or a BLOB.
+
+    Raises:
+        ValueError: it is a number.
+    """
+    if isinstance(value, bytes):  # text too, because of the connection's `text_factory`
+        return value
+    raise ValueError("a number in place of a vector")
+
+
 def quote_identifier(name: str) -> str:
     """Return the name of a table or column, quoted for SQLite."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def _set_deadline(connection: sqlite3.Connection) -> None:
+def set_deadline(connection: sqlite3.Connection) -> None:
+    """Let the next query end when the current call has no time left.
+
+    Raises:
+        TierTimeout: it has none.
+    """
     seconds = time_left()
     wait = CHECK_TIMEOUT if seconds is None else seconds
     connection.execute(f"PRAGMA busy_timeout = {max(1, int(wait * 1000))}").close()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import array
 import base64
 import binascii
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 # pydantic is a dependency of embedonce. Its parser needs 15 µs for 384 numbers, and the module json 95 µs.
 from pydantic_core import from_json
 
-from embedonce.contracts import FoundVectors
 from embedonce.options import Doc
 
 from ._pickled_lists import parse_pickled_list
@@ -35,7 +33,6 @@ ValueOption: TypeAlias = Annotated[
 MAX_VALUE_BYTES = 2**20
 """Maximum size of a stored vector. The longest vectors in use have 16,384 numbers, or about 400 kB as JSON."""
 
-Value = TypeVar("Value")
 DecodedVector: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 _JSON_CHARACTERS = b"0123456789+-.eE,[] \t\r\n"
@@ -49,22 +46,6 @@ def decode(value: bytes | str, form: ValueForm) -> DecodedVector:
         ValueError: the value does not have this form. The message is a short reason to be counted.
     """
     return DECODERS[form](value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value)
-
-
-def collect_vectors(pairs: Iterable[tuple[str, Value]], decode_value: Callable[[Value], DecodedVector]) -> FoundVectors:
-    """Decode the values of texts. A ValueError of ``decode_value`` is counted as unreadable under its message."""
-    texts: list[str] = []
-    vectors: list[DecodedVector] = []
-    unreadable: Counter[str] = Counter()
-    for text, value in pairs:
-        try:
-            vector = decode_value(value)
-        except ValueError as error:
-            unreadable[str(error)] += 1
-        else:
-            texts.append(text)
-            vectors.append(vector)
-    return FoundVectors(texts, vectors, unreadable)
 
 
 def decode_json(value: bytes) -> NDArray[np.float64]:

@@ -55,8 +55,8 @@ class LlamaIndexRedisImporter:
         with self._reader.explain_errors():
             if not self._reader.count_fields(key):
                 raise SourceError(
-                    f"{self._reader.name} has no collection {self._collection!r}; check the database in url. LlamaIndex "
-                    "calls the collection 'embeddings'"
+                    f"{self._reader.name} has no collection {self._collection!r}; check the database in url. "
+                    "LlamaIndex calls the collection 'embeddings'"
                 )
             page = next(self._reader.scan_fields(key, page=1), [])
         try:
@@ -64,9 +64,9 @@ class LlamaIndexRedisImporter:
                 decode_entry(value)
         except ValueError as error:
             raise SourceError(
-                f"collection {self._collection!r} of {self._reader.name} has something other than embeddings ({error}); "
-                "set collection to the one that has them, which LlamaIndex calls 'embeddings'. An ingestion cache has "
-                "the importer llama-index-ingestion"
+                f"collection {self._collection!r} of {self._reader.name} has something other than embeddings "
+                f"({error}); set collection to the one that has them, which LlamaIndex calls 'embeddings'. An "
+                "ingestion cache has the importer llama-index-ingestion"
             ) from None
 
     def lookup(self, texts: Sequence[str], /) -> FoundVectors:

@@ -23,6 +23,7 @@ from ._values import DecodedVector, decode_json
 
 api = 1
 
+OTHER_CONTENT = "an entry of bytes, or of another text or model"
 FIELDS = ("content", "model_name", "embedding")
 
 Row: TypeAlias = "Sequence[bytes | None] | WrongType"
@@ -117,9 +118,6 @@ class RedisVLImporter:
         if key != self._make_key(text):
             raise ValueError(OTHER_CONTENT)
         return self._read((text, row))
-
-
-OTHER_CONTENT = "an entry of bytes, or of another text or model"
 
 
 def _get_model(row: Row) -> bytes | None:
