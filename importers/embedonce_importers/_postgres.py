@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import selectors
 import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -145,7 +146,7 @@ class Database:
     def _lend(self) -> Iterator[_Connection]:
         """Lend a connection to a block. It is closed after an error, because its state is not known then."""
         free = self._free
-        if not free.acquire(timeout=-1 if (left := time_left()) is None else left):
+        if not free.acquire(timeout=time_left()):
             raise TierBusy(f"all {MAX_CONNECTIONS} connections of the importer to Postgres are in use")
         connection: _Connection | None = None
         is_reusable = False
@@ -209,11 +210,9 @@ def _is_usable(connection: _Connection) -> bool:
     """Return whether an idle connection still has its session. The server sends something only when it ends one."""
     if connection.closed:
         return False
-    try:
-        connection.pgconn.consume_input()
-    except psycopg.OperationalError:
-        return False
-    return connection.pgconn.status == psycopg.pq.ConnStatus.OK
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        return not selector.select(0)
 
 
 def _close_all(idle: list[_Connection]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,59 +107,73 @@ def _describe_missing_table(database: Database, table: str, schema: str | None) 
 
 # --- vectors ----------------------------------------------------------------------------------
 
-ARRAYS = ("vector", "halfvec", "_float4", "_float8")
-"""The types that :func:`select_vector` reads as arrays of numbers."""
-
 _HEADER = np.dtype([("axes", ">i4"), ("has_null", ">i4"), ("kind", ">u4"), ("size", ">i4"), ("first", ">i4")])
 """The beginning of an array of one axis in Postgres' binary format. The elements follow, each after its size."""
-_ELEMENTS = {
-    700: np.dtype([("size", ">i4"), ("value", ">f4")]),
-    701: np.dtype([("size", ">i4"), ("value", ">f8")]),
+
+
+def _parse_array(block: NDArray[np.uint8], number: str) -> NDArray[Any]:
+    if block.shape[1] < _HEADER.itemsize:
+        raise ValueError("an empty array")
+    headers = np.ascontiguousarray(block[:, : _HEADER.itemsize]).view(_HEADER)
+    if (headers["axes"] != 1).any():
+        raise ValueError("an array of arrays")
+    if headers["has_null"].any():
+        raise ValueError("an array with a null")
+    elements = np.ascontiguousarray(block[:, _HEADER.itemsize :]).view([("size", ">i4"), ("value", number)])
+    values: NDArray[Any] = elements["value"]
+    return values
+
+
+def _parse_pgvector(block: NDArray[np.uint8], number: str) -> NDArray[Any]:
+    # The number of dimensions, two unused bytes, and the numbers.
+    dimensions = np.ascontiguousarray(block[:, :2]).view(">i2")
+    if (4 + dimensions * np.dtype(number).itemsize != block.shape[1]).any():
+        raise ValueError("not a vector in the format of pgvector")
+    return np.ascontiguousarray(block[:, 4:]).view(number)
+
+
+BINARY: Mapping[str, Callable[[NDArray[np.uint8]], NDArray[Any]]] = {
+    "vector": partial(_parse_pgvector, number=">f4"),
+    "halfvec": partial(_parse_pgvector, number=">f2"),
+    "_float4": partial(_parse_array, number=">f4"),
+    "_float8": partial(_parse_array, number=">f8"),
 }
-"""The layout of an element, by the number of the type (float4, float8)."""
+"""The types that are read in Postgres' binary format, which is fastest and needs nothing of pgvector in this process.
+Each function turns rows of bytes of one length (uint8, shape (n, bytes)) into numbers of shape (n, d)."""
 
 
 def select_vector(column: sql.Composable, kind: str) -> Statement:
-    """Return the expression that selects a vector column in the form in which this module or ``_values`` decodes it.
-
-    The types in :data:`ARRAYS` become Postgres' binary form of an array, in which a value is read fastest. It needs
-    nothing of pgvector in this process.
-    """
-    if kind in ("vector", "halfvec"):
-        return sql.SQL("pg_catalog.array_send({}::real[])").format(column)
-    if kind in ARRAYS:
-        return sql.SQL("pg_catalog.array_send({})").format(column)
-    return sql.SQL("{}").format(column) if kind == "bytea" else sql.SQL("{}::text").format(column)
+    """Return the expression that selects a vector column: a type of :data:`BINARY` as bytes, bytea, or text."""
+    if kind in ("_float4", "_float8"):
+        return sql.SQL("pg_catalog.array_send({})").format(column)  # psycopg would make a list of it
+    return sql.SQL("{}" if kind in BINARY or kind == "bytea" else "{}::text").format(column)
 
 
-def decode_array(value: bytes) -> Vector:
-    """Return the float32 vector in the binary form of an array.
+class BinaryDecoder:
+    """Decodes the values of a column of a type in :data:`BINARY`."""
 
-    Raises:
-        ValueError: the array is empty, has several axes, or has a null.
-    """
-    if len(value) < _HEADER.itemsize:
-        raise ValueError("an empty array")
-    header = np.frombuffer(value, _HEADER, count=1)[0]
-    if header["axes"] != 1:
-        raise ValueError("an array of arrays")
-    if header["has_null"]:
-        raise ValueError("an array with a null")
-    elements = np.frombuffer(value, _ELEMENTS[int(header["kind"])], offset=_HEADER.itemsize)
-    return _round(elements["value"])
+    def __init__(self, kind: str) -> None:
+        self._parse = BINARY[kind]
 
+    def __call__(self, value: bytes) -> Vector:
+        """Return a float32 vector of shape (d,).
 
-def decode_arrays(values: Sequence[bytes | None]) -> Matrix | None:
-    """Return a matrix with the vector of each value, or None if a value is missing, invalid, or of another length."""
-    size = len(values[0] or b"") if values else 0
-    if size <= _HEADER.itemsize or any(value is None or len(value) != size for value in values):
-        return None
-    block = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)  # type: ignore[arg-type]
-    headers = np.ascontiguousarray(block[:, : _HEADER.itemsize]).view(_HEADER)[:, 0]
-    if (headers["axes"] != 1).any() or headers["has_null"].any():
-        return None
-    elements = np.ascontiguousarray(block[:, _HEADER.itemsize :]).view(_ELEMENTS[int(headers["kind"][0])])
-    return _round(elements["value"])
+        Raises:
+            ValueError: the array is empty, has several axes, or has a null.
+        """
+        vector: Vector = _round(self._parse(np.frombuffer(value, np.uint8)[np.newaxis]))[0]
+        return vector
+
+    def decode_all(self, values: Sequence[bytes | None]) -> Matrix | None:
+        """Return a matrix with the vector of each value, or None if one is missing, invalid, or of another length."""
+        size = len(values[0] or b"") if values else 0
+        if not size or any(value is None or len(value) != size for value in values):
+            return None
+        block = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)  # type: ignore[arg-type]
+        try:
+            return _round(self._parse(block))
+        except ValueError:
+            return None
 
 
 def _round(numbers: NDArray[Any]) -> NDArray[np.float32]:
@@ -167,11 +182,9 @@ def _round(numbers: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def decode_rows(
-    texts: Sequence[str],
-    values: Sequence[Any],
-    decode: Callable[[Any], NDArray[np.floating[Any]]] = decode_array,
+    texts: Sequence[str], values: Sequence[Any], decode: Callable[[Any], NDArray[np.floating[Any]]]
 ) -> FoundVectors:
-    """Return texts with the vectors of their values, as :func:`make_found` does; arrays become one matrix."""
-    if decode is decode_array and (matrix := decode_arrays(values)) is not None:
+    """Return texts with the vectors of their values, as :func:`make_found` does; a matrix if that is possible."""
+    if isinstance(decode, BinaryDecoder) and (matrix := decode.decode_all(values)) is not None:
         return FoundVectors(texts, matrix)
     return make_found(texts, values, decode)

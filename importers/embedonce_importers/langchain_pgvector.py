@@ -20,7 +20,7 @@ from embedonce.options import Doc
 from ._found import NO_TEXT, merge_repeated
 from ._missing_names import describe_missing
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
-from ._postgres_tables import decode_rows, inspect_table, select_vector
+from ._postgres_tables import BinaryDecoder, decode_rows, inspect_table, select_vector
 
 api = 1
 
@@ -51,7 +51,7 @@ class LangChainPGVectorImporter:
     ) -> None:
         self._database = Database(url)
         self._collection = collection
-        self._select: Statement | None = None
+        self._known: tuple[Statement, BinaryDecoder] | None = None
         self.source = Source(f"langchain-pgvector {self._database.name} collection={collection!r}", task="document")
 
     def __repr__(self) -> str:
@@ -60,22 +60,23 @@ class LangChainPGVectorImporter:
     def check(self) -> None:
         """Check that the tables and the collection exist, and that they can be read."""
         with explain_errors(self._database):
-            self._select = None
-            self._database.run(self._get_select() + sql.SQL(" LIMIT 1"), (self._collection,))
+            self._known = None
+            self._database.run(self._get_select()[0] + sql.SQL(" LIMIT 1"), (self._collection,))
 
     def lookup(self, texts: Sequence[str], /) -> FoundVectors:
         """Return the texts that are documents of the collection, with one query."""
         asked = [text for text in texts if is_storable(text)]
-        statement = self._get_select() + sql.SQL(" AND e.document = ANY(%s)")
-        rows = self._database.run(statement, (self._collection, asked))
+        select, decode = self._get_select()
+        rows = self._database.run(select + sql.SQL(" AND e.document = ANY(%s)"), (self._collection, asked))
         # The collation of the database may count different texts as equal.
         wanted = set(asked)
-        return merge_repeated(_make_part([row for row in rows if row[0] in wanted]))
+        return merge_repeated(_make_part([row for row in rows if row[0] in wanted], decode))
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield all documents of the collection, in the order of the table."""
-        for rows in self._database.scan(self._get_select(), (self._collection,)):
-            yield _make_part(rows)
+        select, decode = self._get_select()
+        for rows in self._database.scan(select, (self._collection,)):
+            yield _make_part(rows, decode)
 
     def count(self) -> int | None:
         """Return the number of rows of the collection; None if counting takes long."""
@@ -85,9 +86,12 @@ class LangChainPGVectorImporter:
         """Close the connections."""
         self._database.close()
 
-    def _get_select(self) -> Statement:
-        """Return the statement that selects the rows of the collection. The first call inspects the tables."""
-        if self._select is None:
+    def _get_select(self) -> tuple[Statement, BinaryDecoder]:
+        """Return the statement that selects the rows of the collection, and a decoder of their vectors.
+
+        The first call inspects the tables.
+        """
+        if self._known is None:
             inspect_table(self._database, COLLECTIONS, advice=OTHER_STORE)
             table = inspect_table(self._database, EMBEDDINGS, advice=OTHER_STORE)
             advice = "expected vector; the table is not LangChain's"
@@ -95,8 +99,8 @@ class LangChainPGVectorImporter:
             table.check_column("document", "LangChain's texts", ("varchar", "text"), advice)
             self._check_collection()
             vector = select_vector(sql.Identifier("e", "embedding"), kind)
-            self._select = sql.SQL("SELECT e.document, {} ").format(vector) + _FROM
-        return self._select
+            self._known = sql.SQL("SELECT e.document, {} ").format(vector) + _FROM, BinaryDecoder(kind)
+        return self._known
 
     def _check_collection(self) -> None:
         rows = self._database.run(sql.SQL(f"SELECT name FROM {COLLECTIONS} ORDER BY 1"))
@@ -111,9 +115,9 @@ class LangChainPGVectorImporter:
             raise SourceError(describe_missing(problem, self._collection, [*names], "collections"))
 
 
-def _make_part(rows: Sequence[Row]) -> FoundVectors:
+def _make_part(rows: Sequence[Row], decode: BinaryDecoder) -> FoundVectors:
     with_text = [row for row in rows if row[0] is not None]
-    found = decode_rows([text for text, _ in with_text], [value for _, value in with_text])
+    found = decode_rows([text for text, _ in with_text], [value for _, value in with_text], decode)
     missing = len(rows) - len(with_text)
     return FoundVectors(found.texts, found.vectors, {**found.unreadable, NO_TEXT: missing}) if missing else found
 

@@ -22,18 +22,18 @@ from embedonce.options import Doc
 from ._found import NO_TEXT, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
-from ._postgres_tables import ARRAYS, Table, decode_array, decode_rows, inspect_table, select_vector
+from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, inspect_table, select_vector
 from ._values import ValueForm, ValueOption, decode
 
 api = 1
 
 Decode: TypeAlias = Callable[[Any], NDArray[np.floating[Any]]]
 
-TEXTS = ("text", "varchar", "citext")
+TEXTS = ("text", "varchar")
 """Types of a column with texts. Not ``char(n)``, because it does not tell spaces at the end of a text from its own."""
 KEYS = (*TEXTS, "bpchar", "bytea")
 JSON = ("json", "jsonb")
-VECTORS = (*ARRAYS, *JSON, "text", "varchar", "bytea")
+VECTORS = (*BINARY, *JSON, "text", "varchar", "bytea")
 TEXT_FORMS = ("json", "pgvector", "base64-float64")
 """The forms of vectors that are text."""
 
@@ -48,8 +48,6 @@ class _Plan:
     vector: Statement
     decode: Decode
     key_kind: str | None
-    has_plain_text: bool
-    """Whether the text column compares texts as Python does. ``citext`` does not."""
 
 
 class PostgresImporter:
@@ -135,7 +133,7 @@ class PostgresImporter:
         if self._template is None:
             return self._look_up_texts(plan, texts)
         groups: dict[str | bytes, list[str]] = {}
-        for key, same in self._template.group_by_key([text for text in texts if is_storable(text)]).items():
+        for key, same in self._template.group_by_key(texts).items():
             if (encoded := _encode_key(key, plan.key_kind)) is not None:
                 groups[encoded] = same
         assert self._key_column is not None
@@ -143,8 +141,7 @@ class PostgresImporter:
         shown = _show_column(column, plan.key_kind)
         # An array of the column's own type, because the index of the column would not be used otherwise.
         kind = sql.SQL("bytea[]" if plan.key_kind == "bytea" else "bpchar[]" if plan.key_kind == "bpchar" else "text[]")
-        compared = shown if plan.key_kind == "citext" else column
-        condition = sql.SQL("{} = ANY(%s::{})").format(compared, kind)
+        condition = sql.SQL("{} = ANY(%s::{})").format(column, kind)
         rows = self._run(plan, shown, condition, list(groups))
         found = [(text, vector) for key, vector in rows for text in groups.get(key, ())]
         return merge_repeated(decode_rows([text for text, _ in found], [vector for _, vector in found], plan.decode))
@@ -154,7 +151,7 @@ class PostgresImporter:
         assert self._text_column is not None
         column = sql.Identifier(self._text_column)
         shown = _show_column(column, "text")
-        condition = sql.SQL("{} = ANY(%s::text[])").format(column if plan.has_plain_text else shown)
+        condition = sql.SQL("{} = ANY(%s::text[])").format(column)
         # The collation of the column may count different texts as equal.
         wanted = set(asked)
         rows = [row for row in self._run(plan, shown, condition, asked) if row[0] in wanted]
@@ -220,28 +217,28 @@ class PostgresImporter:
                 VECTORS,
                 "expected vector, halfvec, real[], double precision[], json, jsonb, text or bytea",
             )
-            key_kind = text_kind = None
+            key_kind = None
             if self._key_column is not None:
                 expected = "expected text, varchar, char or bytea"
                 key_kind = table.check_column(self._key_column, "key_column", KEYS, expected)
             if self._text_column is not None:
                 expected = "expected text or varchar, which keep every text as it is"
-                text_kind = table.check_column(self._text_column, "text_column", TEXTS, expected)
+                table.check_column(self._text_column, "text_column", TEXTS, expected)
             if self._model_column is not None:
                 advice = "expected text, varchar or char"
                 table.check_column(self._model_column, "model_column", (*TEXTS, "bpchar"), advice)
             decoder = self._choose_decoder(table, kind)
             vector = select_vector(sql.Identifier(self._vector_column), kind)
-            self._known = _Plan(table, vector, decoder, key_kind, text_kind != "citext")
+            self._known = _Plan(table, vector, decoder, key_kind)
         return self._known
 
     def _choose_decoder(self, table: Table, kind: str) -> Decode:
-        if kind in ARRAYS or kind in JSON:
+        if kind in BINARY or kind in JSON:
             if self._value is not None:
                 raise SourceError(
                     f"the type of the column {self._vector_column!r} of {table.name} tells how to read it; remove value"
                 )
-            return decode_array if kind in ARRAYS else lambda text: decode(text, "json")
+            return BinaryDecoder(kind) if kind in BINARY else lambda text: decode(text, "json")
         if kind == "bytea" and self._value is None:
             raise SourceError(
                 f"the column {self._vector_column!r} of {table.name} has bytes; set value to their form, for example "
@@ -264,7 +261,7 @@ def _show_column(column: sql.Identifier, kind: str | None) -> sql.Composable:
 def _encode_key(key: str, kind: str | None) -> str | bytes | None:
     """Return a key as the column has it; None if the column cannot have it. A bytea column has the bytes of a hash."""
     if kind != "bytea":
-        return key
+        return key if is_storable(key) else None
     try:
         return bytes.fromhex(key)
     except ValueError:
