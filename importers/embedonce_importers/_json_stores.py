@@ -293,22 +293,27 @@ class JsonStore:
         """Open the file; return a function that checks that nobody has changed it, and its entries.
 
         An entry is its key, as JSON with its quotes, and the reader that is in front of its value. The caller reads or
-        skips the value. A :class:`ValueError` of the reader becomes a :class:`~embedonce.errors.SourceError`, so the
-        caller handles its own within the block.
+        skips the value. A :class:`ValueError` inside the block becomes a :class:`~embedonce.errors.SourceError`.
 
         Raises:
             SourceError: the file is missing, is not such a store, or has no such collection.
         """
         with self.open_file() as file:
             version = self.get_version(file)
-            try:
-                yield lambda: self.check_unchanged(file, version), self._read_entries(file)
-            except ValueError as error:
-                self.check_unchanged(file, version)
-                raise SourceError(
-                    f"{self.path} is not a whole JSON file of LlamaIndex's SimpleKVStore: {error}; give the file that "
-                    f"{self._example} has written"
-                ) from None
+            with self.explain_errors(file, version):
+                yield lambda: self.check_unchanged(file, version), self.read_entries(file)
+
+    @contextmanager
+    def explain_errors(self, file: BinaryIO, version: tuple[int, ...]) -> Iterator[None]:
+        """Turn a :class:`ValueError` of a reader of the file inside the block into a SourceError."""
+        try:
+            yield
+        except ValueError as error:
+            self.check_unchanged(file, version)
+            raise SourceError(
+                f"{self.path} is not a whole JSON file of LlamaIndex's SimpleKVStore: {error}; give the file that "
+                f"{self._example} has written"
+            ) from None
 
     def get_version(self, file: BinaryIO) -> tuple[int, ...]:
         """Return what changes when another program writes the file."""
@@ -327,7 +332,9 @@ class JsonStore:
         if self.get_version(file) != version:
             raise SourceError(f"{self.path} was changed while it was read; try again when no program writes it")
 
-    def _read_entries(self, file: BinaryIO) -> Iterator[tuple[bytes, JsonReader]]:
+    def read_entries(self, file: BinaryIO) -> Iterator[tuple[bytes, JsonReader]]:
+        """Yield the key of each entry of the collection, with the reader that is in front of its value."""
+        file.seek(0)
         reader = JsonReader(file)
         others: deque[str] = deque(maxlen=MAX_NAMES + 1)
         has_collection = False

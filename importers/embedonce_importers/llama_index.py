@@ -10,7 +10,8 @@ import io
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, BinaryIO, Final
 
@@ -23,6 +24,7 @@ from embedonce.contracts import FoundVectors, Source, time_left
 from embedonce.errors import SourceError
 from embedonce.options import Doc
 
+from ._found import collect_vectors
 from ._json_stores import MAX_PIECE, JsonReader, JsonStore, decode_string
 from ._llama_index import UNKNOWN_LINE_BREAKS, LineBreaks, check_line_breaks, decode_entry, find_embedded_text
 from ._values import DecodedVector
@@ -38,7 +40,7 @@ class LlamaIndexImporter:
 
     A scan reads the file once, in pieces. The first lookup reads it as well, and remembers 24 bytes per text: a hash,
     and where the entry begins and ends. Each process that looks texts up does this again, and also after the file has
-    changed. It takes about a second per gigabyte.
+    changed. It takes one or two seconds per gigabyte.
     """
 
     def __init__(
@@ -86,22 +88,14 @@ class LlamaIndexImporter:
         Raises:
             SourceError: the file cannot be read, or another thread is still reading it for the first time.
         """
-        found: list[str] = []
-        vectors: list[DecodedVector] = []
-        unreadable: dict[str, int] = {}
         with self._store.open_file() as file:
-            index = self._read_index(file)
-            for text in texts:
-                try:
-                    vector = self._find(file, index, text)
-                except ValueError as error:
-                    unreadable[str(error)] = unreadable.get(str(error), 0) + 1
-                    continue
-                if vector is not None:
-                    found.append(text)
-                    vectors.append(vector)
-            self._store.check_unchanged(file, index.version)
-        return FoundVectors(found, vectors, unreadable)
+            version = self._store.get_version(file)
+            with self._store.explain_errors(file, version):
+                index = self._read_index(file, version)
+                stored = ((text, raw) for text in texts if (raw := _find_entry(file, index, text)) is not None)
+                found = collect_vectors(stored, self._read_asked)
+            self._store.check_unchanged(file, version)
+        return found
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield all texts of the collection.
@@ -109,27 +103,14 @@ class LlamaIndexImporter:
         Raises:
             SourceError: the file cannot be read, is not a store of LlamaIndex, or has changed meanwhile.
         """
-        found: list[str] = []
-        vectors: list[DecodedVector] = []
-        unreadable: dict[str, int] = {}
         with self._store.open() as (check_unchanged, entries):
-            for key, reader in entries:
-                raw = reader.read()
-                try:
-                    text = find_embedded_text(decode_string(key), self._line_breaks)
-                    if text is None:
-                        raise ValueError(UNKNOWN_LINE_BREAKS)
-                    vectors.append(decode_entry(raw))
-                    found.append(text)
-                except ValueError as error:
-                    unreadable[str(error)] = unreadable.get(str(error), 0) + 1
-                if len(found) + sum(unreadable.values()) >= PART:
-                    check_unchanged()
-                    yield FoundVectors(found, vectors, unreadable)
-                    found, vectors, unreadable = [], [], {}
-            check_unchanged()
-        if found or unreadable:
-            yield FoundVectors(found, vectors, unreadable)
+            items = ((key, reader.read()) for key, reader in entries)
+            while True:
+                found = collect_vectors(islice(items, PART), self._read_listed)
+                check_unchanged()
+                if not found.texts and not found.unreadable:
+                    return
+                yield found
 
     def count(self) -> int | None:
         """Return the number of texts if a lookup has counted them already."""
@@ -140,60 +121,52 @@ class LlamaIndexImporter:
         """Forget the index. No file stays open between two calls."""
         self._index = None
 
-    def _read_index(self, file: BinaryIO) -> _Index:
-        """Return the index of the file as it is now. One thread makes it, and the others wait for it."""
-        version = self._store.get_version(file)
+    def _read_index(self, file: BinaryIO, version: tuple[int, ...]) -> _Index:
+        """Return the index of this version of the file. One thread makes it, and the others wait for it."""
         if self._pid != os.getpid():  # at the fork, a thread of the parent may have held the lock
             self._lock, self._pid = threading.Lock(), os.getpid()
         seconds = time_left()
         if not self._lock.acquire(timeout=-1 if seconds is None else max(0.0, seconds)):
             raise SourceError(
-                f"{self._store.path} is still being read for the first lookup, which takes about a second per "
-                "gigabyte; import the whole file with `embedonce import` instead"
+                f"{self._store.path} is still being read for the first lookup, which takes one or two seconds "
+                "per gigabyte; import the whole file with `embedonce import` instead"
             )
         try:
             if self._index is None or self._index.version != version:
-                self._index = _Index(self._store, self._line_breaks, version)
+                self._index = _Index(self._store.read_entries(file), self._line_breaks, version)
             return self._index
         finally:
             self._lock.release()
 
-    def _find(self, file: BinaryIO, index: _Index, text: str) -> DecodedVector | None:
-        """Return the vector of a text; None if the file does not have the text.
+    def _read_asked(self, item: tuple[str, bytes]) -> tuple[str, DecodedVector]:
+        text, raw = item
+        if find_embedded_text(text, self._line_breaks) is None:
+            raise ValueError(UNKNOWN_LINE_BREAKS)
+        return text, decode_entry(raw)
 
-        Raises:
-            ValueError: the file has it, but its vector cannot be used. The message is a short reason.
-        """
-        for begin, end in index.find(text):
-            if end - begin > MAX_PIECE:
-                raise ValueError(f"larger than {MAX_PIECE >> 20} MiB")
-            file.seek(begin)
-            raw = file.read(end - begin)
-            # Two texts may have the same hash.
-            reader = JsonReader(io.BytesIO(b"{" + raw + b"}"))
-            key = next(reader.members())
-            stored = find_embedded_text(decode_string(key), self._line_breaks)
-            if stored == text:
-                return decode_entry(reader.read())
-            if stored is None and decode_string(key) == text:
-                raise ValueError(UNKNOWN_LINE_BREAKS)
-        return None
+    def _read_listed(self, item: tuple[bytes, bytes]) -> tuple[str, DecodedVector]:
+        key, raw = item
+        text = find_embedded_text(decode_string(key), self._line_breaks)
+        if text is None:
+            raise ValueError(UNKNOWN_LINE_BREAKS)
+        return text, decode_entry(raw)
 
 
 class _Index:
     """Where each entry of a collection begins and ends in the file, sorted by a hash of its text."""
 
-    def __init__(self, store: JsonStore, line_breaks: str | None, version: tuple[int, ...]) -> None:
+    def __init__(
+        self, entries: Iterable[tuple[bytes, JsonReader]], line_breaks: str | None, version: tuple[int, ...]
+    ) -> None:
         hashes, begins, ends = array("Q"), array("Q"), array("Q")
-        with store.open() as (check_unchanged, entries):
-            for key, reader in entries:
-                begin = reader.key_offset
-                reader.skip()
-                hashes.append(_hash_key(key, line_breaks))
-                begins.append(begin)
-                ends.append(reader.offset)
-            check_unchanged()
+        for key, reader in entries:
+            begin = reader.key_offset
+            reader.skip()
+            hashes.append(_hash_key(key, line_breaks))
+            begins.append(begin)
+            ends.append(reader.offset)
         self.version = version
+        self.line_breaks = line_breaks
         unsorted: NDArray[np.uint64] = np.frombuffer(hashes, np.uint64)
         order = np.argsort(unsorted, kind="stable")
         self.hashes = unsorted[order]
@@ -211,19 +184,37 @@ class _Index:
             yield int(self._begins[at]), int(self._ends[at])
 
 
-def _hash_key(key: bytes, line_breaks: str | None) -> int:
-    """Return the hash of the text that was embedded for a key, which is a string in JSON.
+def _find_entry(file: BinaryIO, index: _Index, text: str) -> bytes | None:
+    """Return the value of a text as JSON; None if the file does not have the text."""
+    for begin, end in index.find(text):
+        if end - begin > MAX_PIECE:  # so it is no vector, and too long to compare its text
+            continue
+        file.seek(begin)
+        # Two texts may have the same hash, so the key is compared.
+        reader = JsonReader(io.BytesIO(b"{" + file.read(end - begin) + b"}"))
+        if _read_key(next(reader.members()), index.line_breaks) == text:
+            return reader.read()
+    return None
 
-    A key that is not valid UTF-8 gets a hash that no text has, or that another text has by chance.
-    """
+
+def _hash_key(key: bytes, line_breaks: str | None) -> int:
     if b"\\" not in key:
         return xxhash.xxh3_64_intdigest(key[1:-1])
+    text = _read_key(key, line_breaks)
+    return xxhash.xxh3_64_intdigest(key) if text is None else _hash_text(text)
+
+
+def _read_key(key: bytes, line_breaks: str | None) -> str | None:
+    """Return the text under which an entry is found, of its key in JSON; None if the key is not valid.
+
+    It is the text that was embedded. If that is not known, it is the stored one, so that it can be counted.
+    """
     try:
-        text = decode_string(key)
+        stored = decode_string(key)
     except ValueError:
-        return xxhash.xxh3_64_intdigest(key)
-    embedded = find_embedded_text(text, line_breaks)
-    return _hash_text(text if embedded is None else embedded)
+        return None
+    embedded = find_embedded_text(stored, line_breaks)
+    return stored if embedded is None else embedded
 
 
 def _hash_text(text: str) -> int:
