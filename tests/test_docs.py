@@ -6,7 +6,7 @@ Each page runs on its own, from top to bottom, in one folder with a copy of READ
   compared with the value's repr or with what it printed. If the code printed something and a ```` ```text ```` block
   comes next, that is compared too. A block with ``>>>`` is a doctest.
 - ```` ```toml ````: The block must be valid. A configuration (with ``[cache]``, ``[key]``, ``[provider]``,
-  ``[[tiers]]`` or ``[tool.embedonce]``) must load.
+  ``[[tiers]]`` or ``[tool.embedonce]``) must load. Only ``[[imports]]`` may be alone.
 - ```` ```console ````: The commands after ``$`` are executed, and their output is compared, ignoring figures (except
   0, which stays 0). A server that `embedonce serve` starts runs until the end of the page. The port 8080 stands for a
   free port.
@@ -58,7 +58,9 @@ FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
-CONFIGURATION = {"cache", "key", "provider", "drift", "tiers", "embed"}
+CONFIGURATION = {"cache", "key", "provider", "drift", "tiers", "imports", "embed"}
+FOR_IMPORTS = '[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n\n'
+"""What a block needs that shows only ``[[imports]]``."""
 
 
 class Fence(NamedTuple):
@@ -228,7 +230,7 @@ class Page:
         folder = Path(f"toml-{fence.line}")
         folder.mkdir()
         file = folder / ("pyproject.toml" if in_pyproject else "embedonce.toml")
-        file.write_text(fence.content)
+        file.write_text(FOR_IMPORTS * (content.keys() == {"imports"}) + fence.content)
         with pytest.MonkeyPatch.context() as patch:
             for name in re.findall(r"\$\{(\w+)\}", fence.content):
                 patch.setenv(name, "x" * 32)
