@@ -36,6 +36,7 @@ import sys
 import tokenize
 import tomllib
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from servers import find_free_port, wait_until
 
 import embedonce
 from embedonce import config
+from embedonce_providers.ngram import NgramProvider
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -361,6 +363,29 @@ def _is_set_up(command: str) -> bool:
     return SET_UP.match(command) is not None
 
 
+def write_langchain_cache() -> None:
+    """Write the cache that README.md imports: LangChain's vectors of the paragraphs of docs/."""
+    from langchain_classic.embeddings import CacheBackedEmbeddings
+    from langchain_classic.storage import LocalFileStore
+    from langchain_core.embeddings import Embeddings
+
+    class Ngram(Embeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            with embedonce.Cache(NgramProvider()) as cache:
+                vectors: list[list[float]] = cache.embed_batch(texts).tolist()
+                return vectors
+
+        def embed_query(self, text: str) -> list[float]:
+            return self.embed_documents([text])[0]
+
+    paragraphs = {part.strip() for page in Path("docs").glob("*.md") for part in page.read_text().split("\n\n")}
+    store = LocalFileStore("langchain-cache")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using default key encoder")
+        cached = CacheBackedEmbeddings.from_bytes_store(Ngram(), store, namespace="text-embedding-3-small")
+    cached.embed_documents(sorted(paragraphs))
+
+
 @pytest.mark.timeout(300)  # a page of many commands, on a busy machine
 @pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES])
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +394,8 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copy(ROOT / "README.md", folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the pages embed the same texts
+    if page.name == "README.md":
+        write_langchain_cache()
     runner = Page(page)
     try:
         runner.run()
