@@ -1,4 +1,4 @@
-"""Write the tables of docs/conformance.md from the broken plugins of tests/testing/test_contract_catches.py.
+"""Write the tables of docs/conformance.md from the broken plugins of tests/testing/test_*contract_catches.py.
 
 usage: python docs/generate_conformance.py
 
@@ -9,7 +9,7 @@ imported: a bug's sentence is the docstring of the class or function that has it
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -20,6 +20,7 @@ BEGIN = "<!-- From here on this page is written by docs/generate_conformance.py:
 TITLES = {
     "BROKEN_BACKENDS": "Broken backends",
     "BROKEN_PROVIDERS": "Broken providers",
+    "BROKEN_IMPORTERS": "Broken importers",
     "BROKEN_NORMALIZERS": "Broken normalisation steps",
 }
 
@@ -34,10 +35,13 @@ def page(current: str) -> str:
 
 def tables() -> Iterator[str]:
     """Yield the lines of the tables: each bug, and the standard test that finds it."""
-    sources = [TESTS / "test_contract_catches.py", *sorted((TESTS / "shelf").glob("*.py"))]
-    trees = [ast.parse(file.read_text(), str(file)) for file in sources]
-    sentences = {name: said for tree in trees for name, said in _sentences(tree)}
-    registries = dict(_registries(trees[0]))
+    shared = {name: said for tree in _parse(sorted((TESTS / "shelf").glob("*.py"))) for name, said in _sentences(tree)}
+    registries: dict[str, list[tuple[str, str]]] = {}
+    sentences: dict[str, dict[str, str]] = {}
+    for tree in _parse(sorted(TESTS.glob("test_*contract_catches.py"))):
+        for registry, rows in _registries(tree):
+            registries[registry] = rows
+            sentences[registry] = {**shared, **dict(_sentences(tree))}
     for registry, title in TITLES.items():
         rows = registries[registry]
         yield f"## {title}"
@@ -47,9 +51,13 @@ def tables() -> Iterator[str]:
         yield "| bug | found by |"
         yield "| --- | --- |"
         for test, broken in rows:
-            yield f"| {sentences[broken].removesuffix('.').replace('|', chr(92) + '|')} | `{test}` |"
+            yield f"| {sentences[registry][broken].removesuffix('.').replace('|', chr(92) + '|')} | `{test}` |"
         if registry != list(TITLES)[-1]:
             yield ""
+
+
+def _parse(files: Iterable[Path]) -> list[ast.Module]:
+    return [ast.parse(file.read_text(), str(file)) for file in files]
 
 
 def _sentences(tree: ast.Module) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "embedonce": ROOT / "core/embedonce",
     "embedonce_backends": ROOT / "backends/embedonce_backends",
+    "embedonce_importers": ROOT / "importers/embedonce_importers",
     "embedonce_integrations": ROOT / "integrations/embedonce_integrations",
     "embedonce_providers": ROOT / "providers/embedonce_providers",
     "embedonce_server": ROOT / "server/embedonce_server",
@@ -54,7 +55,7 @@ ALLOWED_AT_TOP = {
 SHARED = {"composite_texts", "describing", "embedder_fields", "openai_answers", "plain_values", "wrapping"}
 
 # Distributions that another distribution installs in the version that it requires.
-PART_OF = {"pydantic-core": "pydantic", "tokenizers": "sentence-transformers"}
+PART_OF = {"httpx": "chromadb", "pydantic-core": "pydantic", "tokenizers": "sentence-transformers"}
 
 # Each costs tens of milliseconds, or loads a client library that the process may never use.
 NOT_IMPORTED_AT_START = (
@@ -62,6 +63,7 @@ NOT_IMPORTED_AT_START = (
     "cachebox",
     "diskcache",
     "embedonce_backends",
+    "embedonce_importers",
     "embedonce_providers",
     "importlib.metadata",
     "pydantic",
@@ -186,7 +188,7 @@ def parse_layout(block: str) -> Iterator[str]:
 def test_the_page_shows_every_module_and_no_other() -> None:
     shown = set(parse_layout(read_page_blocks()[0]))
     found = {"core/embedonce/templates"}
-    for package in ("embedonce", "embedonce_backends", "embedonce_server"):
+    for package in ("embedonce", "embedonce_backends", "embedonce_importers", "embedonce_server"):
         for file in list_sources(PACKAGES[package]):
             if file.stem != "__main__":
                 module = file.parent if file.stem == "__init__" else file.with_suffix("")
@@ -277,7 +279,7 @@ def test_plugins_use_only_public_names(package: str) -> None:
         elif (package, entry.package) == ("haystack_integrations", "embedonce_integrations"):
             continue  # an integration in the folder where its framework looks for it
         elif entry.package in PACKAGES and entry.package != package:
-            wrong.append(f"{entry}: backends, providers and integrations must not import each other")
+            wrong.append(f"{entry}: backends, providers, importers and integrations must not import each other")
     assert not wrong, "\n".join(wrong)
 
 

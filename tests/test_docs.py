@@ -6,7 +6,7 @@ Each page runs on its own, from top to bottom, in one folder with a copy of READ
   compared with the value's repr or with what it printed. If the code printed something and a ```` ```text ```` block
   comes next, that is compared too. A block with ``>>>`` is a doctest.
 - ```` ```toml ````: The block must be valid. A configuration (with ``[cache]``, ``[key]``, ``[provider]``,
-  ``[[tiers]]`` or ``[tool.embedonce]``) must load.
+  ``[[tiers]]`` or ``[tool.embedonce]``) must load. Only ``[[imports]]`` may be alone.
 - ```` ```console ````: The commands after ``$`` are executed, and their output is compared, ignoring figures (except
   0, which stays 0). A server that `embedonce serve` starts runs until the end of the page. The port 8080 stands for a
   free port.
@@ -36,6 +36,7 @@ import sys
 import tokenize
 import tomllib
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from servers import find_free_port, wait_until
 
 import embedonce
 from embedonce import config
+from embedonce_providers.ngram import NgramProvider
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,7 +60,9 @@ FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
-CONFIGURATION = {"cache", "key", "provider", "drift", "tiers", "embed"}
+CONFIGURATION = {"cache", "key", "provider", "drift", "tiers", "imports", "embed"}
+FOR_IMPORTS = '[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n\n'
+"""What a block needs that shows only ``[[imports]]``."""
 
 
 class Fence(NamedTuple):
@@ -228,7 +232,7 @@ class Page:
         folder = Path(f"toml-{fence.line}")
         folder.mkdir()
         file = folder / ("pyproject.toml" if in_pyproject else "embedonce.toml")
-        file.write_text(fence.content)
+        file.write_text(FOR_IMPORTS * (content.keys() == {"imports"}) + fence.content)
         with pytest.MonkeyPatch.context() as patch:
             for name in re.findall(r"\$\{(\w+)\}", fence.content):
                 patch.setenv(name, "x" * 32)
@@ -359,6 +363,29 @@ def _is_set_up(command: str) -> bool:
     return SET_UP.match(command) is not None
 
 
+def write_langchain_cache() -> None:
+    """Write the cache that README.md imports: LangChain's vectors of the paragraphs of docs/."""
+    from langchain_classic.embeddings import CacheBackedEmbeddings
+    from langchain_classic.storage import LocalFileStore
+    from langchain_core.embeddings import Embeddings
+
+    class Ngram(Embeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            with embedonce.Cache(NgramProvider()) as cache:
+                vectors: list[list[float]] = cache.embed_batch(texts).tolist()
+                return vectors
+
+        def embed_query(self, text: str) -> list[float]:
+            return self.embed_documents([text])[0]
+
+    paragraphs = {part.strip() for page in Path("docs").glob("*.md") for part in page.read_text().split("\n\n")}
+    store = LocalFileStore("langchain-cache")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using default key encoder")
+        cached = CacheBackedEmbeddings.from_bytes_store(Ngram(), store, namespace="text-embedding-3-small")
+    cached.embed_documents(sorted(paragraphs))
+
+
 @pytest.mark.timeout(300)  # a page of many commands, on a busy machine
 @pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES])
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +394,8 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copy(ROOT / "README.md", folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the pages embed the same texts
+    if page.name == "README.md":
+        write_langchain_cache()
     runner = Page(page)
     try:
         runner.run()

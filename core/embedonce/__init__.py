@@ -1,6 +1,7 @@
 """Embed each text once: a pluggable, tiered cache for text embeddings."""
 
 from ._engine.chain import Tier
+from ._engine.imports import Import
 from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .cache import Cache
 from .config import open
@@ -12,12 +13,14 @@ from .errors import (
     DriftError,
     EmbedonceError,
     EraseIncomplete,
+    ImportRefused,
     Incomplete,
     PartialAnswer,
     PluginError,
     ProviderError,
     ProviderTimeout,
     ReplayMiss,
+    SourceError,
     SpaceError,
     TextError,
     TextRefused,
@@ -48,6 +51,8 @@ __all__ = [
     "Explanation",
     "Fetched",
     "Held",
+    "Import",
+    "ImportRefused",
     "Incomplete",
     "KeyPolicy",
     "Limits",
@@ -59,6 +64,7 @@ __all__ = [
     "ProviderTimeout",
     "Purged",
     "ReplayMiss",
+    "SourceError",
     "SpaceError",
     "Stats",
     "TextError",

@@ -23,7 +23,8 @@ class Fetched:
     rows: Sequence[Vector | None]
     """Per text: its read-only vector of shape (d,), or None if the text has no vector."""
     sources: Sequence[str | None]
-    """Per text: the name of the tier that had its vector, ``"provider"``, or None if there is no vector."""
+    """Per text: the name of the tier or the importer that had its vector, ``"provider"``, or None if there is no
+    vector."""
     failed: Mapping[int, Exception]
     """The error of each text that failed, by position."""
     metadata: Sequence[Metadata | None]
@@ -48,6 +49,8 @@ class Fetched:
     refused, requests that got no answer in time, and vectors that were computed before the provider drifted or failed.
     Each time that a text was sent counts. If a repeated request was answered, the earlier ones count the same tokens.
     The seconds of refused answers and lost requests are unknown."""
+    imported: Set[int] = frozenset()
+    """Positions of the texts whose vector an importer had. They are neither hits nor computed."""
     changed: Set[int] = frozenset()
     """With ``fresh=True``: positions of the texts whose stored vector is not the vector that was computed now."""
 
@@ -275,6 +278,20 @@ class ProviderCheck:
     """Number of dimensions of the vector that the provider returned; None if it was not called or failed."""
     model: str | None = None
     """The name of the model according to the provider's answer; None if the answer does not name it."""
+    detail: str = ""
+    """The error if ``ok`` is False."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImporterCheck:
+    """The result of checking whether an importer can read its source."""
+
+    importer: str
+    source: str
+    ok: bool
+    seconds: float
+    verification: str
+    """``"off"``, ``"unverified"``, ``"verified"`` or ``"refused"``, as in :data:`embedonce.events.Verification`."""
     detail: str = ""
     """The error if ``ok`` is False."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from ._arguments import check_options, check_parts, find_normalizer, read_coalesce, read_price
 from ._engine.ahead import read_windows, read_windows_async
 from ._engine.chain import Tier
+from ._engine.imports import Import
 from ._engine.observable import Observable
 from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests
@@ -18,7 +19,7 @@ from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .admission import Admit
 from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
-from .contracts import AnyProvider, Backend, Task, Vectors
+from .contracts import AnyProvider, Backend, Importer, Task, Vectors
 from .drift import DriftGuard
 from .events import Event
 from .functions import wrap
@@ -42,16 +43,15 @@ class Cache(Requests, Observable):
     Args:
         provider: a provider, or a function that takes a list of texts and returns their vectors. If you pass a
             function, ``space`` is required.
-        tiers: backends, fastest first. Use :class:`Tier` to give a backend a TTL, a timeout or a name.
-            Without tiers nothing is stored, but batches are de-duplicated and vectors are checked.
+        tiers: backends, fastest first; :class:`Tier` has their options. Without tiers nothing is stored, but batches
+            are de-duplicated and vectors are checked.
+        imports: importers to ask, before the provider, for texts that no tier has; :class:`Import` has their options.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
         key: settings that determine which requests share a vector.
         dtype: precision of the vectors that are stored *and returned*. Vectors are rounded to this precision before
             they are returned, so that a text has the same vector before and after a restart.
-        mode: ``"read-through"``, or ``"replay"``, which computes nothing and fails for a text that no tier
-            has.
-        fallback: a second provider, which is used when the first one fails. The fallback's vectors are in the
-            fallback's own vector space.
+        mode: ``"read-through"``, or ``"replay"``, which computes nothing and fails for a text that no tier has.
+        fallback: a second provider, used when the first one fails. Its vectors are in its own vector space.
         fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
             methods then raise the first provider's error. This option is required if the dimensions of the two
             providers differ.
@@ -71,7 +71,7 @@ class Cache(Requests, Observable):
 
     Raises:
         SpaceError: the provider describes no vector space.
-        ConfigError: an option is invalid, or the tiers cannot be combined.
+        ConfigError: an option is invalid, the tiers cannot be combined, or an importer cannot be used.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Cache(Requests, Observable):
         provider: AnyProvider | Callable[..., Any],
         tiers: Sequence[Tier | Backend] = (),
         *,
+        imports: Sequence[Import | Importer] = (),
         space: VectorSpace | Mapping[str, Any] | None = None,
         key: KeyPolicy | None = None,
         dtype: Dtype = "float32",
@@ -118,6 +119,7 @@ class Cache(Requests, Observable):
             clock=clock,
         )
         super().__init__(chain, source, second, fetch_only=fallback_fetch_only)
+        chain.add_imports(imports, source)
         chain.close_at_exit(self)
 
     def for_provider(

@@ -10,7 +10,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._config.resolved import Config, Plugged, ProviderConfig, ServeConfig, ServedModel, Setting, Tenant, TierConfig
+from ._config.resolved import (
+    Config,
+    ImportConfig,
+    Plugged,
+    ProviderConfig,
+    ServeConfig,
+    ServedModel,
+    Setting,
+    Tenant,
+    TierConfig,
+)
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "ImportConfig",
     "Plugged",
     "ProviderConfig",
     "ServeConfig",
@@ -171,7 +182,9 @@ def compose(
 
 def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from ._engine.chain import ChainError, Tier
+    from ._engine.imports import Import, ImportOptionError
     from ._plugins import loading
+    from ._plugins.entry_points import strip_distribution
     from .cache import Cache
     from .functions import NoProvider
 
@@ -192,6 +205,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
         provider = NoProvider() if config.provider is None else make(config.provider)
     fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
+    importers = [make(one) for one in config.imports]
     encryptions = [_make_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
         raise ConfigError(problems) from next(iter(causes), None)
@@ -208,12 +222,23 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
         )
         for tier, backend, encryption in zip(config.tiers, backends, encryptions, strict=True)
     ]
+    imports = [
+        Import(
+            importer,
+            name=strip_distribution(one.type),
+            task=one.task,
+            verify=one.verify,
+            timeout=one.timeout,
+        )
+        for one, importer in zip(config.imports, importers, strict=True)
+    ]
     providers = (config.provider, config.fallback, *(model.provider for model in config.serve.models))
     used = [part.type for part in (*providers, *config.tiers) if part is not None]
     try:
         return Cache(
             provider,
             tiers,
+            imports=imports,
             space=space,
             key=config.key,
             dtype=config.cache.dtype,
@@ -228,10 +253,14 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,
-            listeners=loading.listeners([*used, *config.key.normalize]),
+            listeners=loading.listeners([*used, *config.key.normalize], [one.type for one in config.imports]),
         )
     except ChainError as error:
         raise ConfigError([_locate_chain_error(config, error)]) from error
+    except ImportOptionError as error:
+        one = config.imports[error.place]
+        where = (*one.path, error.option) if error.option else one.path
+        raise ConfigError([config.document.problem(where, f"{one.label}: {error}", key=True)]) from error
     except ConfigError as error:
         shown = config.document.relative_name
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error

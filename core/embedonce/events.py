@@ -84,7 +84,38 @@ class TierChanged:
     cause: str | None = None
 
 
-Event: TypeAlias = LookedUp | Stored | Computed | TierChanged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """An importer was asked for texts that no tier has. The counts are numbers of texts."""
+
+    importer: str
+    task: str
+    found: int = 0
+    missing: int = 0
+    invalid: int = 0
+    """Texts whose vector the source has, but it is unreadable or invalid."""
+    errors: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    cause: str | None = None
+    """Cause of ``errors``: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
+    scope: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImporterChanged:
+    """The breaker of an importer opened or closed."""
+
+    importer: str
+    state: Literal["open", "closed"]
+    cause: str | None = None
+
+
+Event: TypeAlias = LookedUp | Stored | Computed | TierChanged | Imported | ImporterChanged
+
+Verification: TypeAlias = Literal["off", "unverified", "verified", "refused"]
+"""Whether the vectors of an importer are known to be those of the provider. With ``"unverified"``, texts that it finds
+are computed as well. With ``"refused"``, it is not asked any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +147,30 @@ class TierStats:
     def hit_rate(self) -> float | None:
         """Share of hits among hits and misses, from 0 to 1; None if both are 0. Errors do not count."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
+
+
+@dataclass(frozen=True, slots=True)
+class ImporterStats:
+    """Counters of an importer since the cache was created. The counts are numbers of texts."""
+
+    imported: int
+    """Texts whose vector came from the importer."""
+    found: int
+    """Texts that the importer had, including those that were computed to verify it."""
+    missing: int
+    invalid: int
+    """Texts whose vector the source has, but it is unreadable or invalid."""
+    errors: int
+    skipped: int
+    """Texts for which it was not asked, because its breaker was open or its source was still being read."""
+    seconds: float
+    causes: Mapping[str, int]
+    """Errors by cause: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
+    verification: Verification
+    is_skipped: bool = False
+    """Whether the breaker is open now."""
+    last_cause: str | None = None
+    """Cause of the last error, as in ``causes``; None if there was no error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +230,13 @@ class Stats:
     """Number of calls of a wrapped client that did not use the cache, because their answers cannot be cached."""
     spaces: Mapping[str, SpaceStats] = field(default_factory=dict)
     """The work in each vector space, by scope."""
+    importers: Mapping[str, ImporterStats] = field(default_factory=dict)
+    """The counters of the importers, by name."""
+
+    @property
+    def imported(self) -> int:
+        """Number of texts whose vector came from an importer. They are neither hits nor computed."""
+        return sum(importer.imported for importer in self.importers.values())
 
     @property
     def computed(self) -> Work:
@@ -212,9 +274,11 @@ class Stats:
         computed = sum(provider.texts for provider in self.providers.values())
         failed = sum(provider.failed for provider in self.providers.values())
         passed_by = f", {format_count(self.passed_by, 'call')} passed by" if self.passed_by else ""
+        imported = f"{self.imported:,} imported, " if self.importers else ""
         return (
             f"<Stats hit rate {format_percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
-            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}{self._describe_saved()}>"
+            f"{imported}{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}"
+            f"{self._describe_saved()}>"
         )
 
     def _describe_saved(self) -> str:
@@ -244,7 +308,8 @@ class Stats:
             f"{name}: {provider.texts:,} computed, {provider.failed:,} failed, {provider.seconds:.3f} s"
             for name, provider in self.providers.items()
         )
-        parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared"]
+        importers = ", ".join(f"{name}: {importer.imported:,} imported" for name, importer in self.importers.items())
+        parts = [f"hit rate {format_percent(self.hit_rate)}", importers, providers, f"{self.shared:,} shared"]
         parts += [f"{format_count(self.passed_by, 'call')} passed by"] if self.passed_by else []
         title = "Stats: " + "; ".join(part for part in parts if part)
         counts = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")

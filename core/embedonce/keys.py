@@ -41,6 +41,9 @@ LEASE_PREFIX = "eo1.lease."
 SAVINGS_PREFIX = "eo1.savings."
 """First characters of the keys of records of savings: ``eo1.savings.<yyyymmdd>.<scope>.<process>``."""
 
+IMPORT_PREFIX = "eo1.import."
+"""First characters of the keys of results of verifications: ``eo1.import.<scope>.<hash of the source>``."""
+
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 
 SpaceCard: TypeAlias = Mapping[str, Value]

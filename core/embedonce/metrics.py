@@ -62,6 +62,12 @@ _FAMILIES = (
     _Family("dropped", "Entries that were not written to a tier, by cause.", ("tier", "cause")),
     _Family("tier_seconds", "Seconds spent in calls to a tier.", ("tier",)),
     _Family("misses", "Texts embedded by a provider."),
+    _Family("imported", "Texts whose vector an importer had.", ("importer",)),
+    _Family("importer_missing", "Texts that an importer did not have.", ("importer",)),
+    _Family("importer_invalid", "Texts whose vector in a source is unreadable or invalid.", ("importer",)),
+    _Family("importer_skipped", "Texts for which an importer was not asked.", ("importer",)),
+    _Family("importer_errors", "Texts in failed calls to an importer, by cause.", ("importer", "cause")),
+    _Family("importer_seconds", "Seconds spent in calls to an importer.", ("importer",)),
     _Family("shared", "Texts whose vector another call was already computing."),
     _Family("passed_by", "Calls of a wrapped client that did not use the cache."),
     _Family("provider_texts", "Texts embedded.", ("provider",)),
@@ -101,6 +107,13 @@ class CacheCollector(Collector):
     ``embed_cache_stored_total``           ``tier``            entries written
     ``embed_cache_dropped_total``          ``tier``, ``cause`` entries not written
     ``embed_cache_tier_seconds_total``     ``tier``            seconds spent in calls to the tier
+    ``embed_cache_imported_total``         ``importer``        texts whose vector an importer had
+    ``embed_cache_importer_missing_total`` ``importer``        texts that an importer did not have
+    ``embed_cache_importer_invalid_total`` ``importer``        texts whose vector is unreadable or invalid
+    ``embed_cache_importer_skipped_total`` ``importer``        texts for which an importer was not asked
+    ``embed_cache_importer_errors_total``  ``importer``,       texts in failed calls
+                                           ``cause``
+    ``embed_cache_importer_seconds_total`` ``importer``        seconds spent in calls to an importer
     ``embed_cache_shared_total``                               texts whose vector another call was computing
     ``embed_cache_passed_by_total``                            calls of a wrapped client that did not use the cache
     ``embed_cache_provider_texts_total``   ``provider``        texts embedded
@@ -251,6 +264,11 @@ def _list_samples(stats: Stats) -> Iterator[tuple[_Sample, float]]:
             yield from _list_causes(family, name, causes)
         yield ("tier_seconds", (name,)), tier.seconds
     yield ("misses", ()), sum(provider.texts for provider in stats.providers.values())
+    for name, importer in stats.importers.items():
+        yield ("imported", (name,)), importer.imported
+        for count in ("missing", "invalid", "skipped", "seconds"):
+            yield (f"importer_{count}", (name,)), getattr(importer, count)
+        yield from _list_causes("importer_errors", name, importer.causes)
     yield ("shared", ()), stats.shared
     yield ("passed_by", ()), stats.passed_by
     for name, provider in stats.providers.items():
@@ -280,6 +298,6 @@ def _list_work(stats: Stats) -> dict[_Sample, float]:
     return dict(sums)
 
 
-def _list_causes(family: str, tier: str, causes: Mapping[str, int]) -> Iterator[tuple[_Sample, float]]:
+def _list_causes(family: str, name: str, causes: Mapping[str, int]) -> Iterator[tuple[_Sample, float]]:
     for cause, count in causes.items():
-        yield (family, (tier, cause)), count
+        yield (family, (name, cause)), count

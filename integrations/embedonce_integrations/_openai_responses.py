@@ -107,19 +107,22 @@ class Call:
         """Return the raw form of a response.
 
         Its headers are those of the endpoint's last answer, if there was one, and these: ``x-embedonce-cache`` ("hit",
-        "miss" or "partial"), ``x-embedonce-hits`` and ``x-embedonce-computed`` (numbers of inputs). The body is the
-        whole response, also if the endpoint sent only a part of it.
+        "miss" or "partial"), ``x-embedonce-hits``, ``x-embedonce-computed`` and, if an importer had any,
+        ``x-embedonce-imported`` (numbers of inputs). The body is the whole response, also if the endpoint sent only a
+        part of it.
         """
         computed = fetched.sources.count("provider")
-        hits = len(fetched.sources) - computed
+        imported = len(fetched.imported)
+        hits = len(fetched.sources) - computed - imported
         sent = None if self.raw is None else self.raw.http_response
         kept = [] if sent is None else [item for item in sent.headers.multi_items() if item[0] not in BODY_HEADERS]
         headers = [
             *kept,
             ("content-type", "application/json"),
-            ("x-embedonce-cache", "hit" if not computed else "partial" if hits else "miss"),
+            ("x-embedonce-cache", "hit" if hits == len(fetched.sources) else "partial" if hits else "miss"),
             ("x-embedonce-hits", str(hits)),
             ("x-embedonce-computed", str(computed)),
+            *([("x-embedonce-imported", str(imported))] if imported else []),
         ]
         # The client may use httpx or its successor, so the classes are taken from the client's own requests.
         request = self.client._client.build_request("POST", f"{str(self.client.base_url).rstrip('/')}/embeddings")

@@ -148,11 +148,13 @@ async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embed
     sources = fetched.sources
     count = len(sources)
     first = sources[0]
+    imported = len(fetched.imported)
     tiers: Mapping[str, int]
-    if sources.count(first) == count:
+    if not imported and sources.count(first) == count:
         tiers = {} if first == "provider" else {str(first): count}
     else:
-        tiers = {str(source): number for source, number in Counter(sources).items() if source != "provider"}
+        from_tiers = (source for i, source in enumerate(sources) if source != "provider" and i not in fetched.imported)
+        tiers = Counter(map(str, from_tiers))
     hits = sum(tiers.values())
     parts = await _encode(service, request, model, fetched)
     state = b"hit" if hits == count else b"partial" if hits else b"miss"
@@ -161,9 +163,11 @@ async def _embed(service: Service, tenant: Tenant | None, asked: Asked) -> Embed
         (b"content-length", b"%d" % sum(map(len, parts))),
         (b"x-embedonce-cache", state),
         (b"x-embedonce-hits", b"%d" % hits),
-        (b"x-embedonce-computed", b"%d" % (count - hits)),
+        (b"x-embedonce-computed", b"%d" % (count - hits - imported)),
         (b"x-embedonce-saved-tokens", b"%d" % fetched.saved.tokens),
     ]
+    if imported:
+        headers.append((b"x-embedonce-imported", b"%d" % imported))
     return Embeddings(
         None,
         parts,

@@ -98,6 +98,17 @@ class UndeclaredBackend(SharedBackend):
     capabilities = None
 
 
+class FileImporter:
+    def check(self):
+        pass
+
+    def lookup(self, texts, /):
+        pass
+
+    def close(self):
+        pass
+
+
 class Neither:
     pass
 """
@@ -207,6 +218,9 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["nothing_of_that_name:X"], "there is no module nothing_of_that_name, neither installed nor in this folder"),
         (["mypackage:FileBackand"], "mypackage has no FileBackand; did you mean FileBackend?"),
         (["mypackage:Neither"], "is neither a backend (get_many, set_many) nor a provider (embed or aembed)"),
+        (["mypackage:Neither"], "nor an importer (lookup or scan)"),
+        (["mypackage:FileImporter"], "this is an importer, and its tests must write the stores that it reads"),
+        (["langchain"], "write a test file with embedonce.testing.ImporterContract (see docs/testing.md)"),
         (["mypackage:STORE"], "mypackage:STORE is neither a class nor a function"),
         (["dsik"], 'no plugin "dsik" is installed; did you mean "disk"?'),
         (["mypackage:FileBackend", "-o", "paht=x"], 'unknown option "paht"; did you mean path?'),

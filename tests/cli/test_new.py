@@ -40,7 +40,12 @@ def run(*command: str | Path, site: Path, folder: Path) -> subprocess.CompletedP
 @pytest.mark.timeout(900)  # it installs a package and runs the package's own tests, on a machine that may be busy
 @pytest.mark.parametrize(
     ("kind", "store", "more"),
-    [("backend", "folder", ()), ("provider", None, ()), ("backend", "network", ("connections", "server"))],
+    [
+        ("backend", "folder", ()),
+        ("provider", None, ()),
+        ("importer", None, ()),
+        ("backend", "network", ("connections", "server")),
+    ],
 )
 def test_the_package_is_built_and_installed_and_passes_its_tests(
     command: Any, folder: Path, kind: str, store: str | None, more: tuple[str, ...]
@@ -80,15 +85,21 @@ def test_the_package_is_built_and_installed_and_passes_its_tests(
     (found,) = [one for one in listed if one["name"] == "my-shelf"]
     assert (found["kinds"], found["distribution"], found["error"]) == ([kind], "embedonce-my-shelf", None)
     schema = json.loads(run("-m", "embedonce", "schema", site=site, folder=folder).stdout)
-    option = {"folder": "path", "network": "url", None: "dimensions"}[store]
-    table = schema["properties"]["tiers"]["items"] if kind == "backend" else schema["properties"]["provider"]
+    option = {"folder": "path", "network": "url", None: "dimensions" if kind == "provider" else "path"}[store]
+    properties = schema["properties"]
+    table = {
+        "backend": properties["tiers"]["items"],
+        "provider": properties["provider"],
+        "importer": properties["imports"]["items"],
+    }[kind]
     (own,) = [one for one in table["oneOf"] if one.get("title") == "my-shelf"]
     assert option in own["properties"]
     readme = (package / "README.md").read_text()
     (folder / "embedonce.toml").write_text(readme.partition("```toml\n")[2].partition("```")[0])
+    (folder / "vectors").mkdir(exist_ok=True)  # an importer needs a store
     checked = run("-m", "embedonce", "check", site=site, folder=folder)
     assert (checked.returncode == 0) == (store != "network"), checked.stderr  # the README's server does not run here
-    assert ("my-shelf" in checked.stdout) or kind == "backend"
+    assert ("my-shelf" in checked.stdout) or kind != "provider"
 
 
 def test_the_metadata_has_entry_point_and_test_extra(command: Any, folder: Path) -> None:
@@ -96,6 +107,9 @@ def test_the_metadata_has_entry_point_and_test_extra(command: Any, folder: Path)
     project = tomllib.loads(Path("embedonce-shelf/pyproject.toml").read_text())["project"]
     assert project["entry-points"]["embedonce"] == {"shelf": "embedonce_shelf.backend"}
     assert project["optional-dependencies"]["test"] == ["embedonce[testing]>=0.1"]
+    command("new", "importer", "old-cache")
+    project = tomllib.loads(Path("embedonce-old-cache/pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == {"embedonce.importers": {"old-cache": "embedonce_old_cache.importer"}}
     assert "class ShelfBackend:" in Path("embedonce-shelf/src/embedonce_shelf/backend.py").read_text()
 
 
@@ -121,6 +135,7 @@ def test_the_output_names_the_next_commands(command: Any, folder: Path) -> None:
         ("embedonce-shelf", "use the name shelf"),
         ("provider", "is reserved by embedonce"),
         ("backends", "is reserved by embedonce"),
+        ("importers", "is reserved by embedonce"),
         ("disk", "disk is a plugin of embedonce itself"),
         ("strip", "strip is a plugin of embedonce itself"),
     ],
@@ -130,6 +145,20 @@ def test_a_bad_name_is_refused(command: Any, folder: Path, name: str, wanted: st
     assert done.code == 2
     assert wanted in done.err
     assert list(folder.iterdir()) == []
+
+
+def test_an_importer_may_have_the_name_of_a_backend_but_not_of_an_importer_of_embedonce(
+    command: Any, folder: Path
+) -> None:
+    assert command("new", "importer", "disk").code == 0
+    for name in ("langchain", "redis"):
+        done = command("new", "importer", name)
+        assert (done.code, done.err) == (
+            2,
+            f"error: {name} is an importer of embedonce itself; choose another name\n",
+        )
+    assert command("new", "backend", "langchain").code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["embedonce-disk", "embedonce-langchain"]
 
 
 def test_only_a_backend_has_a_kind_of_store(command: Any, folder: Path) -> None:

@@ -480,7 +480,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'a-z, 0-9, - and _; for example: "bad-name"',
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
         "embedonce.toml:22:1: unknown table [other]; valid tables are [cache], [key], [plugins], "
-        "[provider], [drift], [[tiers]], [embed] and [serve]",
+        "[provider], [drift], [[tiers]], [[imports]], [embed] and [serve]",
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contract_runs import Rendezvous, is_failing
 from embedonce_nodes import TwoNodesBackend
 from embedonce_odd import HashingProvider, words_as_a_set
 from embedonce_shelf import (
@@ -42,25 +43,6 @@ from embedonce.testing import (
     Recipe,
 )
 from embedonce.testing.contracts.support import CALL_TIMEOUT
-
-
-class Rendezvous:
-    """A barrier for the kit's eight threads; each thread waits in its first ``times`` calls only.
-
-    It makes a race happen in every run, in whatever order a busy machine runs the threads.
-    """
-
-    def __init__(self, times: int = 1) -> None:
-        self._times = times
-        self._barrier = threading.Barrier(8)
-        self._this = threading.local()
-
-    def __call__(self) -> None:
-        met = getattr(self._this, "met", 0)
-        if threading.current_thread() is not threading.main_thread() and met < self._times:
-            self._this.met = met + 1
-            self._barrier.wait(CALL_TIMEOUT)
-
 
 # --- broken backends --------------------------------------------------------------------------
 
@@ -1144,17 +1126,6 @@ def test_the_message_says_what_is_wrong_with_a_partial_answer(
 def test_every_test_of_the_backend_contract_catches_something() -> None:
     own = {"test_no_standard_test_is_replaced"}
     assert {name for name, _ in BROKEN_BACKENDS} | own == set(BackendContract.standard_tests)
-
-
-def is_failing(test: Callable[[], None]) -> bool:
-    """Return whether a standard test fails; raise if it is skipped, because that proves nothing."""
-    try:
-        test()
-    except pytest.skip.Exception as skipped:
-        raise AssertionError(f"skipped: {skipped}") from None
-    except (Exception, pytest.fail.Exception):
-        return True
-    return False
 
 
 # --- broken providers -------------------------------------------------------------------------

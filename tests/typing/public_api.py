@@ -29,6 +29,8 @@ from embedonce import (
     Explanation,
     Fetched,
     Held,
+    Import,
+    ImportRefused,
     Incomplete,
     KeyPolicy,
     Limits,
@@ -40,6 +42,7 @@ from embedonce import (
     ProviderTimeout,
     Purged,
     ReplayMiss,
+    SourceError,
     SpaceError,
     Stats,
     TextError,
@@ -54,15 +57,21 @@ from embedonce import (
     hookimpl,
 )
 from embedonce.admission import Settle
-from embedonce.answers import ChainWarning
-from embedonce.contracts import AnyProvider, EntryBackend, FrameBackend, Task
+from embedonce.answers import ChainWarning, ImporterCheck
+from embedonce.contracts import AnyProvider, EntryBackend, FrameBackend, LookupImporter, ScanImporter, Task
 from embedonce.events import Event, ProviderStats, SpaceStats, TierStats
 from embedonce.keys import SpaceCard
 from embedonce.savings import FoundSavings
 from embedonce.vectors import Metadata, Work
 
 
-def opening(backend: FrameBackend, entries: EntryBackend, provider: AnyProvider) -> None:
+def opening(
+    backend: FrameBackend,
+    entries: EntryBackend,
+    provider: AnyProvider,
+    lookup: LookupImporter,
+    scan: ScanImporter,
+) -> None:
     assert_type(embedonce.open(), Cache)
     assert_type(embedonce.open("embedonce.toml", provider=provider), Cache)
     assert_type(embedonce.open({"provider": {"type": "ngram"}}), Cache)
@@ -72,6 +81,7 @@ def opening(backend: FrameBackend, entries: EntryBackend, provider: AnyProvider)
     cache = Cache(provider, tiers, key=policy, dtype="float16", mode="replay", fallback=provider, drift=guard)
     assert_type(cache.for_provider(provider, price="0.02 USD / 1M tokens"), Cache)
     assert_type(cache.for_namespace("team"), Cache)
+    assert_type(Cache(provider, imports=[Import(lookup, name="old", task="query", verify=5, timeout=1.0), scan]), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], space={"model": "m"}), Cache)
     assert_type(Cache(lambda texts: [[1.0] for _ in texts], [entries, backend], space={"model": "m"}), Cache)
     with cache as opened:
@@ -140,6 +150,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.asavings(since=0.0), FoundSavings)
     assert_type(await cache.acheck(), list[TierCheck])
     assert_type(await cache.acheck_providers(embed=True), list[ProviderCheck])
+    assert_type(await cache.acheck_importers(), list[ImporterCheck])
     assert_type(await cache.amigrate(), dict[str, str])
     assert_type(await cache.acompact(), dict[str, str])
     assert_type(await cache.aflush(1.0), bool)
@@ -157,6 +168,8 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.savings(), FoundSavings)
     assert_type(cache.check(), list[TierCheck])
     assert_type(cache.check_providers(), list[ProviderCheck])
+    assert_type(cache.check_importers(), list[ImporterCheck])
+    assert_type(cache.importers, Sequence[str])
     assert_type(cache.migrate(), dict[str, str])
     assert_type(cache.compact(), dict[str, str])
     assert_type(cache.flush(), bool)
@@ -272,5 +285,7 @@ def errors(cache: Cache) -> None:
         assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
+    except (ImportRefused, SourceError) as error:
+        print(error)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:
         print(error)

@@ -20,7 +20,7 @@ from .documents import (
 from .hints import hide_name, is_table, suggest_tier_name
 from .places import TomlPath
 from .reader import FoundPlugin, Reader, Table, is_any_inside, make_provider_config
-from .resolved import Config, ProviderConfig, ServeConfig, TierConfig
+from .resolved import Config, ImportConfig, ProviderConfig, ServeConfig, TierConfig
 from .serving import has_served_models, read_serve
 from .tables import (
     NOT_IN_PROCESS,
@@ -29,6 +29,7 @@ from .tables import (
     CacheTable,
     EmbedTable,
     FallbackTable,
+    ImportTable,
     KeyTable,
     PluginsTable,
     ProviderTable,
@@ -36,7 +37,9 @@ from .tables import (
     read_scope,
 )
 
-TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "embed", "serve")
+TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "imports", "embed", "serve")
+
+ARRAYS_OF_TABLES = ("tiers", "imports")
 
 
 def load_document(document: Document, *, own_provider: bool = False) -> Config:
@@ -88,6 +91,7 @@ class _Loader:
             provider, fallback, fetch_only = self._read_providers()
             drift = self._read_drift()
             tiers = self._read_tiers()
+            imports = self._read_imports(has_provider=self._own_provider or "provider" in self._values.data)
             serve = ServeConfig() if self._own_provider else read_serve(self._reader)
         embed = self._reader.read_section("embed", EmbedTable)
         self._reader.check_variables()
@@ -104,6 +108,7 @@ class _Loader:
             fallback_fetch_only=fetch_only,
             drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
+            imports=tuple(imports),
             embed=EmbedTable(**embed),
             serve=serve,
             document=self._document,
@@ -120,9 +125,10 @@ class _Loader:
             if home and not is_table(given):
                 hint = f"; it belongs in {self._document.table(home)}"
             elif meant:
-                hint = f"; did you mean {self._document.table(meant, array=meant == 'tiers')}?"
+                hint = f"; did you mean {self._document.table(meant, array=meant in ARRAYS_OF_TABLES)}?"
             else:
-                hint = f"; valid tables are {join_words(self._document.table(t, array=t == 'tiers') for t in TABLES)}"
+                tables = join_words(self._document.table(t, array=t in ARRAYS_OF_TABLES) for t in TABLES)
+                hint = f"; valid tables are {tables}"
             self._reader.add_problem((name,), f"unknown {unknown}{hint}", key=True)
 
     def _read_drift(self) -> dict[str, Any] | None:
@@ -273,6 +279,44 @@ class _Loader:
             if table.values.get(option) is not None:
                 message = f'the tier does not support {reason}; remove "{option}"'
                 self._reader.add_option_problem(table, option, message, key=True)
+
+    # --- importers ---
+
+    def _read_imports(self, *, has_provider: bool) -> list[ImportConfig]:
+        given = self._values.data.get("imports", [])
+        header = self._document.table("imports", array=True)
+        if not isinstance(given, list):
+            if given is not UNUSABLE:
+                self._reader.add_problem(("imports",), f"imports must be a list of tables: write {header}")
+            self._reader.unread.append(("imports",))
+            return []
+        found = [self._read_import(("imports", index), item) for index, item in enumerate(given)]
+        imports = [one for one in found if one is not None]
+        for one in imports if not has_provider else ():
+            if not one.verify:
+                message = (
+                    f"verify in {one.label}: 0 requires {self._document.table('provider')}, because without it the "
+                    "importer is asked for the texts of every model, and only a verification can tell whose vectors "
+                    "it has"
+                )
+                self._reader.add_problem((*one.path, "verify"), message)
+        return imports
+
+    def _read_import(self, where: TomlPath, item: Any) -> ImportConfig | None:
+        given = self._reader.require_table(where, item)
+        if given is None:
+            return None
+        label = self._reader.format_label(where)
+        names = ("imports", str(where[1]))
+        table = Table(where, label, names, given, is_overridable=False)
+        found = self._reader.read_plugin(table, loading.importer, options_of(ImportTable))
+        if found is None:
+            return None
+        _, kind, cls = found
+        own = {key: table.values.pop(key) for key in options_of(ImportTable) if key in table.values}
+        return ImportConfig(
+            type=kind, cls=cls, options=table.values, label=label, path=where, secrets=frozenset(table.secrets), **own
+        )
 
 
 def _sort_key(problem: Problem) -> tuple[bool, int, int]:

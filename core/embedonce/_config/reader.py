@@ -38,7 +38,7 @@ from .secrets import (
 )
 from .tables import OWN_TABLES, ProviderTable
 
-ARRAYS: Sequence[TomlPath] = (("tiers",), ("serve", "models"), ("serve", "tenants"))
+ARRAYS: Sequence[TomlPath] = (("tiers",), ("imports",), ("serve", "models"), ("serve", "tenants"))
 """Paths of the lists of tables."""
 
 
@@ -207,7 +207,7 @@ class Reader:
         self.unread.append(table.variables)
 
     def _read_type(self, table: Table) -> str | None:
-        example = "memory" if table.where[0] == "tiers" else "ngram"
+        example = {"tiers": "memory", "imports": "langchain"}.get(str(table.where[0]), "ngram")
         option = Option("type", Annotated[str, Doc(f'name of a plugin, such as type = "{example}"')])
         table.options = {"type": option}
         value = self._read_option(table, option)
@@ -348,6 +348,8 @@ class Reader:
                     hint = ": a tier's name cannot be overridden, because the name identifies the tier"
                 if form.startswith(("serve__models", "serve__tenants")):
                     hint = ": models and tenants cannot be overridden; write ${NAME} in their tables instead"
+                if form.startswith("imports__"):
+                    hint = ": importers cannot be overridden; write ${NAME} in their tables instead"
                 self.problems.append(Problem(f"the environment variable {variable} overrides nothing{hint}"))
 
     # --- settings and their sources ---

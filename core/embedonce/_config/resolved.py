@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from embedonce._engine.imports import DEFAULT_TIMEOUT, DEFAULT_VERIFY
 from embedonce.keys import KeyPolicy
 
 from .tables import ServeTable, read_scope
@@ -77,6 +78,15 @@ class TierConfig(Plugged):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig(Plugged):
+    """One importer of ``[[imports]]``."""
+
+    task: str = "document"
+    verify: int = DEFAULT_VERIFY
+    timeout: float = DEFAULT_TIMEOUT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """One model of ``[[serve.models]]``."""
 
@@ -139,6 +149,8 @@ class Config:
     fallback_fetch_only: bool
     drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
+    imports: tuple[ImportConfig, ...]
+    """The importers. They belong to the vector space of the provider."""
     embed: EmbedTable = field(compare=False)
     """How the command ``embedonce embed`` reads files."""
     serve: ServeConfig = field(compare=False)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce._arguments import MAX_COALESCE
+from embedonce._engine.imports import DEFAULT_TIMEOUT, DEFAULT_VERIFY
 from embedonce._globs import compile_globs
 from embedonce.contracts import Capabilities
 from embedonce.drift import DriftGuard
@@ -210,8 +211,8 @@ class ImportTable:
             "Compute the first N texts that the importer finds as well, and use no vector of it unless all of them are "
             "equal. 0: trust the source."
         ),
-    ] = 20
-    timeout: Annotated[Duration, Gt(0), Doc("Timeout of a call to the importer.")] = 2.0
+    ] = DEFAULT_VERIFY
+    timeout: Annotated[Duration, Gt(0), Doc("Timeout of a call to the importer.")] = DEFAULT_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

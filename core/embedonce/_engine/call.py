@@ -67,6 +67,8 @@ class Answer:
     """Keys whose stored vector is not the vector that this call has computed."""
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
+    imported: list[tuple[str, Collection[str]]] = field(default_factory=list)
+    """Names of importers, and the keys of the entries that came from them."""
     read_at: float = 0.0
     """Monotonic time at which the call began to read the tiers."""
     waited: float = 0.0
@@ -181,9 +183,9 @@ class Answer:
         return seconds
 
     def _find_sources(self) -> dict[str, str]:
-        """Return the name of the tier that had each entry, or ``"provider"``, by key."""
+        """Return the name of the tier or the importer that had each entry, or ``"provider"``, by key."""
         sources = dict.fromkeys(self.entries, PROVIDER)
-        for name, keys in self.found:
+        for name, keys in (*self.imported, *self.found):
             sources.update(dict.fromkeys(keys, name))
         return sources
 
@@ -195,7 +197,8 @@ class Answer:
         sources = self._find_sources()
         held = self.entries.as_dict()
         entries = [held.get(key) for key in self.keys]
-        saved = [held[key] for key, name in sources.items() if name is not PROVIDER]
+        imported = {key for _, keys in self.imported for key in keys}
+        saved = [held[key] for key, name in sources.items() if name is not PROVIDER and key not in imported]
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
@@ -211,6 +214,7 @@ class Answer:
             computed=self._sum_computed(sources),
             saved=sum_work(saved),
             wasted=self.sum_waste(),
+            imported=frozenset(i for i, key in enumerate(self.keys) if key in imported) if imported else frozenset(),
             changed=frozenset(i for i, key in enumerate(self.keys) if key in self.changed),
         )
 

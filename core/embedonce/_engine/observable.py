@@ -1,14 +1,15 @@
-"""The part of a cache that only looks: counters, events, and the names of its tiers."""
+"""The part of a cache that only looks: counters, events, the names of its tiers, and whether importers can read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from embedonce.answers import ChainWarning
+from embedonce.answers import ChainWarning, ImporterCheck
 from embedonce.contracts import AnyProvider
 from embedonce.events import Event, ProviderStats, Stats
 from embedonce.tasks import TASKS
 
+from .ports import Port, run_blocking
 from .routes import LiveProvider, Route
 from .running import RunningChain
 
@@ -21,6 +22,7 @@ class Observable:
     _fallback: LiveProvider | None
     _routes: dict[tuple[LiveProvider, str], Route]
     _closed: bool
+    _check_open: Callable[[], None]
 
     def stats(self) -> Stats:
         """Return the counters of tiers and providers since the cache was created.
@@ -57,6 +59,23 @@ class Observable:
     def _watch_counters(self, watcher: Callable[[], None]) -> None:
         """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
         self._chain.watch_counters(watcher)
+
+    def check_importers(self) -> list[ImporterCheck]:
+        """Return for each importer whether it can read its source, and whether it was verified."""
+        return run_blocking(self._check_importers(self._chain.ports.blocking))
+
+    async def acheck_importers(self) -> list[ImporterCheck]:
+        """Async twin of :meth:`check_importers`."""
+        return await self._check_importers(self._chain.ports.get_loop_port())
+
+    async def _check_importers(self, port: Port) -> list[ImporterCheck]:
+        self._check_open()
+        return [await importer.check(port) for importer in self._chain.importers]
+
+    @property
+    def importers(self) -> Sequence[str]:
+        """The names of the importers, in the order in which they are asked."""
+        return tuple(importer.name for importer in self._chain.importers)
 
     @property
     def tiers(self) -> Sequence[str]:

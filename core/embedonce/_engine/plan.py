@@ -23,6 +23,7 @@ from .call import Answer, BegunCall, Call, copy_error
 from .coalescing import request_together
 from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight, list_unlanded
+from .import_steps import ImportSteps, Pending
 from .isolation import Patience
 from .leases import Leases
 from .ledger import Ledger
@@ -62,11 +63,14 @@ class Engine(ProviderRequests):
         self.replays = replay
         self.leases = leases
         self._max_wait = max_wait
+        self.imports: ImportSteps | None = None
+        """The steps that ask the importers; None without importers."""
 
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True, begun: BegunCall | None = None) -> None:
-        """Fill the answer from the tiers, landed flights, the provider and other calls' flights, in this order.
+        """Fill the answer from the tiers, the importers, landed flights, the provider and other calls' flights, in
+        this order.
 
         If the provider fails in another call that computes a text, this call tries once more. If the other call is
         refused or ends early, this call goes on as if the other call had never begun.
@@ -88,21 +92,25 @@ class Engine(ProviderRequests):
                     missing = await self.read_tiers(call, missing, begun, is_repeat=is_repeat)
                     begun, is_repeat = None, True
                     answer.hits += looked_up - len(missing)
+                    pending: Sequence[Pending] = ()
+                    if missing and compute and self.imports is not None:
+                        missing, pending = await self.imports.find(call, missing, can_verify=not is_last_try)
                     if missing and compute and not self.replays:
                         refusal = await self.find_refusal(port, answer.route)
                         if refusal is not None:
-                            answer.failed.update(dict.fromkeys(missing, refusal))
+                            answer.failed.update(dict.fromkeys(answer.find_missing(), refusal))
                             break
                         leases = self._choose_leases(answer)
                         abandoned = await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_last_try)
+                        if self.imports is not None and pending:
+                            await self.imports.finish(call, pending)
                     elif missing:
-                        await self._take_flights(call, self.in_flight.find_landed(missing))
+                        await self.take_flights(call, self.in_flight.find_landed(missing))
                 missing = answer.find_missing() if missing else missing
                 if not compute or not missing:
                     break
                 if self.replays:
-                    miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
-                    answer.failed.update(dict.fromkeys(missing, miss))
+                    answer.failed.update(dict.fromkeys(missing, self._make_replay_miss(answer.route)))
                     break
                 if is_last_try and not abandoned:
                     break
@@ -114,6 +122,10 @@ class Engine(ProviderRequests):
             # For a fallback, the texts have already been counted.
             counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
             self.requests.count(*counts)
+
+    def _make_replay_miss(self, route: Route) -> ReplayMiss:
+        miss = None if self.imports is None else self.imports.explain_miss(route)
+        return miss or ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
 
     tolerance = TOLERANCE
     """A vector has changed if the cosine of the new and the stored vector is less than 1 minus this value."""
@@ -144,7 +156,7 @@ class Engine(ProviderRequests):
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
-            await self._take_flights(call, claims.landed)
+            await self.take_flights(call, claims.landed)
             await self._compute_flights(call, claims.led, leases=leases)
             ahead.raise_if_run_has_ended()
             return await self._follow_flights(call, claims, is_last_try=is_last_try)
@@ -273,7 +285,7 @@ class Engine(ProviderRequests):
 
     # --- flights ------------------------------------------------------------------------------
 
-    async def _take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
+    async def take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
         """Add the entries of other calls' flights to the answer. Store the entries that those calls did not store."""
         answer = call.answer
         expected = answer.dimensions
@@ -317,7 +329,7 @@ class Engine(ProviderRequests):
                 abandoned.append(key)
             elif is_last_try:
                 answer.failed[key] = copy_error(error)
-        await self._take_flights(call, landed)  # not the flights that land only now, because they count as late
+        await self.take_flights(call, landed)  # not the flights that land only now, because they count as late
         if late:
             flights = self.in_flight.take_over(call.ticket, late, call.port.loop, claims)
             await self._compute_flights(call, flights, leases=None)

@@ -16,22 +16,28 @@ from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
 from embedonce._messages import format_count
-from embedonce.contracts import Backend, Normalizer
+from embedonce.contracts import Backend, Importer, Normalizer
 from embedonce.drift import DriftGuard
+from embedonce.errors import ImportRefused
 from embedonce.events import Computed, Event, ProviderStats, Stats, Stored
+from embedonce.functions import NoProvider
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import NO_WORK, Dtype
 
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
+from .import_checks import check_source
+from .import_steps import ImportSteps
+from .importing import LiveImporter
+from .imports import Import, ImportOptionError, check_imports, choose_name
 from .leases import Leases
 from .ledger import Ledger
 from .plan import Engine
 from .ports import Port, Ports
 from .recording import SavingsRecorder
 from .repeated_warnings import RepeatedWarnings
-from .routes import Route
+from .routes import LiveProvider, Route
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -160,11 +166,54 @@ class RunningChain:
             emit=self.emit,
             clock=clock,
         )
+        self.importers: Sequence[LiveImporter] = ()
         self.recorder = SavingsRecorder(self.tiers, self.ledger, clock)
         self.engine.requests.watchers.append(self.recorder.record_if_due)
         busy_timeout = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
         self.upkeep = Upkeep(
             self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
+        )
+
+    def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
+        """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
+
+        Raises:
+            ImportOptionError: an importer cannot be used.
+            ImportRefused: a source has vectors of other tasks.
+        """
+        provider = None if isinstance(source.provider, NoProvider) else source.provider
+        live: list[LiveImporter] = []
+        for place, one in enumerate(check_imports(imports)):
+            taken = {"provider", *(tier.name for tier in self.tiers), *(other.name for other in live)}
+            try:
+                if provider is not None:
+                    check_source(one.importer.source, provider, one.task)
+            except ImportRefused as error:
+                raise ImportOptionError(str(error), place) from error
+            live.append(
+                LiveImporter(
+                    one,
+                    choose_name(one, taken),
+                    provider=provider,
+                    namespace=self.policy.namespace,
+                    dtype=self.dtype,
+                    emit=self.emit,
+                )
+            )
+        self.importers = live
+        self.engine.imports = (
+            ImportSteps(
+                live,
+                self.tiers,
+                self.in_flight,
+                dtype=self.dtype,
+                replays=self.replays,
+                store=self.engine.store,
+                take_flights=self.engine.take_flights,
+                clock=self.clock,
+            )
+            if live
+            else None
         )
 
     def close_at_exit(self, owner: CacheOverChain) -> None:
@@ -286,6 +335,7 @@ class RunningChain:
             found=found + fast_hits,
             passed_by=passed_by,
             spaces=spaces,
+            importers={importer.name: importer.stats() for importer in self.importers},
         )
 
     # --- ending -------------------------------------------------------------------------------
@@ -324,6 +374,8 @@ class RunningChain:
             self.engine.leases.finish()
         for tier in self.tiers:
             close_part(tier.backend)
+        for importer in self.importers:
+            close_part(importer)
         owner._close_providers()
         self.ports.close()
 
@@ -342,6 +394,8 @@ class RunningChain:
             cache._reset_after_fork()
         for tier in self.tiers:
             tier.reset()
+        for importer in self.importers:
+            importer.reset()
         self.engine.requests.renew_locks()
         self.ledger.renew_lock()
         self.recorder.reset()

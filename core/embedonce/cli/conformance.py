@@ -32,8 +32,8 @@ embedonce conformance redis --option url=redis://{server}/0 --option prefix={new
 Each test uses its own store. If an option of a backend is the path of a folder, the tests create their stores in this
 folder. At the end, the stores are removed. The paths of a provider are only read. In any other option, {new} is
 replaced by a new value for each test. If an option contains {server}, also give --server. The network tests then use a
-proxy that resets connections and garbles replies. To test a TTL, a store that stalls or a node that is down, write a
-test file: see docs/testing.md.
+proxy that resets connections and garbles replies. To test a TTL, a store that stalls, a node that is down, or an
+importer, write a test file: see docs/testing.md.
 
 The exit code is 1 if a test fails.
 """

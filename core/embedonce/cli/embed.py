@@ -415,6 +415,9 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     for tier, hits in summary.hits.items():
         if hits:
             yield f"  {format_share(hits, summary.texts)} from {tier}"
+    for importer, number in summary.imported.items():
+        if number:
+            yield f"  {format_share(number, summary.texts)} imported from {importer}"
     if summary.repeated:
         yield f"  {format_share(summary.repeated, summary.texts)} repeated"
     for label, cost in (("cost", summary.spent), ("saved", summary.saved)):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,9 +19,11 @@ from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_st
 from .output import FAILED, Refused, emit, format_bytes, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
-    from embedonce.answers import Held, ProviderCheck
+    from embedonce.answers import Held, ImporterCheck, ProviderCheck
     from embedonce.plugins import InstalledPlugin
     from embedonce.savings import SavingsRecord
+
+CheckT = TypeVar("CheckT", "ProviderCheck", "ImporterCheck")
 
 CHECK_EPILOG = """
 Examples:
@@ -33,8 +35,9 @@ embedonce check --provider
 embedonce check --config production.toml --json
 
 A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer, if one of these steps
-fails, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
-money. Warnings about the chain and about broken plugins do not change the exit code.
+fails, if the provider's API key is missing, or if an importer cannot read its source. The provider is called only with
+--provider, because a call may cost money. Warnings about the chain and about broken plugins do not change the exit
+code.
 """
 CONFIG_EPILOG = """
 Examples:
@@ -100,7 +103,7 @@ def check(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Check the configuration, the provider's API key, and that each tier answers and stores what is written to it."""
+    """Check the configuration, the provider's API key, the tiers (they store what is written) and the importers."""
     from embedonce.config import warnings
 
     from .opened import list_secrets, load_config, open_cache
@@ -112,19 +115,23 @@ def check(
         space = cache.provider.space("document").described()
         checks = cache.check()
         providers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_providers(embed=provider)]
+        importers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_importers()]
         problems = warnings(loaded, cache.warnings)
     broken_plugins = [plugin for plugin in _list_installed(loaded.allow) if plugin.broken]
     failed_tiers = [check.tier for check in checks if not check.ok]
     failed_providers = [check for check in providers if not check.ok]
+    failed_importers = [check for check in importers if not check.ok]
+    is_ok = not failed_tiers and not failed_providers and not failed_importers
     if json:
         emit(
             {
                 "provider": space,
                 "providers": [asdict(check) for check in providers],
                 "tiers": [asdict(check) for check in checks],
+                "importers": [asdict(check) for check in importers],
                 "warnings": [asdict(problem) for problem in problems],
                 "plugins": [asdict(plugin) for plugin in broken_plugins],
-                "ok": not failed_tiers and not failed_providers,
+                "ok": is_ok,
             }
         )
     else:
@@ -137,6 +144,8 @@ def check(
             for c in checks
         ]
         show(make_table({title: "right" if title == "ms" else "left" for title in titles}, rows))
+        if importers:
+            show("", _make_importers_table(importers))
     for problem in problems:
         say(f"warning: {problem}")
         say_excerpt(problem)
@@ -151,11 +160,19 @@ def check(
     ):
         if tiers:
             say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
-    if failed_tiers or failed_providers:
+    for failed in failed_importers:
+        say(f"error: importer {failed.importer!r} cannot read its source: {failed.detail}")
+    if not is_ok:
         raise typer.Exit(FAILED)
 
 
-def _hide_secrets(check: ProviderCheck, secrets: Collection[str]) -> ProviderCheck:
+def _make_importers_table(importers: Sequence[ImporterCheck]) -> Any:
+    rows = [[c.importer, c.source, c.ok, c.verification, f"{c.seconds * 1000:.1f}"] for c in importers]
+    titles = ("importer", "source", "answers", "verification", "ms")
+    return make_table({title: "right" if title == "ms" else "left" for title in titles}, rows)
+
+
+def _hide_secrets(check: CheckT, secrets: Collection[str]) -> CheckT:
     """Return a result without its detail if the detail contains a secret of the configuration."""
     if any(secret in check.detail for secret in secrets):
         return replace(check, detail="(message hidden, because it contains a secret)")
@@ -369,7 +386,7 @@ def _list_dates(held: Held) -> list[str | None]:
 
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """List the installed backends, providers and normalisation steps."""
+    """List the installed backends, providers, importers and normalisation steps."""
     from embedonce.config import read_allow_list
 
     found = _list_installed(read_allow_list(config))

@@ -25,20 +25,24 @@ embedonce new backend shelf --kind network
 
 embedonce new provider my-model
 
+embedonce new importer old-cache
+
 The package is called embedonce-NAME. It contains a working plugin, which has one option. It also contains the plugin's
 entry point, tests, a README and a CI file. Install the package with its extra "test", then run pytest.
 """
 
 NAME = r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
 MAX_NAME_LENGTH = 40
-RESERVED = ("backends", "integrations", "providers")
+RESERVED = ("backends", "importers", "integrations", "providers", "server")
 """Names of embedonce's own packages, without their prefix ``embedonce_``."""
 
-_PLACEHOLDER = re.compile(r"embedonce-example|embedonce_example|Example(?=Backend|Provider|Twin)|\bexample\b")
+_PLACEHOLDER = re.compile(r"embedonce-example|embedonce_example|Example(?=Backend|Importer|Provider|Twin)|\bexample\b")
 
 
 def new(
-    kind: Annotated[Literal["backend", "provider"], typer.Argument(metavar="KIND", help="The kind of plugin.")],
+    kind: Annotated[
+        Literal["backend", "provider", "importer"], typer.Argument(metavar="KIND", help="The kind of plugin.")
+    ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name in TOML, such as shelf.")],
     folder: Annotated[
         Path | None,
@@ -60,7 +64,7 @@ def new(
     """Write a package with a small working plugin and its tests, as a start for your own plugin."""
     if store is not None and kind != "backend":
         raise Refused("--kind is valid only for a backend; remove it")
-    _check_name(name)
+    _check_name(name, kind)
     target = folder or Path(f"embedonce-{name}")
     try:
         written = _write_package("network-backend" if store == "network" else kind, name, target)
@@ -72,8 +76,9 @@ def new(
         write(f"wrote {target}; now try:\n  cd {shlex.quote(str(target))}\n  pip install -e '.[test]'\n  pytest")
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, kind: str) -> None:
     """Refuse a name that is invalid in TOML or Python, is reserved, or belongs to another plugin."""
+    from embedonce import hookspecs
     from embedonce.keys import NORMALIZERS
     from embedonce.plugins import installed_by_embedonce
 
@@ -88,8 +93,13 @@ def _check_name(name: str) -> None:
         )
     if name in RESERVED or name == "provider":
         raise Refused(f"{name} is reserved by embedonce; choose another name")
-    if name in NORMALIZERS or name in installed_by_embedonce():
-        raise Refused(f"{name} is a plugin of embedonce itself; choose another name")
+    if kind == "importer":
+        own = installed_by_embedonce(hookspecs.IMPORTERS)
+    else:
+        own = [*NORMALIZERS, *installed_by_embedonce()]
+    if name in own:
+        what = "an importer" if kind == "importer" else "a plugin"
+        raise Refused(f"{name} is {what} of embedonce itself; choose another name")
 
 
 def _write_package(template_name: str, name: str, target: Path) -> list[str]:

@@ -130,8 +130,8 @@ def translate_tier_errors(loaded: Config) -> Iterator[None]:
 
 
 def list_secrets(loaded: Config) -> list[str]:
-    """Return the secrets in the options of the providers and the tiers. No message may contain one of them."""
-    parts = (loaded.provider, loaded.fallback, *loaded.tiers)
+    """Return the secrets in the options of providers, tiers and importers. No message may contain one of them."""
+    parts = (loaded.provider, loaded.fallback, *loaded.tiers, *loaded.imports)
     return [secret for part in parts if part is not None for secret in part.secrets]
 
 

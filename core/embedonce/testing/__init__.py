@@ -18,6 +18,7 @@ from .proxy import FaultProxy, NetworkFault
 
 if TYPE_CHECKING:
     from .contracts.backend import BackendContract
+    from .contracts.importer import ImporterContract
     from .contracts.normalizer import NormalizerContract
     from .contracts.provider import ProviderContract
     from .servers.gemini import GeminiServer
@@ -32,6 +33,7 @@ __all__ = [
     "FaultyBackend",
     "FaultyProvider",
     "GeminiServer",
+    "ImporterContract",
     "ManualClock",
     "NetworkFault",
     "NormalizerContract",

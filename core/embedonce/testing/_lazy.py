@@ -8,6 +8,7 @@ from typing import Any
 MODULES = {
     "BackendContract": "contracts.backend",
     "GeminiServer": "servers.gemini",
+    "ImporterContract": "contracts.importer",
     "NormalizerContract": "contracts.normalizer",
     "OpenAIServer": "servers.openai",
     "ProviderContract": "contracts.provider",

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from embedonce import hookspecs
 from embedonce._config.inspection import installed
 from embedonce._config.secrets import find_credentials, is_secret
 from embedonce._messages import find_closest, join_words, quote
@@ -23,6 +24,12 @@ NEW = "{new}"
 """Placeholder in an option. The placeholder is replaced by a text that is different for every store."""
 SERVER = "{server}"
 """Placeholder in an option. The address of the server replaces the placeholder."""
+
+
+IMPORTER_REFUSED = (
+    "this is an importer, and its tests must write the stores that it reads, which options cannot do; write a test "
+    "file with embedonce.testing.ImporterContract (see docs/testing.md), or start with `embedonce new importer NAME`"
+)
 
 
 class InvalidTarget(ValueError):
@@ -125,6 +132,8 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
             return Target(written, kind, finder(written), options)
         except PluginError as error:
             messages.append(str(error))
+    if written in entry_points.names(hookspecs.IMPORTERS):
+        raise InvalidTarget(IMPORTER_REFUSED)
     raise InvalidTarget(f"{messages[0]}; to name a class that is not installed, write module:Class")
 
 
@@ -154,14 +163,19 @@ def detect_kind(plugin: Any, written: str) -> Kind:
     """Return the kind of a plugin. The methods of a class show its kind; a function is a normalisation step.
 
     Raises:
-        InvalidTarget: ``plugin`` is neither a backend, nor a provider, nor a normalisation step.
+        InvalidTarget: ``plugin`` is neither a backend, nor a provider, nor a normalisation step, or is an importer.
     """
     if isinstance(plugin, type):
         if hasattr(plugin, "get_many") or hasattr(plugin, "set_many"):
             return "backend"
         if hasattr(plugin, "embed") or hasattr(plugin, "aembed"):
             return "provider"
-        raise InvalidTarget(f"{written} is neither a backend (get_many, set_many) nor a provider (embed or aembed)")
+        if hasattr(plugin, "lookup") or hasattr(plugin, "scan"):
+            raise InvalidTarget(IMPORTER_REFUSED)
+        raise InvalidTarget(
+            f"{written} is neither a backend (get_many, set_many) nor a provider (embed or aembed) nor an importer "
+            "(lookup or scan)"
+        )
     if callable(plugin):
         return "normalizer"
     raise InvalidTarget(f"{written} is neither a class nor a function")

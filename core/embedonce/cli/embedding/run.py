@@ -121,7 +121,7 @@ class Run:
         self._outage = 0
         """Number of windows in a row for which the provider returned no vector."""
         self.failures = Failures()
-        self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
+        self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0), imported=dict.fromkeys(cache.importers, 0))
         self._before = self._measure("computed", cache.stats, None)
 
     def embed(self, display: Display) -> None:
@@ -236,13 +236,15 @@ class Run:
             self._pace.record(asked, seconds)
 
     def _add_results(self, window: Window, results: Results, display: Display) -> None:
-        """Count what passages got: hits by tier, and for the display also other vectors and failures."""
+        """Count what passages got: hits by tier, texts by importer, and for the display also others and failures."""
         hits = 0
         for source, number in results.sources.items():
-            if source != "provider":
+            if source in self.summary.imported:
+                self.summary.imported[source] += number
+            elif source != "provider":
                 self.summary.hits[source] += number
                 hits += number
-        others = results.sources["provider"]
+        others = results.sources.total() - hits
         display.add_results(hits=hits, others=others, failed=results.failed)
         if results.failed and self._strict:
             self._report_failures(window)
@@ -311,7 +313,7 @@ class Run:
         summary.failures = self.failures.groups
         summary.unique = None if distinct is None else self._measure("unique", distinct.count, None)
         summary.seconds = round(seconds, 3)
-        answered = summary.rows - sum(summary.hits.values())
+        answered = summary.rows - sum(summary.hits.values()) - sum(summary.imported.values())
         before, stats = self._before, self._measure("computed", self._cache.stats, None)
         if before is None or stats is None:
             summary.computed = max(answered, 0)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Summary:
     """Result of a run, counted in passages.
 
-    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that could not be embedded.
+    ``texts`` is ``computed`` + the sums of ``hits`` and ``imported`` + ``repeated`` + the passages that could not be
+    embedded.
     """
 
     texts: int = 0
@@ -34,6 +35,8 @@ class Summary:
     """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
     """Passages whose vector a tier had, by tier name."""
+    imported: dict[str, int] = field(default_factory=dict)
+    """Passages whose vector an importer had, by the importer's name."""
     spent: SummedCost | None = None
     """Cost of the texts that the provider embedded. None if it could not be computed, and in a dry run."""
     saved: SummedCost | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from itertools import count
 from typing import Any, NoReturn, TextIO
@@ -20,10 +21,11 @@ from typing import Any, NoReturn, TextIO
 import numpy as np
 
 from embedonce._plugins.options import options_of
-from embedonce.contracts import Embedded
+from embedonce.contracts import Embedded, FoundVectors
 from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
+from .support import Recipe, encode_options
 from .values import key, make_values
 
 WRITE_BATCH = 20
@@ -63,6 +65,8 @@ def _wait_for_start(answers: TextIO) -> None:
 def _handle_request(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
     if "texts" in request:
         return _embed(plugin, request)
+    if "lookup" in request:
+        return _find(plugin, request)
     return _add(plugin, request) if "add" in request else _store_and_check(plugin, request)
 
 
@@ -73,6 +77,11 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
     except PluginError:  # TOML cannot express the arguments of this class, so no argument is converted
         declared = {}
     return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
+
+
+def make_from_recipe(recipe: Recipe) -> Any:
+    """Make the plugin of a recipe in this process, with the same options as in another process."""
+    return recipe.plugin(**_convert_options(recipe.plugin, json.loads(encode_options(recipe))))
 
 
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
@@ -122,6 +131,24 @@ def _embed(provider: Any, request: dict[str, Any]) -> dict[str, Any]:
         vectors = np.asarray(given.vectors if isinstance(given, Embedded) else given, np.float32)
         answer[task] = {"fingerprint": space.fingerprint().hex(), "vectors": vectors.tolist()}
     return answer
+
+
+def _find(importer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the name of the source, and the texts and vectors that ``lookup`` and ``scan`` find."""
+    answer: dict[str, Any] = {"source": importer.source.name}
+    if request["lookup"]:
+        answer["lookup"] = _list_found([importer.lookup(request["lookup"])])
+    if request["scan"]:
+        answer["scan"] = _list_found(importer.scan())
+    return answer
+
+
+def _list_found(parts: Iterable[FoundVectors]) -> list[tuple[str, list[float]]]:
+    return [
+        (text, np.asarray(row, np.float32).tolist())
+        for part in parts
+        for text, row in zip(part.texts, part.vectors, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -419,9 +419,9 @@ def _extra_parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
 def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
     """Merge the ``meta`` of all calls of the embedder, and add ``cache``.
 
-    ``cache`` counts the hits by tier, the computed vectors and the failed texts.
+    ``cache`` counts the hits by tier, the imported texts if there are any, the computed vectors and the failed texts.
     """
-    sources = Counter(fetched.sources)
+    sources = Counter(source for i, source in enumerate(fetched.sources) if i not in fetched.imported)
     failed = sources.pop(None, 0)
     sources.pop("provider", None)
     # Count distinct rows, because equal texts are embedded only once and share one row.
@@ -430,7 +430,8 @@ def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
     for answered in run.metas:
         usage = _add_usage(meta.get("usage"), answered.get("usage"))
         meta |= answered if usage is None else {**answered, "usage": usage}
-    return meta | {"cache": {"hits": dict(sources), "computed": len(computed), "failed": failed}}
+    imported = {"imported": len(fetched.imported)} if fetched.imported else {}
+    return meta | {"cache": {"hits": dict(sources), **imported, "computed": len(computed), "failed": failed}}
 
 
 def _add_usage(one: Any, other: Any) -> Any:
