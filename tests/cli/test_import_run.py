@@ -191,7 +191,7 @@ def test_an_importer_gets_few_texts_at_a_time() -> None:
             return super().lookup(texts)
 
     texts = [f"text {number}" for number in range(LOOKUP_BATCH + 1)]
-    import_rows(Counted([(texts[0], GOOD[0])]), DictBackend(scope="host"), texts=[*texts, *texts])
+    import_rows(Counted([(texts[0], GOOD[0])]), DictBackend(scope="host"), texts=texts)
     assert sizes == [LOOKUP_BATCH, 1]
 
 
