@@ -61,22 +61,6 @@ def make_found(
     return collect_vectors(zip(texts, values, strict=True), read)
 
 
-def collect_vectors(items: Iterable[Item], read: Callable[[Item], tuple[str, DecodedVector]]) -> FoundVectors:
-    """Return the texts and vectors that ``read`` makes of the items. Its ValueErrors are counted by their messages."""
-    texts: list[str] = []
-    vectors: list[DecodedVector] = []
-    unreadable: dict[str, int] = {}
-    for item in items:
-        try:
-            text, vector = read(item)
-        except ValueError as error:
-            unreadable[str(error)] = unreadable.get(str(error), 0) + 1
-        else:
-            texts.append(text)
-            vectors.append(vector)
-    return FoundVectors(texts, vectors, unreadable)
-
-
 def merge_repeated(found: FoundVectors) -> FoundVectors:
     """Return each text once. A text whose vectors differ is left out and counted, since only one of them is right."""
     if len(set(found.texts)) == len(found.texts):

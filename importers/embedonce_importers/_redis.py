@@ -10,12 +10,12 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.cluster import RedisCluster
+from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
@@ -35,9 +35,10 @@ Client: TypeAlias = Any
 """redis-py's Redis or RedisCluster. Its types do not say that replies are bytes."""
 
 SHAPES = (
-    "redis://host:6379/0, redis+cluster://host:6379 or unix:///path/of/socket?db=0 (with TLS: rediss...); "
+    "redis://host:6379/0, redis+cluster://host:6379,host:6379 or unix:///path/of/socket?db=0 (with TLS: rediss...); "
     "a username and a password go before the host, as in redis://user:password@host:6379/0"
 )
+REDIS_PORT = 6379
 TLS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
 """Options of redis-py that a URL may have after the "?", beside ``db``."""
 LOGIN_OPTIONS = frozenset({"username", "password"})
@@ -47,8 +48,8 @@ CLUSTER_NODE = "the server is a node of a cluster: write the url as redis+cluste
 NOT_A_CLUSTER = "the server is not a node of a cluster: write the url as redis://host:port"
 UNKNOWN_COMMAND = "the server does not know a command that reads a store; if it is a sentinel, set url to the master"
 NO_PERMISSION = (
-    "the Redis user may not read the store; it needs the commands get, mget, hmget, hlen, type, exists, scan and hscan "
-    "for the keys of the store (in a cluster, also cluster slots)"
+    "the Redis user may not read the store; it needs the commands get, mget, hmget, hlen, scan and hscan for the keys "
+    "of the store (in a cluster, also cluster slots and command)"
 )
 NO_LOGIN = "the server refused the login; write the username and the password before the host in url"
 
@@ -57,6 +58,8 @@ NO_TLS = ". If its port has no TLS, write redis instead of rediss"
 MAX_SILENCE = 30.0
 """Seconds without a byte from the server after which a call without a deadline fails. The calls of a scan have no
 deadline, and a command that reads takes milliseconds."""
+CLUSTER_RETRIES = 3
+"""How often a call is repeated after a node of a cluster failed, or after it has redirected the call."""
 BATCH_KEYS = 256
 """Maximum number of values per round trip. Values of 3,072 dimensions in JSON then take about 16 MB."""
 PAGE_KEYS = 1000
@@ -69,8 +72,8 @@ PAGE_FIELDS = 100
 UrlOption: TypeAlias = Annotated[
     str,
     Doc(
-        "redis://host:6379/0, redis+cluster://host:6379 or unix:///path?db=0. For TLS, write rediss instead of redis, "
-        "and ?ssl_ca_certs=/path/of/ca.pem after the database if the certificate is signed by an authority of your own."
+        "redis://host:6379/0, redis+cluster://host:6379,host:6379 or unix:///path?db=0. For TLS, write rediss instead "
+        "of redis, and ?ssl_ca_certs=/path/of/ca.pem after the database if an authority of your own signs certificates."
     ),
 ]
 """The option ``url``."""
@@ -91,7 +94,8 @@ class RedisReader:
     """
 
     def __init__(self, url: str) -> None:
-        self._url, self._is_cluster, self.name = parse_url(url)
+        self._place = parse_url(url)
+        self.name = self._place.name
         # A forked child makes a client of its own. It also needs its own lock, because a thread of the parent could
         # have held the lock during the fork.
         self._clients: dict[int, Client] = {}
@@ -210,7 +214,7 @@ class RedisReader:
         try:
             yield
         except (RedisError, RedisClusterException, OSError) as error:
-            raise SourceError(f"cannot read from {self.name}: {_explain(error, self._url)}") from error
+            raise SourceError(f"cannot read from {self.name}: {_explain(error, self._place.url)}") from error
 
     def close(self) -> None:
         """Close the connections of this process. A later call opens new ones. A second call does nothing."""
@@ -230,15 +234,21 @@ class RedisReader:
 
     def _make_client(self) -> Client:
         options: dict[str, Any] = {
-            "connection_class": _choose_connection(self._url),
-            # RESP2 needs no HELLO command. Without a driver_info, redis-py sends no CLIENT SETINFO commands.
-            "protocol": 2,
-            "driver_info": None,
+            "connection_class": _choose_connection(self._place.url),
+            "protocol": 2,  # it needs no HELLO command
         }
+        if not self._place.url.startswith("rediss:"):
+            # Without this, redis-py sends CLIENT SETINFO on each new connection. Over TLS, it must read a reply before
+            # it checks that nothing else is left to be read, because the server sends session tickets of its own.
+            options["driver_info"] = None
         with self._translate_errors():
-            if self._is_cluster:
-                return RedisCluster.from_url(self._url, **options)  # this reads the layout of the cluster
-            return redis.Redis.from_url(self._url, retry=Retry(NoBackoff(), 0), **options)
+            if self._place.is_cluster:
+                others = [ClusterNode(host, port) for host, port in self._place.other_nodes]
+                # This reads the layout of the cluster from the first node that answers.
+                # When a node fails or a slot has moved, it tries again at once: its own pauses may take seconds.
+                retry = Retry(NoBackoff(), CLUSTER_RETRIES)
+                return RedisCluster(url=self._place.url, startup_nodes=others, retry=retry, **options)
+            return redis.Redis.from_url(self._place.url, retry=Retry(NoBackoff(), 0), **options)
 
     def _scan_page(self, node: Client, cursor: int, prefix: bytes, kind: str) -> tuple[int, list[bytes]]:
         with self._translate_errors():
@@ -282,9 +292,9 @@ class RedisReader:
             if isinstance(error, ResponseError) and text.lower().startswith("unknown command"):
                 # The server's message repeats the arguments, which may be texts, so it is not even the cause.
                 raise SourceError(f"cannot read from {self.name}: {UNKNOWN_COMMAND}") from None
-            if not self._is_cluster and _is_from_cluster(error):
+            if not self._place.is_cluster and _is_from_cluster(error):
                 raise SourceError(f"cannot read from {self.name}: {CLUSTER_NODE}") from None
-            if self._is_cluster and "cluster mode is not enabled" in text.lower():
+            if self._place.is_cluster and "cluster mode is not enabled" in text.lower():
                 raise SourceError(f"cannot read from {self.name}: {NOT_A_CLUSTER}") from None
             raise
 
@@ -348,18 +358,32 @@ def _choose_connection(url: str) -> type[_EndsInTime]:
 # --- URLs and messages ----------------------------------------------------------------------------
 
 
-def parse_url(url: str) -> tuple[str, bool, str]:
-    """Return the URL for redis-py, whether it names a cluster, and a name for messages that contains no secret.
+class Place(NamedTuple):
+    """The parts of a URL."""
+
+    url: str
+    """The URL for redis-py, with the first host."""
+    is_cluster: bool
+    other_nodes: tuple[tuple[str, int], ...]
+    """The hosts and ports of a cluster after the first."""
+    name: str
+    """Names the place in messages. It contains no secret."""
+
+
+def parse_url(url: str) -> Place:
+    """Parse the option ``url``.
 
     Raises:
         ConfigError: the URL is invalid. The message does not quote it, because it may contain a password.
     """
     try:
         parts = urlsplit(url.strip())
-        host, port = parts.hostname, parts.port
+        login, at, hosts = parts.netloc.rpartition("@")
+        nodes = [_parse_host(host) for host in hosts.split(",")] if hosts else []
     except ValueError:
         _refuse("has an invalid host or port; if the password contains : / @ or #, write %3A %2F %40 %23")
-    scheme, _, kind = parts.scheme.lower().replace("valkey", "redis").partition("+")
+    whole = parts.scheme.lower().replace("valkey", "redis")
+    scheme, _, kind = whole.partition("+")
     if kind == "sentinel":
         _refuse("names sentinels, which importers do not ask; set it to the address of the master or of a replica")
     if scheme not in ("redis", "rediss", "unix") or kind not in ("", "cluster") or (scheme == "unix" and kind):
@@ -367,11 +391,11 @@ def parse_url(url: str) -> tuple[str, bool, str]:
     if parts.fragment:
         _refuse("has a fragment; if the password contains #, write it as %23")
     is_cluster = kind == "cluster"
-    if "," in parts.netloc:
-        _refuse("names several hosts; one node of a cluster is enough, because it knows the others")
-    if scheme == "unix" and not parts.path.strip("/"):
+    if len(nodes) > 1 and not is_cluster:
+        _refuse("names several hosts, which only redis+cluster:// accepts")
+    if scheme == "unix" and (nodes or not parts.path.strip("/")):
         _refuse("has no socket path")
-    if scheme != "unix" and not host:
+    if scheme != "unix" and not nodes:
         _refuse("has no host")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     _check_options(options, scheme)
@@ -380,11 +404,18 @@ def parse_url(url: str) -> tuple[str, bool, str]:
         _refuse("has an invalid database; it must be a number")
     if is_cluster and int(db):
         _refuse("names a database, but a cluster has only database 0")
-    prefix = parts.scheme.lower().replace("valkey", "redis")
-    shown = f"[{host}]" if host and ":" in host else host
-    name = f"unix://{parts.path}?db={db}" if scheme == "unix" else f"{prefix}://{shown}:{port or 6379}/{int(db)}"
+    shown = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in nodes)
+    name = f"unix://{parts.path}?db={db}" if scheme == "unix" else f"{whole}://{shown}/{int(db)}"
     # urlunsplit would leave out the slashes of unix:// if there is no login.
-    return f"{scheme}://{parts.netloc}{parts.path}{'?' * bool(parts.query)}{parts.query}", is_cluster, name
+    first = f"{scheme}://{login}{at}{hosts.partition(',')[0]}{parts.path}{'?' * bool(parts.query)}{parts.query}"
+    return Place(first, is_cluster, tuple(nodes[1:]), name)
+
+
+def _parse_host(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname or parts.netloc != text:
+        raise ValueError("no host")
+    return parts.hostname, REDIS_PORT if parts.port is None else parts.port
 
 
 def _check_options(options: dict[str, str], scheme: str) -> None:

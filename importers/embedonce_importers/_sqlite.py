@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,14 +41,19 @@ _LIMITS = (
 )
 
 
+class _Connection(sqlite3.Connection):
+    is_immutable = False
+    """Whether SQLite reads the file without locks, so that it does not notice when another program writes it."""
+
+
 class ReadOnlyDatabase:
     """A database file that several threads may read. It keeps the connections that no thread is using."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._idle: list[sqlite3.Connection] = []
+        # Appending and removing are atomic. A lock could be held by another thread at the time of a fork.
+        self._idle: list[_Connection] = []
         self._pid = os.getpid()
-        self._lock = threading.Lock()
 
     @contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
@@ -70,25 +74,27 @@ class ReadOnlyDatabase:
             except BaseException:
                 connection.close()
                 raise
-            with self._lock:
-                self._idle.append(connection)
+            if connection.is_immutable:  # the next call finds out again whether another program uses the database
+                connection.close()
+                return
+            self._idle.append(connection)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
+        while (connection := self._take()) is not None:
             connection.close()
 
-    def _take(self) -> sqlite3.Connection | None:
-        with self._lock:
-            if self._pid != os.getpid():
-                # SQLite forbids the use of a connection after a fork, even to close it.
-                _CONNECTIONS_OF_PARENTS.extend(self._idle)
-                self._idle, self._pid = [], os.getpid()
-            return self._idle.pop() if self._idle else None
+    def _take(self) -> _Connection | None:
+        if self._pid != os.getpid():
+            # SQLite forbids the use of a connection after a fork, even to close it.
+            _CONNECTIONS_OF_PARENTS.extend(self._idle)
+            self._idle, self._pid = [], os.getpid()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> _Connection:
         check_file(self.path)
         try:
             return self._open_with("mode=ro")
@@ -100,21 +106,25 @@ class ReadOnlyDatabase:
             log = self.path.with_name(f"{self.path.name}-wal")
             if os.access(self.path.parent, os.W_OK) or (log.exists() and log.stat().st_size):
                 raise
-            return self._open_with("mode=ro&immutable=1")
+            connection = self._open_with("mode=ro&immutable=1")
+            connection.is_immutable = True
+            return connection
 
-    def _open_with(self, mode: str) -> sqlite3.Connection:
+    def _open_with(self, mode: str) -> _Connection:
         # as_uri() escapes "?", "#" and "%", so that a path cannot add parameters.
         connection = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,
-            timeout=CHECK_TIMEOUT,
+            timeout=0,
             isolation_level=None,
             check_same_thread=False,
+            factory=_Connection,
         )
         try:
             connection.text_factory = bytes
             for limit, value in _LIMITS:
                 connection.setlimit(limit, value)
+            set_deadline(connection)
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").close()
             connection.execute("SELECT count(*) FROM sqlite_master").fetchall()  # reads the file for the first time

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from urllib.parse import quote
 
 import numpy as np
+from pydantic_core import from_json
 
 from embedonce import hookimpl
-from embedonce.contracts import FoundVectors, Source
+from embedonce.contracts import FoundVectors, Source, time_left
 from embedonce.errors import ConfigError, SourceError
 from embedonce.options import Doc
 
@@ -25,11 +27,16 @@ from ._missing_names import describe_missing
 from ._packages import require_package
 from ._store_copies import StoreCopy
 
+if TYPE_CHECKING:
+    import httpx
+
 api = 1
 
 PAGE = 1024
 """Number of records in a request."""
 DEFAULT_PORT = 8000
+TIMEOUT = 60.0
+"""Seconds that a request without a deadline may take."""
 
 
 class ChromaImporter:
@@ -74,8 +81,8 @@ class ChromaImporter:
         Raises:
             SourceError: the folder or the server is missing or is no Chroma, or the collection does not exist.
         """
-        with self._open() as collection:
-            collection.get(limit=1, include=["documents", "embeddings"])
+        with self._open() as collection, self._translate():
+            collection.get(limit=1, offset=0, include=["documents", "embeddings", "metadatas"])
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield the records in the order in which Chroma lists them.
@@ -96,8 +103,8 @@ class ChromaImporter:
 
     def count(self) -> int:
         """Return the number of records of the collection."""
-        with self._open() as collection:
-            return int(collection.count())
+        with self._open() as collection, self._translate():
+            return collection.count()
 
     def close(self) -> None:
         """Remove the copy of the folder."""
@@ -105,64 +112,122 @@ class ChromaImporter:
             self._copy.close()
 
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[_Collection]:
         """Give the collection. Each call has a client of its own, so that threads and processes share no connection."""
+        opened = self._open_server() if self._url is not None else self._open_folder()
+        with opened as collection:
+            yield collection
+
+    @contextmanager
+    def _open_folder(self) -> Iterator[_Collection]:
+        import chromadb
+        from chromadb.config import Settings
+
+        assert self._copy is not None
+        copy = self._copy.get_path()
         with self._translate():
-            client = self._connect()
+            settings = Settings(anonymized_telemetry=False)
+            place = {"tenant": self._tenant, "database": self._database}
+            client: Any = chromadb.PersistentClient(copy, settings=settings, **place)
         try:
             with self._translate():
-                collection = self._find_collection(client)
+                name = self._choose_collection([collection.name for collection in client.list_collections()])
+                collection = client.get_collection(name, embedding_function=None)
             yield collection
         finally:
             client.close()
 
-    def _connect(self) -> Any:
-        import chromadb
-        from chromadb.config import Settings
+    @contextmanager
+    def _open_server(self) -> Iterator[_Collection]:
+        import httpx
 
-        settings = Settings(anonymized_telemetry=False)
-        options: dict[str, Any] = {"settings": settings, "tenant": self._tenant, "database": self._database}
-        if self._copy is not None:
-            return chromadb.PersistentClient(self._copy.get_path(), **options)
-        assert self._url is not None
+        left = time_left()
         headers = {} if self._api_key is None else {"X-Chroma-Token": self._api_key}
-        # The settings of the environment must not name another server.
-        settings.chroma_server_host = self._url.host
-        settings.chroma_server_http_port = self._url.port
-        return chromadb.HttpClient(self._url.host, self._url.port, ssl=self._url.is_tls, headers=headers, **options)
+        with httpx.Client(
+            base_url=str(self._url), headers=headers, timeout=TIMEOUT if left is None else left
+        ) as client:
+            place = f"/api/v2/tenants/{quote(self._tenant, '')}/databases/{quote(self._database, '')}/collections"
+            with self._translate():
+                found = self._find_on_server(client, place)
+            yield _ServerCollection(client, f"{place}/{quote(found, '')}")
 
-    def _find_collection(self, client: Any) -> Any:
-        names = sorted(collection.name for collection in client.list_collections())
-        name = self._collection
-        if name is None:
+    def _find_on_server(self, client: httpx.Client, place: str) -> str:
+        """Return the id of the collection. A server may list only some of its collections, so a name is tried first."""
+        if self._collection is not None:
+            answer = client.get(f"{place}/{quote(self._collection, '')}")
+            if answer.is_success:
+                return str(from_json(answer.content)["id"])
+        listed = {entry["name"]: str(entry["id"]) for entry in _send(client, "GET", place)}
+        return listed[self._choose_collection(list(listed))]
+
+    def _choose_collection(self, names: Sequence[str]) -> str:
+        names = sorted(names)
+        if self._collection is None:
             if len(names) != 1:
                 shown = ", ".join(repr(known) for known in names[:20]) or "none"
                 raise SourceError(f"{self._where}: choose a collection with the option collection; it has {shown}")
-            name = names[0]
-        elif name not in names:
-            raise SourceError(describe_missing(f"{self._where} has no collection", name, names, "collections"))
-        return client.get_collection(name, embedding_function=None)
+            return names[0]
+        if self._collection not in names:
+            message = f"{self._where} has no collection"
+            raise SourceError(describe_missing(message, self._collection, names, "collections"))
+        return self._collection
 
     @contextmanager
     def _translate(self) -> Iterator[None]:
+        """Raise :class:`SourceError` for the client's errors. Their messages may repeat what a server answered."""
         from chromadb.errors import ChromaError
-        from httpx import HTTPError
+        from httpx import HTTPError, HTTPStatusError
 
+        options = f"the tenant {self._tenant!r} and the database {self._database!r}"
         try:
             yield
-        except SourceError:
-            raise
-        except (ChromaError, HTTPError, ValueError, OSError) as error:
-            # Chroma's message may repeat what a server answered, so only the names that it is about are shown.
-            if self._url is not None and not isinstance(error, ChromaError):
+        except HTTPStatusError as error:
+            status = error.response.status_code
+            advice = "set api_key to a key that may read" if status in (401, 403) else "check the URL and these options"
+            raise SourceError(f"{self._url} answered with status {status} for {options}; {advice}") from None
+        except (ChromaError, HTTPError, ValueError, KeyError, TypeError, OSError) as error:
+            if self._url is not None:
                 raise SourceError(
                     f"{self._url} does not answer as a Chroma server ({type(error).__name__}); check the URL, and that "
                     "the server is running"
                 ) from None
             raise SourceError(
-                f"{self._where} cannot be read as a Chroma store with the tenant {self._tenant!r} and the database "
-                f"{self._database!r} ({type(error).__name__}); check these options"
+                f"{self._where} cannot be read as a Chroma store with {options} ({type(error).__name__}); check these "
+                "options"
             ) from None
+
+
+class _Collection(Protocol):
+    """The methods of Chroma's ``Collection`` that the importer calls."""
+
+    def count(self) -> int: ...
+
+    def get(self, *, limit: int, offset: int, include: Sequence[str]) -> Mapping[str, Any]: ...
+
+
+class _ServerCollection:
+    """A collection on a server, by version 2 of Chroma's REST interface.
+
+    Chroma's own ``HttpClient`` has no timeout and does not close its connections.
+    """
+
+    def __init__(self, client: httpx.Client, place: str) -> None:
+        self._client = client
+        self._place = place
+
+    def count(self) -> int:
+        return int(_send(self._client, "GET", f"{self._place}/count"))
+
+    def get(self, *, limit: int, offset: int, include: Sequence[str]) -> Mapping[str, Any]:
+        request = {"limit": limit, "offset": offset, "include": list(include)}
+        answer: Mapping[str, Any] = _send(self._client, "POST", f"{self._place}/get", request)
+        return answer
+
+
+def _send(client: httpx.Client, method: str, path: str, content: object = None) -> Any:
+    answer = client.request(method, path, json=content)
+    answer.raise_for_status()
+    return from_json(answer.content)
 
 
 def _read_page(page: Mapping[str, Any]) -> FoundVectors:

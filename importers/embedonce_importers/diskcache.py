@@ -8,7 +8,6 @@ because diskcache unpickles values (CVE-2025-69872) and writes to the database w
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -58,8 +57,7 @@ class DiskcacheImporter:
         self._template = KeyTemplate(key, model=model, steps=steps)
         self._path = Path(path)
         self._value: ValueForm = value
-        self._databases: list[ReadOnlyDatabase] = []
-        self._lock = threading.Lock()
+        self._databases: dict[Path, list[ReadOnlyDatabase]] = {}
         self.source = Source(f"diskcache: {self._path.absolute()}, {self._template.name}, value={value}")
 
     def __repr__(self) -> str:
@@ -104,17 +102,15 @@ class DiskcacheImporter:
 
     def close(self) -> None:
         """Close the databases."""
-        with self._lock:
-            databases, self._databases = self._databases, []
-        for database in databases:
+        for database in self._databases.get(self._path, ()):
             database.close()
 
     def _find_databases(self) -> list[ReadOnlyDatabase]:
         """Return the database of a Cache, or those of the parts of a FanoutCache."""
-        with self._lock:
-            if not self._databases:
-                self._databases = [ReadOnlyDatabase(path) for path in self._list_databases()]
-            return self._databases
+        if self._path not in self._databases:
+            found = [ReadOnlyDatabase(path) for path in self._list_databases()]
+            self._databases.setdefault(self._path, found)  # atomic: all threads get the same objects
+        return self._databases[self._path]
 
     def _list_databases(self) -> list[Path]:
         with open_folder(self._path) as folder:
@@ -136,14 +132,14 @@ class _Reader:
     """Reads the values of rows, in the row or in a file beside the database."""
 
     def __init__(self, form: ValueForm, stack: ExitStack) -> None:
-        self._form = form
+        self._form: ValueForm = form
         self._stack = stack
         self._folders: dict[Path, Folder] = {}
 
     def read(self, item: tuple[str, Path, Sequence[Any]]) -> tuple[str, DecodedVector]:
         text, folder, (_, mode, filename, value) = item
-        form: ValueForm = "pickled-list" if mode == PICKLE else self._form
-        return text, decode(get_bytes(value) if filename is None else self._read_file(folder, filename), form)
+        content = get_bytes(value) if filename is None else self._read_file(folder, filename)
+        return text, decode(content, "pickled-list") if mode == PICKLE else decode(content, self._form)
 
     def _read_file(self, path: Path, filename: object) -> bytes:
         time_left()  # raises an error after the deadline

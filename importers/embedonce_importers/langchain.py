@@ -23,6 +23,7 @@ from embedonce.options import Doc
 from ._files import Folder, open_folder
 from ._langchain_keys import (
     PATTERNS,
+    KeyEncoder,
     KeyEncoderOption,
     NamespaceOption,
     QueryCacheOption,
@@ -64,7 +65,7 @@ class LangChainImporter:
         self._folders = [name for name in folders if name not in ("", ".")]
         self._prefix = prefix
         self._namespace = namespace
-        self._key_encoder = key_encoder
+        self._key_encoder: KeyEncoder = key_encoder
         self.source = make_source(
             f"langchain: {self._path.absolute()}, namespace={namespace!r}, key_encoder={key_encoder}",
             query_embedding_cache=query_embedding_cache,

@@ -67,7 +67,6 @@ class LiteLLMRedisImporter:
         self._prefix = f"{namespace}:" if namespace else ""
         self._suffixes = list(FORMATS)
         if dimensions is not None:
-            # The parameters follow in the order of the request.
             ordered = [(f"dimensions: {dimensions}", form) for form in FORMATS]
             self._suffixes = list(dict.fromkeys("".join(pair) for pair in [*ordered, *(p[::-1] for p in ordered)]))
         self.source = Source(
@@ -105,14 +104,18 @@ class LiteLLMRedisImporter:
         self._reader.close()
 
     def _list_keys(self, text: str) -> Iterator[bytes]:
-        try:
-            common = hashlib.sha256(f"model: {self._group}input: {text}".encode())
-        except UnicodeEncodeError:  # a lone surrogate, so LiteLLM cannot have stored the text
-            return
-        for suffix in self._suffixes:
-            hashed = common.copy()
-            hashed.update(suffix.encode())
-            yield f"{self._prefix}{hashed.hexdigest()}".encode()
+        # The parameters have the order of the request. The proxy and the Router put the model and the input first. A
+        # caller of the library may put the input before the model. Other orders are not looked for, because there are
+        # dozens of them.
+        for start in (f"model: {self._group}input: {text}", f"input: {text}model: {self._group}"):
+            try:
+                common = hashlib.sha256(start.encode())
+            except UnicodeEncodeError:  # a lone surrogate, so LiteLLM cannot have stored the text
+                return
+            for suffix in self._suffixes:
+                hashed = common.copy()
+                hashed.update(suffix.encode())
+                yield f"{self._prefix}{hashed.hexdigest()}".encode()
 
 
 def is_ambiguous(text: str) -> bool:

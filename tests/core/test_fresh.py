@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from patience import LONG_TIMEOUT, count_followers, wait_until
 
-from embedonce import Cache, Embedded, Fetched, Limits, ReplayMiss, TextRefused, VectorSpace
+from embedonce import Cache, Embedded, Fetched, Limits, ReplayMiss, TextRefused, Tier, VectorSpace
 from embedonce.testing.fakes import DictBackend
 from embedonce.vectors import NO_WORK, Cost, Work
 from embedonce_backends.memory import MemoryBackend
@@ -78,6 +78,16 @@ def test_a_fresh_call_that_stores_nothing_still_compares() -> None:
         keys = list(backend.scan(""))
         assert cache.fetch(["text", "new"], fresh=True, store=False).changed == {0}
         assert list(backend.scan("")) == keys
+
+
+@both_faces
+def test_a_fresh_call_that_stores_nothing_copies_nothing_to_a_faster_tier(face: str) -> None:
+    fast, slow = DictBackend(), DictBackend()
+    with Cache(Drifting(), [slow]) as cache:
+        cache.embed("text")
+    with Cache(Drifting(), [Tier(fast, name="fast"), Tier(DictBackend(store=slow), name="slow")]) as cache:
+        assert fetch(cache, ["text"], face, fresh=True, store=False).changed == frozenset()
+        assert len(fast) == 0
 
 
 def test_a_text_that_fails_fails_alone_and_keeps_its_stored_entry() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -16,6 +17,7 @@ import pytest
 
 from embedonce.contracts import FoundVectors, deadline
 from embedonce.errors import ConfigError, SourceError, TierTimeout
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers.diskcache import DiskcacheImporter
 
 from .stores.diskcache import write
@@ -24,6 +26,35 @@ TEXTS = ["first", "", "Grüße 🎉", "a\nb", " first "]
 VECTORS = np.random.default_rng(0).standard_normal((len(TEXTS), 8)).astype(np.float32)
 EXPECTED = dict(zip(TEXTS, VECTORS.tolist(), strict=True))
 PLAIN = '"{text}"'
+
+
+class TestDiskcache(ImporterContract):
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.paths: dict[object, Path] = {}
+
+    def make(self, texts: Sequence[str], vectors: Any) -> DiskcacheImporter:
+        path = self.folder / f"store {len(self.paths)}"
+        write(path, texts, vectors)
+        importer = DiskcacheImporter(path=path)
+        self.paths[importer] = path
+        return importer
+
+    def can_hold(self, text: str) -> bool:
+        return text.encode("utf-8", "replace").decode() == text
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(DiskcacheImporter, {"path": str(self.paths[importer])})
+
+    def missing(self) -> tuple[DiskcacheImporter, str]:
+        return DiskcacheImporter(path=self.folder / "missing"), str(self.folder / "missing")
+
+    def damage(self, importer: Any, text: str) -> None:
+        store(self.paths[importer], {hashlib.sha256(text.encode()).hexdigest(): ("not", "a", "list")})
+
+    def snapshot(self, importer: Any) -> object:
+        return (self.paths[importer] / "cache.db").read_bytes()
 
 
 def make(path: Path, **options: Any) -> DiskcacheImporter:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from embedonce.contracts import deadline
 from embedonce.errors import ConfigError, SourceError, TierTimeout
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers.langchain import LangChainImporter
 
 from .stores.langchain import write
@@ -21,6 +24,40 @@ pytestmark = optional.needs("langchain_classic")
 
 TEXTS = ["first", "", "Grüße 🎉", "a\nb\0", " first ", "x" * 5000]
 VECTORS = np.random.default_rng(0).standard_normal((len(TEXTS), 8)).astype(np.float32)
+
+
+class TestLangChain(ImporterContract):
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.options: dict[object, dict[str, Any]] = {}
+
+    def make(self, texts: Sequence[str], vectors: Any) -> LangChainImporter:
+        options: dict[str, Any] = write(self.folder / f"store {len(self.options)}", texts, vectors)
+        importer = LangChainImporter(**options)
+        self.options[importer] = options
+        return importer
+
+    def can_hold(self, text: str) -> bool:
+        return is_encodable(text)
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(LangChainImporter, {**self.options[importer], "path": str(self.options[importer]["path"])})
+
+    def missing(self) -> tuple[LangChainImporter, str]:
+        return LangChainImporter(path=self.folder / "missing"), str(self.folder / "missing")
+
+    def damage(self, importer: Any, text: str) -> None:
+        options = self.options[importer]
+        name = options["namespace"] + hashlib.sha256(text.encode()).hexdigest()
+        (options["path"] / name).write_bytes(b"[1.0, ")
+
+    def snapshot(self, importer: Any) -> object:
+        return {file.name: file.read_bytes() for file in self.options[importer]["path"].iterdir()}
+
+
+def is_encodable(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
 
 
 def make(path: Path, **options: Any) -> LangChainImporter:

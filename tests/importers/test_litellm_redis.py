@@ -88,10 +88,10 @@ def test_the_answers_of_litellm_itself_are_read(redis_server: RedisServer, endpo
 
     async def embed() -> None:
         await litellm.aembedding(input=["none a", "none bb"], **common)
-        await litellm.aembedding(input="float", encoding_format="float", **common)
-        await litellm.aembedding(input=["base64"], encoding_format="base64", **common)
-        await litellm.aembedding(input=["shortened"], dimensions=3, encoding_format="float", **common)
-        await litellm.aembedding(input=["shortened too"], dimensions=3, **common)
+        await litellm.aembedding(**common, input="float", encoding_format="float")
+        await litellm.aembedding(**common, input=["base64"], encoding_format="base64")
+        await litellm.aembedding(**common, input=["shortened"], dimensions=3, encoding_format="float")
+        await litellm.aembedding(**common, input=["shortened too"], dimensions=3)
         with redis.Redis.from_url(url) as client:
             while client.dbsize() < 6:  # LiteLLM writes its answers in the background
                 await asyncio.sleep(0.01)
@@ -237,11 +237,10 @@ def test_blocking_answers_that_are_not_one_embedding_are_refused(stored: object)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: f"{{'{text}".encode(errors="replace")))
-def test_any_bytes_are_decoded_or_refused_with_a_reason(value: bytes) -> None:
-    try:
+def test_other_bytes_are_refused_with_a_reason(value: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w") as caught:
         decode_answer(value)
-    except ValueError as error:
-        assert str(error) in REASONS
+    assert str(caught.value) in REASONS
 
 
 REASONS = {
@@ -253,5 +252,5 @@ REASONS = {
 
 def test_code_and_deep_nesting_are_refused() -> None:
     for value in (b"{'a': __import__('os')}", b"{'" * 5000, b"{'a': " + b"[" * 100_000, b"{" * 100_000):
-        with pytest.raises(ValueError, match="not an embedding|invalid JSON"):
+        with pytest.raises(ValueError, match=r"not an embedding|invalid JSON"):
             decode_answer(value)

@@ -327,7 +327,7 @@ def test_the_name_of_a_source_has_no_password() -> None:
 
 class TestContract(ImporterContract):
     examples = 5
-    scan_length = 2_000  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
+    scan_length = 1_100  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
 
     @pytest.fixture(autouse=True)
     def in_a_folder(self, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ class TestContract(ImporterContract):
 
 class TestContractInRedis(ImporterContract):
     examples = 5
-    scan_length = 2_000  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
+    scan_length = 1_100  # a scan yields 1,024 at once, and LlamaIndex needs milliseconds per node
     secrets = ("hunter2",)
 
     @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 
 from embedonce.contracts import FoundVectors, deadline
 from embedonce.errors import ConfigError, SourceError, TierTimeout
+from embedonce.testing import ImporterContract, Recipe
 from embedonce_importers import _sqlite
 from embedonce_importers.sqlite import PAGE, SqliteImporter
 
@@ -26,6 +27,62 @@ from .stores.sqlite import write
 TEXTS = ["first", "", "Grüße 🎉", "a\nb", " first ", "First"]
 VECTORS = np.random.default_rng(0).standard_normal((len(TEXTS), 8)).astype(np.float32)
 EXPECTED = dict(zip(TEXTS, VECTORS.tolist(), strict=True))
+
+
+class OfTables(ImporterContract):
+    """Standard tests of tables in ``self.folder``, one database per table."""
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.options: dict[object, dict[str, Any]] = {}
+
+    def write(self, path: Path, texts: Sequence[str], vectors: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def make(self, texts: Sequence[str], vectors: Any) -> SqliteImporter:
+        options = self.write(self.folder / f"{len(self.options)}.db", texts, vectors)
+        importer = SqliteImporter(**options)
+        self.options[importer] = options
+        return importer
+
+    def can_hold(self, text: str) -> bool:
+        return text.encode("utf-8", "replace").decode() == text
+
+    def recipe(self, importer: Any) -> Recipe:
+        return Recipe(SqliteImporter, {**self.options[importer], "path": str(self.options[importer]["path"])})
+
+    def missing(self) -> tuple[SqliteImporter, str]:
+        path = self.folder / "missing.db"
+        return SqliteImporter(path=path, table="t", text_column="text"), str(path)
+
+    def snapshot(self, importer: Any) -> object:
+        return self.options[importer]["path"].read_bytes()
+
+    @contextmanager
+    def stall(self, importer: Any) -> Iterator[None]:
+        with closing(sqlite3.connect(self.options[importer]["path"], isolation_level=None)) as writer:
+            writer.execute("BEGIN EXCLUSIVE")
+            yield
+
+
+class TestKeys(OfTables):
+    def write(self, path: Path, texts: Sequence[str], vectors: Any) -> dict[str, Any]:
+        return write(path, texts, vectors)
+
+    def damage(self, importer: Any, text: str) -> None:
+        key = hashlib.sha256(text.encode()).hexdigest()
+        run(self.options[importer]["path"], f"UPDATE embeddings SET vector = '[1, ' WHERE cache_key = '{key}'")
+
+
+class TestTexts(OfTables):
+    def write(self, path: Path, texts: Sequence[str], vectors: Any) -> dict[str, Any]:
+        rows = [(text, row.tobytes()) for text, row in zip(texts, vectors, strict=True)]
+        run(path, "CREATE TABLE t (text PRIMARY KEY, embedding)", rows=("INSERT INTO t VALUES (?, ?)", rows))
+        return {"path": path, "table": "t", "text_column": "text", "value": "float32"}
+
+    def damage(self, importer: Any, text: str) -> None:
+        run(self.options[importer]["path"], rows=("UPDATE t SET embedding = x'00' WHERE text = ?", [(text,)]))
 
 
 def run(path: Path, *statements: str, rows: tuple[str, Iterable[Sequence[Any]]] | None = None) -> None:
@@ -233,7 +290,9 @@ def test_a_table_that_disappears_is_an_error_of_the_next_check(database: Path) -
     [
         ({}, "set key_column to the column with the keys, or text_column"),
         ({"text_column": "t", "model_column": "m"}, "model_column needs the option model"),
-        ({"text_column": "t", "steps": ["lower"]}, "steps are for keys"),
+        ({"text_column": "t", "steps": ["lower"]}, "key and steps are for keys"),
+        ({"text_column": "t", "key": '"{text}"'}, "key and steps are for keys"),
+        ({"text_column": "t", "model": "m"}, "model is for keys and for model_column"),
         ({"key_column": "k", "key": "sha256"}, "key, column 7: expected"),
         ({"key_column": "k", "model": "m"}, "key does not use {model}"),
     ],
@@ -326,7 +385,7 @@ def test_a_closed_log_in_a_folder_that_cannot_be_written_is_read(
     opened: list[str] = []
     connect = _sqlite.ReadOnlyDatabase._open_with
 
-    def refuse_locks(self: _sqlite.ReadOnlyDatabase, mode: str) -> sqlite3.Connection:
+    def refuse_locks(self: _sqlite.ReadOnlyDatabase, mode: str) -> Any:
         opened.append(mode)
         if "immutable" not in mode:
             error = sqlite3.OperationalError("unable to open database file")
@@ -340,8 +399,11 @@ def test_a_closed_log_in_a_folder_that_cannot_be_written_is_read(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     importer = make(**options)
     assert read(importer) == EXPECTED
+    assert opened[-2:] == ["mode=ro", "mode=ro&immutable=1"]
+    row = (hashlib.sha256(b"new").hexdigest(), "[1, 2]")
+    run(database, rows=("INSERT INTO embeddings VALUES (?, ?)", [row]))
+    assert read(importer, ["new"]) == {"new": [1, 2]}  # a later call sees what was written in between
     importer.close()
-    assert opened == ["mode=ro", "mode=ro", "mode=ro&immutable=1"]
     database.with_name(f"{database.name}-wal").write_bytes(b"x")
     with pytest.raises(SourceError, match="SQLite cannot open"):
         make(**options).check()

@@ -31,7 +31,7 @@ class OfRecords(ImporterContract):
         return self.importer(path=path, password="hunter2")
 
     def recipe(self, importer: Any) -> Recipe:
-        return Recipe(self.importer, {"path": str(importer.path)})
+        return Recipe(self.importer, {"path": importer.path})
 
     def missing(self) -> tuple[RecordsImporter, str]:
         return self.importer(path=self.folder / "missing", password="hunter2"), str(self.folder / "missing")

@@ -12,6 +12,7 @@ import pytest
 
 from embedonce.testing import (
     BackendContract,
+    ImporterContract,
     NormalizerContract,
     ProviderContract,
     faults,
@@ -45,6 +46,7 @@ def find_table_names(text: str) -> set[str]:
     [
         ("What is checked of a backend", BackendContract),
         ("Is my provider right?", ProviderContract),
+        ("Is my importer right?", ImporterContract),
         ("Is my step right?", NormalizerContract),
     ],
 )

@@ -26,7 +26,9 @@ async def compute_anew(engine: Engine, port: Port, answer: Answer) -> None:
     try:
         computed = await _compute(engine, port, answer, keys)
         answer.entries.add(computed)
-        stored = Answer(answer.route, list(computed), [answer.texts_by_key()[key] for key in computed], store=True)
+        stored = Answer(
+            answer.route, list(computed), [answer.texts_by_key()[key] for key in computed], store=answer.store
+        )
         stored.is_fresh = True
         if answer.store and computed:
             await engine.put(port, stored, computed)

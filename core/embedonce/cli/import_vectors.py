@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -139,7 +139,8 @@ def import_vectors(
         _check_can_read_twice(texts, verify)
         if problem := find_conflict(format, delimiter, quote, texts):
             raise Refused(problem)
-    loaded = load_config(config)
+    # What other importers have is not asked for, because this command imports from one source.
+    loaded = replace(load_config(config), imports=())
     persistent_tiers = list_persistent_tiers(loaded)
     _check_config(loaded, persistent_tiers, verify)
     opened = make_importer(importer, location, [decode_argument(item) or "" for item in option or ()], loaded)
@@ -183,7 +184,7 @@ def import_vectors(
             code = _execute(run, partial(_make_display, total=total, show=not (json or quiet)), verify)
             run.complete_summary()
     finally:
-        opened.call(opened.importer.close)
+        opened.close()
     code = _report_tiers(summary, code)
     if json:
         emit(asdict(summary))

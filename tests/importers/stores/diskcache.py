@@ -19,7 +19,7 @@ def write(
     import diskcache
 
     kind = diskcache.FanoutCache if is_fanout else diskcache.Cache
-    with closing(kind(str(folder), **settings)) as cache:
+    with closing(kind(str(folder), **settings)) as cache, cache.transact():
         for text, row in zip(texts, vectors.tolist(), strict=True):
             cache[hashlib.sha256(text.encode()).hexdigest()] = row
     return {"path": folder}

@@ -23,9 +23,10 @@ def write(folder: Path, texts: Sequence[str], vectors: Vectors) -> dict[str, obj
 def make_table(texts: Sequence[str], vectors: Vectors) -> Any:
     import pyarrow
 
-    ids = [str(number) for number in range(len(texts))]
+    ids = pyarrow.array([str(number) for number in range(len(texts))], pyarrow.string())
     type_ = pyarrow.list_(pyarrow.from_numpy_dtype(vectors.dtype))
-    return pyarrow.table({"id": ids, "text": list(texts), "vector": pyarrow.array(list(vectors), type_)})
+    columns = {"text": pyarrow.array(list(texts), pyarrow.string()), "vector": pyarrow.array(list(vectors), type_)}
+    return pyarrow.table({"id": ids, **columns})
 
 
 def write_parquet(path: Path, texts: Sequence[str], vectors: Vectors) -> Path:

@@ -23,7 +23,7 @@ from embedonce._plugins.entry_points import find_entry_point
 from embedonce._plugins.loading import explain_missing_module, group_of
 from embedonce._plugins.options import Option, list_invalid_parts, merge_options, options_of, read_text
 from embedonce._plugins.options import Refused as RefusedValue
-from embedonce.cli.output import Failed, describe_os_error, escape_controls
+from embedonce.cli.output import Failed, describe_os_error, escape_controls, say
 from embedonce.contracts import deadline
 from embedonce.errors import ConfigError, EmbedonceError, PluginError, Problem, SourceError, TierTimeout
 
@@ -67,6 +67,13 @@ class OpenedSource:
             close = getattr(parts, "close", None)
             if close is not None:
                 self.call(close)
+
+    def close(self) -> None:
+        """Close the importer. An error only leads to a message, because everything has been read already."""
+        try:
+            self.call(self.importer.close)
+        except (Failed, PluginError) as error:
+            say(f"note: the source could not be closed: {error}")
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from embedonce.contracts import Embedded, FoundVectors
 from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
+from .support import Recipe, encode_options
 from .values import key, make_values
 
 WRITE_BATCH = 20
@@ -44,7 +45,7 @@ def main() -> None:
         _wait_for_start(answers)
         json.dump([made(text) for text in request["forms"]], answers)
         return
-    plugin = made(**convert_options(made, request["options"]))
+    plugin = made(**_convert_options(made, request["options"]))
     if "scope" in request:
         _write_until_killed(plugin, request, answers)
     try:
@@ -69,13 +70,18 @@ def _handle_request(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
     return _add(plugin, request) if "add" in request else _store_and_check(plugin, request)
 
 
-def convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Convert options to the types that the plugin declares, because JSON cannot represent a path."""
     try:
         declared = options_of(made) if isinstance(made, type) else {}
     except PluginError:  # TOML cannot express the arguments of this class, so no argument is converted
         declared = {}
     return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
+
+
+def make_from_recipe(recipe: Recipe) -> Any:
+    """Make the plugin of a recipe in this process, with the same options as in another process."""
+    return recipe.plugin(**_convert_options(recipe.plugin, json.loads(encode_options(recipe))))
 
 
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:

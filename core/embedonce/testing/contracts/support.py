@@ -29,7 +29,8 @@ CALL_TIMEOUT = 60.0
 class Recipe(NamedTuple):
     """Tells another process how to make the same plugin: call ``plugin`` with ``options`` as keyword arguments.
 
-    The class or function ``plugin`` must be importable by name, and JSON must be able to represent the options.
+    The class or function ``plugin`` must be importable by name, and JSON must be able to represent the options. A path
+    is passed as text.
     """
 
     plugin: Callable[..., Any]
@@ -269,7 +270,12 @@ def _start_child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 def _encode_request(recipe: Recipe, request: Mapping[str, Any]) -> bytes:
     name = f"{recipe.plugin.__module__}:{recipe.plugin.__qualname__}"
-    return json.dumps({"plugin": name, "options": dict(recipe.options), **request}).encode() + b"\n"
+    return json.dumps({"plugin": name, "options": json.loads(encode_options(recipe)), **request}).encode() + b"\n"
+
+
+def encode_options(recipe: Recipe) -> str:
+    """Return the options of a recipe as JSON."""
+    return json.dumps(dict(recipe.options), default=os.fspath)
 
 
 def _read_answer(child: subprocess.Popen[bytes]) -> Any:

@@ -1,4 +1,4 @@
-"""The tests that every importer must pass, and a test that finds this importer by its name."""
+"""The tests that every importer must pass, and a test that opens this importer from a configuration."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import embedonce
 import pytest
-from embedonce import plugins
 from embedonce.testing import ImporterContract, Recipe
 
 from embedonce_example.importer import ExampleImporter, make_file_name
+
+
+def write_store(folder: Path, texts: Sequence[str], vectors: Any) -> None:
+    """Write texts and vectors as the other program does. Use the real program if you can."""
+    for text, vector in zip(texts, vectors, strict=True):
+        record = {"text": text, "vector": [float(value) for value in vector]}
+        (folder / make_file_name(text)).write_text(json.dumps(record))
 
 
 class TestExampleImporter(ImporterContract):
@@ -21,12 +28,10 @@ class TestExampleImporter(ImporterContract):
         self.folders = (tmp_path / str(number) for number in itertools.count())
 
     def make(self, texts: Sequence[str], vectors: Any) -> ExampleImporter:
-        """Write a new store and return its importer. Write the store with the real program if you can."""
+        """Write a new store and return its importer."""
         folder = next(self.folders)
         folder.mkdir()
-        for text, vector in zip(texts, vectors, strict=True):
-            record = {"text": text, "vector": [float(value) for value in vector]}
-            (folder / make_file_name(text)).write_text(json.dumps(record))
+        write_store(folder, texts, vectors)
         return ExampleImporter(path=folder)
 
     def recipe(self, importer: Any) -> Recipe:
@@ -48,5 +53,13 @@ class TestExampleImporter(ImporterContract):
         return {file.name: file.read_bytes() for file in importer._path.iterdir()}
 
 
-def test_its_name_means_this_importer() -> None:
-    assert plugins.importer("example") is ExampleImporter
+def test_a_configuration_imports_from_it(tmp_path: Path) -> None:
+    provider = {"type": "ngram"}
+    with embedonce.open({"provider": provider, "tiers": []}) as cache:
+        vector = cache.embed("a text")
+    write_store(tmp_path, ["a text"], [vector])
+    # The default of verify compares the first vectors with those of the provider. Here, the importer is asked alone.
+    imports = [{"type": "example", "path": str(tmp_path), "verify": 0}]
+    with embedonce.open({"provider": provider, "tiers": [{"type": "memory"}], "imports": imports}) as cache:
+        assert cache.fetch(["a text", "another text"]).sources == ["example", "provider"]
+        assert cache.fetch(["a text"]).sources == ["memory"]
