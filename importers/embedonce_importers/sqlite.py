@@ -25,6 +25,8 @@ from ._values import DecodedVector, ValueForm, ValueOption, decode
 
 api = 1
 
+DEFAULT_KEY = 'sha256("{text}")'
+
 PAGE = 1000
 """Number of rows in a part of a scan. Each part is a query of its own, so that no lock is held between two parts."""
 
@@ -54,7 +56,7 @@ class SqliteImporter:
             str | None,
             Doc("Column with the name of the model, if the table has vectors of several. Rows of model are read."),
         ] = None,
-        key: KeyOption = 'sha256("{text}")',
+        key: KeyOption = DEFAULT_KEY,
         model: ModelOption = None,
         steps: StepsOption = (),
         value: ValueOption = "json",
@@ -63,8 +65,10 @@ class SqliteImporter:
             raise ConfigError("set key_column to the column with the keys, or text_column to the column with the texts")
         if model_column is not None and model is None:
             raise ConfigError("model_column needs the option model, the name of the model in that column")
-        if key_column is None and steps:
-            raise ConfigError("steps are for keys: set key_column, or remove steps")
+        if key_column is None and (steps or key != DEFAULT_KEY):
+            raise ConfigError("key and steps are for keys: set key_column, or remove them")
+        if key_column is None and model is not None and model_column is None:
+            raise ConfigError("model is for keys and for model_column: set one of the columns, or remove model")
         # With model_column, the keys need not contain the model. Without key_column, the texts are the keys.
         in_key = model if model_column is None or "{model}" in key else None
         self._template = KeyTemplate(key, model=in_key, steps=steps) if key_column is not None else None

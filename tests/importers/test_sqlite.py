@@ -290,7 +290,9 @@ def test_a_table_that_disappears_is_an_error_of_the_next_check(database: Path) -
     [
         ({}, "set key_column to the column with the keys, or text_column"),
         ({"text_column": "t", "model_column": "m"}, "model_column needs the option model"),
-        ({"text_column": "t", "steps": ["lower"]}, "steps are for keys"),
+        ({"text_column": "t", "steps": ["lower"]}, "key and steps are for keys"),
+        ({"text_column": "t", "key": '"{text}"'}, "key and steps are for keys"),
+        ({"text_column": "t", "model": "m"}, "model is for keys and for model_column"),
         ({"key_column": "k", "key": "sha256"}, "key, column 7: expected"),
         ({"key_column": "k", "model": "m"}, "key does not use {model}"),
     ],
