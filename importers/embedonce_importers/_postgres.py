@@ -124,9 +124,10 @@ class Database:
             _begin(connection, None)
             # Otherwise the server may start in the middle of a table that another scan is reading, and may end the
             # session while the caller stores the rows.
-            connection.execute(
-                "SET LOCAL synchronize_seqscans = off; SET LOCAL idle_in_transaction_session_timeout = 0"
-            )
+            connection.execute("SET LOCAL synchronize_seqscans = off")
+            connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            if connection.info.server_version >= 170000:
+                connection.execute("SET LOCAL transaction_timeout = 0")
             with connection.cursor("embedonce", binary=True) as cursor:
                 cursor.execute(statement, parameters)
                 while rows := cursor.fetchmany(SCAN_ROWS):
@@ -163,13 +164,13 @@ class Database:
             is_reusable = True
         except psycopg.errors.QueryCanceled:
             raise TierTimeout("Postgres did not answer in time") from None
+        except psycopg.errors.CharacterNotInRepertoire:
+            problem = f"{self.name} has text that is not UTF-8; convert it, or read a view without these rows"
+            raise SourceError(problem) from None
         except psycopg.Error as error:
             if error.diag.message_primary:
                 error.args = (error.diag.message_primary,)  # the details can quote a row
             raise
-        except UnicodeDecodeError:
-            problem = f"{self.name} has text that is not UTF-8. Convert it in the database, and import it again"
-            raise SourceError(problem) from None  # the original error contains the text
         finally:
             if connection is not None:
                 self._give(connection, is_reusable)

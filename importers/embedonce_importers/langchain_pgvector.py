@@ -31,7 +31,8 @@ OTHER_STORE = (
     'vector_column = "embedding"'
 )
 
-_FROM = sql.SQL(f"FROM {EMBEDDINGS} e JOIN {COLLECTIONS} c ON c.uuid = e.collection_id WHERE c.name = %s")
+# Not a join, because the server could return its rows in another order each time.
+_FROM = sql.SQL(f"FROM {EMBEDDINGS} e WHERE e.collection_id = (SELECT c.uuid FROM {COLLECTIONS} c WHERE c.name = %s)")
 
 
 class LangChainPGVectorImporter:

@@ -24,6 +24,7 @@ from psycopg import sql
 from embedonce.contracts import FoundVectors
 from embedonce.errors import ConfigError, SourceError
 from embedonce.testing import ImporterContract, Recipe
+from embedonce_importers import _postgres
 from embedonce_importers._postgres import is_storable
 from embedonce_importers._postgres_tables import BinaryDecoder
 from embedonce_importers.postgres import PostgresImporter
@@ -381,3 +382,29 @@ def test_arrays_are_decoded_exactly_one_by_one_and_together(matrix: np.ndarray[A
     assert decoder.decode_all([*values, None]) is None
     assert decoder.decode_all([*values, values[0][:-8]]) is None
     assert decoder.decode_all([]) is None
+
+
+def test_a_column_that_ignores_spaces_finds_no_other_text(database: str) -> None:
+    table = make_table(database, "k char(5), embedding real[]", [("a", [1.0, 2.0])])
+    assert list(read(database, ["a", "a "], table=table, key_column="k", key='"{text}"').texts) == ["a"]
+    assert not read(database, ["a "], table=table, key_column="k", key='"{text}"').texts
+
+
+def test_a_count_that_takes_long_is_given_up(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_postgres, "COUNT_SECONDS", 0.05)
+    run(database, "CREATE VIEW slow AS SELECT 'a'::text AS content, '{1}'::real[] AS embedding FROM pg_sleep(60)")
+    importer = PostgresImporter(url=database, table="slow", text_column="content")
+    assert importer.count() is None
+    importer.close()
+
+
+def test_text_that_is_not_utf8_is_an_error_without_the_text(postgres_server: Any) -> None:
+    with create_database(postgres_server.url, "ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'") as url:
+        run(url, r"CREATE TABLE t AS SELECT E'private \xff'::text AS content, '{1}'::real[] AS embedding")
+        importer = PostgresImporter(url=url, table="t", text_column="content")
+        with pytest.raises(SourceError, match="not UTF-8") as caught:
+            list(importer.scan())
+        assert "private" not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert not importer.lookup(["private"]).texts
+        importer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import LiteralString
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -12,10 +13,10 @@ from psycopg import sql
 
 
 @contextmanager
-def create_database(server: str) -> Iterator[str]:
-    """Make an empty database, yield its URL, and drop it."""
+def create_database(server: str, options: LiteralString = "") -> Iterator[str]:
+    """Make an empty database, yield its URL, and drop it. ``options`` are those of CREATE DATABASE."""
     name = f"embedonce_test_{uuid4().hex}"
-    run(server, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    run(server, sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), sql.SQL(options)))
     try:
         yield urlsplit(server)._replace(path=f"/{name}").geturl()
     finally:
