@@ -58,6 +58,8 @@ NO_TLS = ". If its port has no TLS, write redis instead of rediss"
 MAX_SILENCE = 30.0
 """Seconds without a byte from the server after which a call without a deadline fails. The calls of a scan have no
 deadline, and a command that reads takes milliseconds."""
+CLUSTER_RETRIES = 3
+"""How often a call is repeated after a node of a cluster failed, or after it has redirected the call."""
 BATCH_KEYS = 256
 """Maximum number of values per round trip. Values of 3,072 dimensions in JSON then take about 16 MB."""
 PAGE_KEYS = 1000
@@ -243,7 +245,9 @@ class RedisReader:
             if self._place.is_cluster:
                 others = [ClusterNode(host, port) for host, port in self._place.other_nodes]
                 # This reads the layout of the cluster from the first node that answers.
-                return RedisCluster(url=self._place.url, startup_nodes=others, **options)
+                # When a node fails or a slot has moved, it tries again at once: its own pauses may take seconds.
+                retry = Retry(NoBackoff(), CLUSTER_RETRIES)
+                return RedisCluster(url=self._place.url, startup_nodes=others, retry=retry, **options)
             return redis.Redis.from_url(self._place.url, retry=Retry(NoBackoff(), 0), **options)
 
     def _scan_page(self, node: Client, cursor: int, prefix: bytes, kind: str) -> tuple[int, list[bytes]]:

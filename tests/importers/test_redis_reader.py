@@ -307,6 +307,22 @@ def test_a_cluster_is_read(
     assert list(reader.scan_fields(b"h1")) == [[(b"f", b"v1")]]
 
 
+def test_the_read_commands_that_the_documentation_names_are_enough_in_a_cluster(
+    redis_cluster: RedisClusterServers, cluster_client: Any, open_reader: Callable[[str], RedisReader]
+) -> None:
+    for node in redis_cluster.members:
+        node.call("ACL", "SETUSER", "reader", "on", ">pw", "~own:*", "-@all", *READ_COMMANDS)
+    cluster_client.hset("own:h", "f", "1")
+    reader = open_reader(redis_cluster.url.replace("//", "//reader:pw@"))
+    assert reader.get_values([b"own:a", b"own:b"]) == [None, None]
+    assert reader.get_fields([b"own:h"], ["f"]) == [[b"1"]]
+    assert list(reader.scan_keys(b"own:", "hash")) == [[b"own:h"]]
+    assert list(reader.scan_fields(b"own:h")) == [[(b"f", b"1")]]
+    assert reader.count_fields(b"own:h") == 1
+    with pytest.raises(SourceError, match="may not read the store"), reader.explain_errors():
+        reader.get_values([b"other"])
+
+
 def test_the_url_of_a_cluster_and_of_one_server_are_told_apart(
     redis_server: RedisServer, redis_cluster: RedisClusterServers, open_reader: Callable[[str], RedisReader]
 ) -> None:
