@@ -27,6 +27,8 @@ from ._files import open_file
 from ._table_columns import Schema, describe_schema, translate_errors
 from ._values import decode_json
 
+SAMPLE = 100
+"""Number of rows of a text format that are looked at to find the columns."""
 BLOCK_BYTES = 4 * 2**20
 """Number of bytes of JSON Lines and CSV that are parsed at a time."""
 MAX_LINE_BYTES = 64 * 2**20
@@ -39,12 +41,31 @@ class JsonLines:
         self._below = below
 
     def read_schema(self) -> Schema:
+        types: dict[str, str] = {}
+        texts: dict[str, None] = {}
+        vectors: dict[str, None] = {}
+        for number, line in enumerate(self._read_objects()):
+            # A row may lack a text or a vector, so several rows are looked at.
+            types.update({name: _name_type(value) for name, value in line.items() if value is not None})
+            texts.update(dict.fromkeys(name for name, value in line.items() if isinstance(value, str)))
+            vectors.update(dict.fromkeys(name for name, value in line.items() if _is_numbers(value)))
+            if number >= SAMPLE:
+                break
+        if not types:
+            raise SourceError(f"{self._path} has no line that is a JSON object with at least one field")
+        return Schema(types, list(texts), list(vectors))
+
+    def _read_objects(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines that are JSON objects with at least one field."""
         with open_file(self._path, below=self._below) as file:
             for block in _read_lines(file, self._path):
-                for line in block.split(b"\n"):
-                    if found := _infer_json(line):
-                        return found
-        raise SourceError(f"{self._path} has no line that is a JSON object with at least one field")
+                for line in block.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+                    try:
+                        found = json.loads(line)
+                    except (ValueError, RecursionError):
+                        continue
+                    if isinstance(found, dict) and found:
+                        yield found
 
     def read(self, columns: Columns) -> Iterator[FoundVectors]:
         fields = [(columns.text, pa.string()), (columns.vector, pa.list_(pa.float64()))]
@@ -84,19 +105,8 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _infer_json(line: bytes) -> Schema | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not found:
-        return None
-    vectors = [name for name, value in found.items() if _is_numbers(value)]
-    return Schema(
-        {name: "list of numbers" if name in vectors else type(value).__name__ for name, value in found.items()},
-        [name for name, value in found.items() if isinstance(value, str)],
-        vectors,
-    )
+def _name_type(value: object) -> str:
+    return "list of numbers" if _is_numbers(value) else type(value).__name__
 
 
 def _is_numbers(value: object) -> bool:
@@ -167,7 +177,7 @@ class CsvTable:
             first = next(iter(reader), None)
         if first is None:
             raise SourceError(f"{self._path} has a header and no rows; give a file that has rows")
-        cells = first.slice(0, 100).to_pydict()
+        cells = first.slice(0, SAMPLE).to_pydict()
         vectors = [name for name in described.texts if _has_lists(cells[name])]
         types = {name: "a list as text" if name in vectors else type_ for name, type_ in described.types.items()}
         return Schema(types, [name for name in described.texts if name not in vectors], vectors)

@@ -148,9 +148,17 @@ class ChromaImporter:
         ) as client:
             place = f"/api/v2/tenants/{quote(self._tenant, '')}/databases/{quote(self._database, '')}/collections"
             with self._translate():
-                found = {entry["name"]: entry["id"] for entry in _send(client, "GET", place)}
-                name = self._choose_collection(list(found))
-            yield _ServerCollection(client, f"{place}/{quote(found[name], '')}")
+                found = self._find_on_server(client, place)
+            yield _ServerCollection(client, f"{place}/{quote(found, '')}")
+
+    def _find_on_server(self, client: httpx.Client, place: str) -> str:
+        """Return the id of the collection. A server may list only some of its collections, so a name is tried first."""
+        if self._collection is not None:
+            answer = client.get(f"{place}/{quote(self._collection, '')}")
+            if answer.is_success:
+                return str(from_json(answer.content)["id"])
+        listed = {entry["name"]: str(entry["id"]) for entry in _send(client, "GET", place)}
+        return listed[self._choose_collection(list(listed))]
 
     def _choose_collection(self, names: Sequence[str]) -> str:
         names = sorted(names)

@@ -157,8 +157,10 @@ class QdrantImporter:
             where = f"{self._url}, collection {name!r},"
             vector = _choose_vector(_list_vectors(client.get_collection(name)), self._vector, where)
             points, _ = client.scroll(name, limit=SAMPLE, with_payload=True, with_vectors=False)
-        if not points:
-            return None
+            if not points:
+                return None
+            if self._text_field is not None and _has_field(client, name, self._text_field, points):
+                return _Fields(name, self._text_field, vector)
         payloads = [point.payload or {} for point in points]
         return _Fields(name, _choose_text_field(payloads, self._text_field, where), vector)
 
@@ -195,6 +197,19 @@ class QdrantImporter:
             ) from None
 
 
+def _has_field(client: Any, collection: str, field: str, sample: Sequence[Any]) -> bool:
+    """Tell whether a point has a field. If none of the sample has it, the server looks for it in all points."""
+    from qdrant_client import models
+
+    if any(field in (point.payload or {}) for point in sample):
+        return True
+    if len(sample) < SAMPLE:
+        return False
+    is_empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=field))
+    points, _ = client.scroll(collection, limit=1, scroll_filter=models.Filter(must_not=[is_empty]))
+    return bool(points)
+
+
 def _list_vectors(collection: Any) -> Mapping[str, Any]:
     """Return the parameters of each dense vector by its name."""
     vectors = collection.config.params.vectors
@@ -223,9 +238,7 @@ def _choose_vector(vectors: Mapping[str, Any], wanted: str | None, where: str) -
 def _choose_text_field(payloads: Sequence[Mapping[str, Any]], wanted: str | None, where: str) -> str:
     fields = sorted({name for payload in payloads for name in payload})
     if wanted is not None:
-        if wanted not in fields:
-            raise SourceError(describe_missing(f"{where} has no field", wanted, fields, "fields"))
-        return wanted
+        raise SourceError(describe_missing(f"{where} has no field", wanted, fields, "fields"))
     found = [name for name in TEXT_FIELDS if any(isinstance(payload.get(name), str) for payload in payloads)]
     if not found and NODE_COLUMN in fields:
         return NODE_COLUMN

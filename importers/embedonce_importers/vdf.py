@@ -81,6 +81,15 @@ class VdfImporter:
         from ._table_scans import scan_files
 
         files, columns = self._find_columns()
+        found = self._find_namespace()
+        if found.exported is not None and found.total is not None and found.exported < found.total:
+            log.warning(
+                "%s, index %r has %d of the %d vectors of the database, because the export was incomplete",
+                self._path,
+                found.index,
+                found.exported,
+                found.total,
+            )
         log.info("%s: reading %s", self._path, columns)
         next(scan_files(files, self._path, columns), None)
 
@@ -158,6 +167,9 @@ class _Namespace:
     vector_columns: Sequence[str]
     text_columns: Mapping[str, str]
     """The column with the texts, by the column with their vectors."""
+    total: int | None
+    """The number of vectors in the database, and how many of them were exported; None if this is not known."""
+    exported: int | None
 
 
 def _read_meta(path: Path) -> dict[str, list[_Namespace]]:
@@ -190,7 +202,13 @@ def _read_namespace(index: str, entry: Any) -> _Namespace:
         parts,
         [_check(name, str) for name in _check(entry.get("vector_columns") or ["vector"], list)],
         {name: text for name, text in text_columns.items() if isinstance(text, str) and text != NOT_PROVIDED},
+        _read_number(entry.get("total_vector_count")),
+        _read_number(entry.get("exported_vector_count")),
     )
+
+
+def _read_number(value: Any) -> int | None:
+    return value if type(value) is int else None
 
 
 def _check(value: Any, type_: type[Any]) -> Any:

@@ -12,7 +12,7 @@ import optional
 import pytest
 
 from embedonce.errors import ConfigError, SourceError
-from embedonce.testing import ImporterContract, Recipe
+from embedonce.testing import ImporterContract
 from embedonce_importers.qdrant import QdrantImporter
 
 from .stores.qdrant import serve, write, write_collection
@@ -60,11 +60,7 @@ class TestContract(ImporterContract):
 
     def make(self, texts: Sequence[str], vectors: Any) -> QdrantImporter:
         url, _ = self.servers.enter_context(serve())
-        self.options = {**write(url, texts, vectors), "collection": "passages"}
-        return QdrantImporter(**self.options)  # type: ignore[arg-type]
-
-    def recipe(self, importer: Any) -> Recipe:
-        return Recipe(QdrantImporter, self.options)
+        return QdrantImporter(**write(url, texts, vectors))  # type: ignore[arg-type]
 
     def missing(self) -> tuple[QdrantImporter, str]:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -114,6 +110,14 @@ def test_the_field_of_the_texts_is_chosen(server: str) -> None:
     write_collection(server, "b", TEXTS, VECTORS, payloads=[{"text": text, "content": "x"} for text in TEXTS])
     assert "text_field" in refuse(url=server, collection="b")
     assert read(url=server, collection="b", text_field="text")[0] == TEXTS
+
+
+def test_a_field_that_only_late_points_have_is_found(server: str) -> None:
+    payloads: list[dict[str, Any]] = [{"title": "none"}] * 100 + [{"title": "late", "body": "late text"}]
+    write_collection(server, "a", [""] * 101, np.repeat(VECTORS[:1], 101, axis=0), payloads=payloads)
+    assert read(url=server, text_field="body")[::2] == (["late text"], {"point without a text": 100})
+    assert "'title'" in refuse(url=server)
+    assert 'has no field "bodi"' in refuse(url=server, text_field="bodi")
 
 
 def test_points_without_a_text_are_counted(server: str) -> None:

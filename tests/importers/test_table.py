@@ -257,6 +257,13 @@ def test_a_line_without_a_text_or_vector_is_counted(tmp_path: Path, line: str, r
     assert read(path) == (TEXTS, VECTORS.tolist(), {reason: 1})
 
 
+def test_the_first_lines_may_lack_a_text_or_a_vector(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", TEXTS, VECTORS)
+    path.write_text('\ufeff{"text": "a", "embedding": null}\n{"embedding": [1]}\n' + path.read_text())
+    counts = {"row without a text": 1, "row without a vector": 1}
+    assert read(path) == (TEXTS, VECTORS.tolist(), counts)
+
+
 def test_text_that_is_not_utf_8_is_counted(tmp_path: Path) -> None:
     lines = write_json_lines(tmp_path / "a.jsonl", TEXTS, VECTORS)
     lines.write_bytes(lines.read_bytes() + b'{"text": "\xff", "embedding": [1.0]}\n')

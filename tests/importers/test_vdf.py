@@ -148,3 +148,10 @@ def test_the_description_may_leave_out_what_old_versions_did_not_write(tmp_path:
     write_index(tmp_path, "a", TEXTS, VECTORS)
     (tmp_path / "VDF_META.json").write_text(json.dumps({"indexes": {"a": [{"data_path": "a"}]}}))
     assert read(path=tmp_path)[:2] == (TEXTS, VECTORS.tolist())
+
+
+def test_an_incomplete_export_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_index(tmp_path, "a", TEXTS, VECTORS)
+    write_meta(tmp_path, {"a": [describe(tmp_path, "a", 6, 8, total_vector_count=7)]})
+    assert read(path=tmp_path)[0] == TEXTS
+    assert "has 6 of the 7 vectors" in caplog.text

@@ -127,12 +127,14 @@ def _call(store: Any, method: str, parts: list[str], body: dict[str, Any]) -> An
         case "POST", ["collections", name, "points", "count"]:
             return store.count(name).model_dump(mode="json")
         case "POST", ["collections", name, "points", "scroll"]:
+            found = body.get("filter")
             points, offset = store.scroll(
                 name,
+                scroll_filter=None if found is None else models.Filter(**found),
                 limit=body["limit"],
                 offset=body.get("offset"),
-                with_payload=body["with_payload"],
-                with_vectors=body["with_vector"],
+                with_payload=body.get("with_payload", True),
+                with_vectors=body.get("with_vector", False),
             )
             return {"points": [point.model_dump(mode="json") for point in points], "next_page_offset": offset}
     raise ValueError(f"{method} {'/'.join(parts)} is not served")
