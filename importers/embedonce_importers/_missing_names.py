@@ -20,7 +20,7 @@ def describe_missing(problem: str, name: str, known: Sequence[str], plural: str)
         return f"{message}; it has no {plural}"
     by_form = {item.lower(): item for item in known}
     closest = difflib.get_close_matches(name.lower(), by_form, n=1, cutoff=0.65)
-    suggestion = f'did you mean "{by_form[closest[0]]}"? ' if closest else ""
+    suggestion = f'; did you mean "{by_form[closest[0]]}"?' if closest else "."
     shown = ", ".join(f'"{item}"' for item in known[:MAX_SHOWN])
     others = f" and {len(known) - MAX_SHOWN} others" if len(known) > MAX_SHOWN else ""
-    return f"{message}; {suggestion}Its {plural}: {shown}{others}"
+    return f"{message}{suggestion} Its {plural}: {shown}{others}"

@@ -254,11 +254,10 @@ def test_the_importer_decides_whether_texts_are_needed(run: Any) -> None:
     write_shelf()
     done = run("shelf.jsonl", "--from", "drawer")
     assert done.code == 2
-    assert "the importer drawer finds vectors by their texts" in done.err
-    assert "add --texts" in done.err
+    assert 'the importer "drawer" needs --texts, because the source holds no texts' in done.err
     done = run("shelf.jsonl", "--from", "pile", "--texts", "shelf.jsonl")
     assert done.code == 2
-    assert "leave out --texts" in done.err
+    assert "remove --texts" in done.err
 
 
 # --- the verification -------------------------------------------------------------------------
@@ -279,8 +278,8 @@ def test_vectors_of_another_model_are_refused(run: Any) -> None:
     write_shelf(vectors=make_vectors(TEXTS, model="other"))
     message, summary = fail_verification(run)
     assert message.startswith(
-        "error: the vectors of the shelf shelf.jsonl are not those that the provider computes. 0 of 20 verified texts "
-        "have equal vectors; the cosine is below 0.999 for 20 of 20 texts"
+        "error: cannot import from the shelf shelf.jsonl: its vectors are not those that the provider computes. 0 "
+        "of 20 verified texts have equal vectors; the cosine is below 0.999 for 20 of 20 texts"
     )
     assert "Choose in [provider] the model" in message
     assert (summary["causes"], summary["verified"], summary["equal"]) == (["model"], 20, 0)
@@ -426,18 +425,18 @@ def test_nothing_found_is_an_error(run: Any) -> None:
     done = run("shelf.jsonl", "--from", "shelf")
     assert (done.code, done.err) == (
         1,
-        "error: the shelf shelf.jsonl has no vector that can be read. Nothing was imported.\n",
+        "error: found no vector that can be read in the shelf shelf.jsonl. Nothing was imported.\n",
     )
     write_shelf(["a", "b"], [None, "?"])
     for arguments in ([], ["--verify", "0"]):
         done = run("shelf.jsonl", "--from", "shelf", *arguments)
         assert done.code == 1
-        assert "none of the 1 text in the shelf shelf.jsonl can be imported" in done.err
+        assert "found 1 text in the shelf shelf.jsonl, but nothing that can be imported" in done.err
         assert "unreadable: not a list" in done.out
     Path("texts.txt").write_text("unknown")
     done = run("shelf.jsonl", "--from", "shelf", "--texts", "texts.txt")
     assert done.code == 1
-    assert "has none of the 1 text that were looked up" in done.err
+    assert "found no vector for the 1 text of --texts in the shelf shelf.jsonl" in done.err
 
 
 def test_a_missing_source_is_an_error(run: Any) -> None:
@@ -508,7 +507,15 @@ def test_no_message_contains_a_secret(run: Any) -> None:
         (["a", "--from", "shelf", "--option", "shelf=lowr"], '--option shelf: "lowr": must be "upper" or "lower"'),
         (["a", "--from", "shelf", "--option", "rows=1", "--option", "rows=1"], "--option rows: it is given twice"),
         (["a", "--from", "shelf", "--option", "path=b"], "--option path: SOURCE sets it already"),
+        (
+            ["a", "--from", "shelf", "--option", "task=query"],
+            "--option task is not an option of an importer; use --task",
+        ),
         (["", "--from", "shelf"], "SOURCE: must not be empty"),
+        (
+            ["redis://a", "--from", "langchain"],
+            'SOURCE must be a path without ://, because the importer "langchain" reads files',
+        ),
         (["a", "--from", "wire"], 'SOURCE must be a URL with ://, because the importer "wire" reads from a server'),
         (["wire://a", "--from", "wire"], '--option size=VALUE is missing for the importer "wire"'),
         (["wire://a ", "--from", "wire", "--option", "size=1"], "SOURCE: "),

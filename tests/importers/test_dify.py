@@ -163,7 +163,7 @@ def test_a_table_of_another_program_is_refused(postgres_server: Any) -> None:
         with pytest.raises(SourceError, match='no table "embeddings"; it has no tables'):
             importer.check()
         run(url, "CREATE TABLE embeddings (hash text, embedding bytea)")
-        with pytest.raises(SourceError, match='no column "provider_name"; Its columns: "hash", "embedding"'):
+        with pytest.raises(SourceError, match=r'no column "provider_name"\. Its columns: "hash", "embedding"'):
             importer.check()
         importer.close()
 

@@ -69,8 +69,8 @@ class ImportSteps:
     async def find(self, call: Call, missing: list[str], *, can_verify: bool) -> tuple[list[str], list[Pending]]:
         """Import what the importers have. Return the keys that are still missing, and what waits for a verification.
 
-        The keys in ``rest`` of what waits are not among the missing ones. The call first computes the others, and then
-        calls :meth:`finish`. Without ``can_verify``, an importer that is not verified is not asked.
+        The missing keys do not include the keys in ``rest`` of what waits. The caller computes the missing keys, and
+        then calls :meth:`finish`. Without ``can_verify``, an importer that is not verified is not asked.
         """
         pending: list[Pending] = []
         answer = call.answer
@@ -112,7 +112,7 @@ class ImportSteps:
                 await self._take(call, importer, {key: one.found[key] for key in one.rest})
 
     def explain_miss(self, route: Route) -> ReplayMiss | None:
-        """Return the error of a text that a call in replay mode did not find, if it was not asked for everywhere."""
+        """Return the error of a text that no tier has, if an importer could not be asked in replay mode; else None."""
         spaces = {one.name: one.find_space(route) for one in self.importers}
         names = [name for name, space in spaces.items() if space is not None and space.verification == "unverified"]
         if not names:

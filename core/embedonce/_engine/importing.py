@@ -261,7 +261,11 @@ class LiveImporter:
 
     def _note_change(self, state: Literal["open", "closed"], cause: str | None) -> None:
         if state == "open":
-            log.warning("importer %r is failing (%s); skipping it until a probe succeeds", self.name, cause)
+            log.warning(
+                "importer %r is failing (%s); skipping it until a probe succeeds. `embedonce check` shows the reason",
+                self.name,
+                cause,
+            )
         else:
             log.warning("importer %r works again", self.name)
         self._emit(ImporterChanged(importer=self.name, state=state, cause=cause))
@@ -324,8 +328,8 @@ class LiveImporter:
                 space.verification = "verified" if is_equal else "refused"
         if not is_equal:
             log.warning(
-                "importer %r: nothing is imported from %s, because a verification has found less than a day ago that "
-                "its vectors are not those of the provider",
+                "importer %r: nothing is imported from %s, because a verification less than a day ago has found "
+                "that its vectors are not those of the provider; to verify it again now, set verify to a larger number",
                 self.name,
                 self.source.name,
             )

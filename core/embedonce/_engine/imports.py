@@ -79,7 +79,7 @@ def _check_import(one: Any, place: int) -> None:
 
 
 def choose_name(one: Import, taken: Collection[str]) -> str:
-    """Return the name of an importer, which is none of those that are taken."""
+    """Return a name for an importer that is not among the ``taken`` names."""
     name = one.name or type(one.importer).__name__.removesuffix("Importer").lower() or "importer"
     if name in taken:
         name = f"{name}-import"

@@ -18,7 +18,7 @@ from weakref import WeakSet
 from embedonce._messages import format_count
 from embedonce.contracts import Backend, Importer, Normalizer
 from embedonce.drift import DriftGuard
-from embedonce.errors import ImportRefused
+from embedonce.errors import ImportRefused, SpaceError
 from embedonce.events import Computed, Event, ProviderStats, Stats, Stored
 from embedonce.functions import NoProvider
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
@@ -190,6 +190,10 @@ class RunningChain:
                     check_source(one.importer.source, provider, one.task)
             except ImportRefused as error:
                 raise ImportOptionError(str(error), place) from error
+            except SpaceError as error:
+                if one.task == "document":
+                    raise  # not an error of the importer's task
+                raise ImportOptionError(str(error), place, "task") from error
             live.append(
                 LiveImporter(
                     one,

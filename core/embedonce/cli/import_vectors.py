@@ -41,23 +41,25 @@ if TYPE_CHECKING:
 EPILOG = """
 Examples:
 
-embedonce import cache/ --from langchain --option namespace=text-embedding-3-small --texts docs/
-
 embedonce import vectors.parquet --from table --dry-run
 
-embedonce import redis://localhost:6379/0 --from redisvl --option name=embedcache --task query
+embedonce import langchain-cache/ --from langchain --option namespace=text-embedding-3-small --texts chunks.jsonl
 
-Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. Name the files
-with the texts of such a source with --texts. They are read as `embedonce embed` reads them, so use the same --split and
---field. The options of an importer and their meaning are in `embedonce schema` and in docs/import.md.
+embedonce import redis://localhost:6379/0 --from redisvl --option model=text-embedding-3-small
+
+First set in [provider] the model that has made the vectors.
+
+Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. For such a
+source, name files with the texts with --texts. These files are read as `embedonce embed` reads files. The passages must
+be exactly the texts that the other program embedded, so choose --split and --field accordingly.
 
 Before anything is stored, 20 texts are chosen at random from the whole source and embedded anew. If a vector of the
-source differs, nothing is imported, the message names the likely cause, and the exit code is 1. --verify 0 imports
-without this proof.
+source differs, nothing is imported, the message names the likely cause, and the exit code is 1. With --verify 0,
+nothing is compared.
 
-A text that a tier already has keeps its vector. Therefore the command can be repeated, and if it is interrupted, run
-the same command again. The source is only read. The exit code is 1 if nothing was found, if a passage could not be
-read, or if a tier that outlives the process did not store everything.
+If a tier already has the vector of a text, the tier keeps it. So you can repeat the command. After an interruption, run
+the same command again. The source is only read. The exit code is 1 if the source cannot be read, if nothing was found,
+if a passage could not be read, or if a tier that outlives the process did not store everything.
 """
 
 
@@ -80,7 +82,8 @@ def import_vectors(
         typer.Option(
             "--option",
             metavar="NAME=VALUE",
-            help="An option of the importer, for example --option namespace=notes. Can be repeated.",
+            help="An option of the importer, for example --option namespace=notes. docs/import.md lists the options of "
+            "each importer. Can be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -89,7 +92,8 @@ def import_vectors(
         typer.Option(
             "--texts",
             metavar="PATH",
-            help="A file or folder with the texts to look up in the source; - is standard input. Can be repeated.",
+            help="A file or folder with the texts to look up in the source. Can be repeated. With --verify 0, - is "
+            "standard input.",
             show_default=False,
         ),
     ] = None,
@@ -100,7 +104,8 @@ def import_vectors(
             "--verify",
             metavar="N",
             min=0,
-            help="Embed N texts of the source anew, and import nothing if a vector differs. 0: trust the source.",
+            help="Embed N texts of the source anew, and import nothing if a vector differs. 0: import without a "
+            "comparison.",
         ),
     ] = 20,
     dry_run: Annotated[
@@ -229,21 +234,23 @@ def _choose_way(
     Raises:
         Refused: the importer does not support this.
     """
+    from embedonce._messages import quote
+
     from .importing.reading import Lookup, Scan
 
+    name = quote(opened.importer_name)
     can_look_up = callable(getattr(opened.importer, "lookup", None))
     can_scan = callable(getattr(opened.importer, "scan", None))
     if make_texts is not None:
         if not can_look_up:
             raise Refused(
-                f"the importer {opened.importer_name} cannot look up texts, but reads the whole source; leave out "
-                "--texts"
+                f"the importer {name} does not need --texts, because it reads the whole source; remove --texts"
             )
         return partial(Lookup, opened, cache.normalize, make_texts)
     if not can_scan:
         raise Refused(
-            f"the importer {opened.importer_name} finds vectors by their texts, because the source holds no texts; add "
-            "--texts with the files that were embedded"
+            f"the importer {name} needs --texts, because the source holds no texts; name the files that have the texts "
+            "that the other program embedded"
         )
     return partial(Scan, opened, cache.normalize)
 
@@ -278,9 +285,7 @@ def _execute(run: Run, make_display: Callable[[str], Display], verify: int) -> i
         with make_display("verifying") as display:
             run.verify(display)
         if 0 < summary.verified < verify:
-            say(
-                f"note: only {summary.verified:,} of {verify:,} texts could be verified, because the source has no more"
-            )
+            say(f"note: only {summary.verified:,} of {verify:,} texts could be verified, because no more were found")
         is_verified = True
         with make_display("importing") as display:
             run.store(display)

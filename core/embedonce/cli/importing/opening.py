@@ -185,7 +185,12 @@ class _Arguments:
         if "://" in location and "url" in self._options:
             return "url"
         if "path" in self._options:
-            return "path"
+            if "://" not in location:
+                return "path"
+            self.problems.append(
+                f"SOURCE must be a path without ://, because the importer {quote(self._name)} reads files"
+            )
+            return None
         reads_server = "url" in self._options
         self.problems.append(
             f"SOURCE must be a URL with ://, because the importer {quote(self._name)} reads from a server"
@@ -200,6 +205,8 @@ class _Arguments:
         if not equals or not key:
             # The item is not shown, because it may be a secret.
             self.problems.append("--option must have the form NAME=VALUE, such as --option namespace=notes")
+        elif key in ("task", "verify"):
+            self.problems.append(f"--option {key} is not an option of an importer; use --{key}")
         elif key not in self._options:
             hint = suggest_key(key, list(self._options)).replace("valid keys", "valid options")
             self.problems.append(f"--option {quote(key)}: the importer {quote(self._name)} has no such option{hint}")

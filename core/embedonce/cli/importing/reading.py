@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
     parts: list[Part]
     texts: int
-    """Number of texts that were read or looked up, including those without a valid vector."""
+    """Number of texts that were read or looked up, including texts without a valid vector."""
     position: int
     """What was read so far, in the unit of the total: rows of a scan, or bytes of the files with the texts."""
 
@@ -56,12 +56,12 @@ class Counts:
     found: int = 0
     """Texts for which the source had a value that could be read."""
     changed: int = 0
-    """Texts that are not normalised, so that their vectors belong to other texts than the provider would embed."""
+    """Texts that normalisation changes. Their vectors do not belong to the texts that the provider would embed."""
     unreadable: dict[str, int] = field(default_factory=dict)
     invalid: dict[str, int] = field(default_factory=dict)
     passages: int = 0
     missing: int = 0
-    """Texts that the source does not have, of those that were looked up."""
+    """Texts that were looked up and that the source does not have."""
 
     def add_unreadable(self, reasons: Mapping[str, int]) -> None:
         for reason, count in reasons.items():

@@ -216,10 +216,14 @@ class Run:
         """Return that there is nothing to import, and why."""
         summary = self.summary
         if summary.found:
-            return f"none of the {format_count(summary.found, 'text')} in {summary.source} can be imported"
+            return f"found {format_count(summary.found, 'text')} in {summary.source}, but nothing that can be imported"
         if summary.missing:
-            return f"{summary.source} has none of the {format_count(summary.missing, 'text')} that were looked up"
-        return f"{summary.source} has no vector that can be read"
+            return (
+                f"found no vector for the {format_count(summary.missing, 'text')} of --texts in {summary.source}. They "
+                "must be exactly the texts that the other program embedded: check --split and --field, and the options "
+                "of the importer"
+            )
+        return f"found no vector that can be read in {summary.source}"
 
     def complete_summary(self) -> None:
         """Add what is known at the end: failures, costs and seconds."""

@@ -30,15 +30,16 @@ class Summary:
     task: str
     dry_run: bool
     found: int = 0
-    """Texts for which the source had a value that could be read."""
+    """Texts for which the source had a value that could be read. Like all counts, it is lower if the import ended
+    early."""
     imported: int = 0
     """Texts whose vectors were given to the tiers. In a dry run: texts that an import would store."""
     already_there: int = 0
-    """Texts that a tier has with an equal vector, or that the source has repeated."""
+    """Texts that a tier has with an equal vector, or that the source has several times."""
     different: int = 0
-    """Texts that a tier has with another vector, which they keep."""
+    """Texts that a tier has with another vector. The tier keeps its vector."""
     changed: int = 0
-    """Texts that are not normalised. Their vectors are those of other texts than the provider would embed."""
+    """Texts that normalisation changes. Their vectors do not belong to the texts that the provider would embed."""
     unreadable: dict[str, int] = field(default_factory=dict)
     """Values that the importer could not read, by reason."""
     invalid: dict[str, int] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Summary:
     verified: int = 0
     """Texts that were embedded anew, to compare the vectors."""
     equal: int = 0
-    """Texts among them whose vectors are equal, apart from their precision."""
+    """Number of the verified texts whose vectors are equal, apart from their precision."""
     cosine: float | None = None
     """The lowest cosine of a found and a computed vector; None if none were compared, or if their dimensions differ."""
     causes: list[str] = field(default_factory=list)
@@ -63,9 +64,9 @@ class Summary:
     spent: SummedCost | None = None
     """Cost of the verification. None if it could not be computed."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of failures by tier and kind, as for ``embedonce embed``."""
+    """Number of failures by tier and kind, as in the summary of ``embedonce embed``."""
     tier_causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of errors and dropped writes by tier and cause. Tiers that have none are left out."""
+    """Number of errors and dropped writes by tier and cause. Tiers without errors are left out."""
     unstored: dict[str, int] = field(default_factory=dict)
     """Number of imported vectors that a tier has not stored because it failed, by tier. Only tiers that outlive the
     process are counted."""
@@ -95,8 +96,8 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     yield f"  {format_share(summary.imported, summary.found)} {verb}"
     for count, what in (
         (summary.already_there, "already there"),
-        (summary.different, "already there with another vector, which they keep"),
-        (summary.changed, "changed by normalisation, so their vectors are those of other texts"),
+        (summary.different, "already there with another vector; the tier keeps its vector"),
+        (summary.changed, "changed by normalisation, so their vectors belong to other texts"),
     ):
         if count:
             yield f"  {format_share(count, summary.found)} {what}"
@@ -108,7 +109,12 @@ def describe_summary(summary: Summary) -> Iterator[str]:
         yield f"{format_count(summary.missing, 'text')} missing in the source"
     if summary.failed:
         yield f"{format_count(summary.failed, 'passage')} failed, reported above"
-    if summary.verified:
+    if summary.causes:
+        precision = " apart from their precision" if "precision" in summary.causes else ""
+        lowest = "" if summary.cosine is None else f", and the lowest cosine is {summary.cosine}"
+        compared = format_count(summary.verified, "text")
+        yield f"{compared} compared: {summary.equal:,} have equal vectors{precision}{lowest}"
+    elif summary.verified:
         yield f"{format_count(summary.verified, 'text')} verified, the lowest cosine is {summary.cosine}"
     if line := describe_cost(summary.spent):
         yield f"cost of the verification: {line}"

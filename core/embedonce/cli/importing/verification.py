@@ -33,8 +33,8 @@ ADVICE: Mapping[Cause, str] = {
     "options of the importer",
     "model": "Choose in [provider] the model with which the vectors were made, or check the options of the importer "
     "and --task",
-    "mixed": "Choose the part of the source that one model has made with the options of the importer, if they can, or "
-    "let embedonce compute the vectors",
+    "mixed": "If an option of the importer can choose the part of the source that one model has made, set this option. "
+    "Otherwise let embedonce compute the vectors",
     "normalized": "Let the provider normalise its vectors, if it has an option for it, or let embedonce compute the "
     "vectors",
     "not normalized": "Choose the provider's option that leaves vectors as the model returns them, if it has one, or "
@@ -76,9 +76,10 @@ class Verification:
             advice = f"Import them with --task {self.other_task}"
         else:
             advice = ". ".join(ADVICE[cause] for cause in self.difference.causes if cause in ADVICE)
+        precision = " apart from their precision" if "precision" in self.difference.causes else ""
         return (
-            f"the vectors of {source} are not those that the provider computes. {self.difference.equal:,} of "
-            f"{format_count(self.compared, 'verified text')} have equal vectors; {self.difference}. {advice}"
+            f"cannot import from {source}: its vectors are not those that the provider computes. "
+            f"{self.difference.equal:,} of {format_count(self.compared, 'verified text')} have equal vectors{precision}; {self.difference}. {advice}"
         )
 
 
