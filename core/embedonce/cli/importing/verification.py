@@ -76,10 +76,11 @@ class Verification:
             advice = f"Import them with --task {self.other_task}"
         else:
             advice = ". ".join(ADVICE[cause] for cause in self.difference.causes if cause in ADVICE)
+        compared = format_count(self.compared, "verified text")
         precision = " apart from their precision" if "precision" in self.difference.causes else ""
         return (
             f"cannot import from {source}: its vectors are not those that the provider computes. "
-            f"{self.difference.equal:,} of {format_count(self.compared, 'verified text')} have equal vectors{precision}; {self.difference}. {advice}"
+            f"{self.difference.equal:,} of {compared} have equal vectors{precision}; {self.difference}. {advice}"
         )
 
 
