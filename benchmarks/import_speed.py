@@ -1,8 +1,12 @@
 """Measure how fast importers read: seconds, CPU time and peak memory, against the floor of reading the same bytes.
 
-    python benchmarks/import_speed.py                          # 1,000,000 texts, 384 dimensions, 1.6 GB in the folder
+    python benchmarks/import_speed.py                          # 1,000,000 texts, 384 dimensions, 15 GB in the folder
     python benchmarks/import_speed.py --rows 100000 --repeats 5
     python benchmarks/import_speed.py --only parquet
+
+"floor" reads the same columns or files with nothing but the library of the format. "importer" reads them with the
+importer. "store" stores as many vectors, which are in memory, in a new disk tier. "command" is `embedonce import` into
+a new disk tier, without a verification, because no provider makes these random vectors.
 
 Each measurement is a process of its own, so that its peak memory is its own. The processes of a case take turns, and
 the table shows the fastest repeat, because other work on the machine can only make a repeat slower. The peak memory
@@ -14,7 +18,10 @@ To add a case, add a :class:`Case` to :data:`CASES`: how to write the store, the
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
+import os
 import re
 import resource
 import subprocess
@@ -41,10 +48,16 @@ class Case:
     """Writes the store to a path that does not exist, from blocks of texts and vectors."""
     floor: Callable[[Path], Iterator[int]]
     """Reads the same columns or files with nothing but the library of the format."""
-    scan: Callable[[Path], Iterator[int]]
-    """Reads with the importer."""
     start: Callable[[], None]
     """Imports what ``floor`` needs."""
+    importer: Callable[[Path], Iterator[int]]
+    """Reads with the importer."""
+    type: str
+    """Name of the importer."""
+    options: Sequence[str] = ()
+    """Options of the command."""
+    has_texts: bool = True
+    """Whether the store has texts. Otherwise they are in a file beside it, one per line."""
 
 
 def make_blocks(rows: int, dimensions: int) -> Iterator[tuple[list[str], Any]]:
@@ -90,24 +103,122 @@ def import_pyarrow() -> None:
     import pyarrow.parquet  # noqa: F401
 
 
-CASES: Mapping[str, Case] = {"parquet": Case(write_parquet, read_parquet, scan_table, import_pyarrow)}
-WAYS = ("start", "floor", "scan")
+def write_langchain(path: Path, blocks: Iterator[tuple[list[str], Any]]) -> None:
+    """Write the files of CacheBackedEmbeddings over a LocalFileStore, with the key encoder sha256.
+
+    ``tests/importers/test_langchain.py`` shows that LangChain itself writes these files.
+    """
+    path.mkdir()
+    with open(find_texts(path), "w", encoding="utf-8") as lines:
+        for texts, vectors in blocks:
+            for text, row in zip(texts, vectors.tolist(), strict=True):
+                lines.write(f"{text}\n")
+                name = f"model{hashlib.sha256(text.encode()).hexdigest()}"
+                (path / name).write_text(json.dumps(row))
 
 
-def measure(case: Case, way: str, path: Path) -> dict[str, float]:
-    """Return the seconds, the CPU seconds, the peak memory in MB, and the number of texts of one way to read."""
-    started, cpu = time.perf_counter(), time.process_time()
+def find_texts(path: Path) -> Path:
+    return path.with_suffix(".txt")
+
+
+def read_texts(path: Path) -> Iterator[list[str]]:
+    with open(find_texts(path), encoding="utf-8") as lines:
+        while batch := [line.rstrip("\n") for line in itertools.islice(lines, 1024)]:
+            yield batch
+
+
+def read_langchain(path: Path) -> Iterator[int]:
+    import orjson
+
+    for texts in read_texts(path):
+        for text in texts:
+            name = f"{path}/model{hashlib.sha256(text.encode()).hexdigest()}"
+            file = os.open(name, os.O_RDONLY)
+            content = os.read(file, 2**20)
+            os.close(file)
+            np.array(orjson.loads(content), np.float32)
+        yield len(texts)
+
+
+def look_up_langchain(path: Path) -> Iterator[int]:
+    from embedonce_importers.langchain import LangChainImporter
+
+    importer = LangChainImporter(path=path, namespace="model", key_encoder="sha256")
+    for texts in read_texts(path):
+        yield len(importer.lookup(texts).texts)
+
+
+def import_orjson() -> None:
+    import orjson  # noqa: F401
+
+
+CASES: Mapping[str, Case] = {
+    "parquet": Case(write_parquet, read_parquet, import_pyarrow, scan_table, "table"),
+    "langchain": Case(
+        write_langchain,
+        read_langchain,
+        import_orjson,
+        look_up_langchain,
+        "langchain",
+        ("--option", "namespace=model", "--option", "key_encoder=sha256"),
+        has_texts=False,
+    ),
+}
+WAYS = ("start", "floor", "importer", "store", "command")
+
+
+def store_vectors(folder: Path, rows: int, dimensions: int) -> int:
+    """Store vectors in a new disk tier."""
+    import embedonce
+
+    with embedonce.open(write_config(folder, dimensions)) as cache:
+        for texts, vectors in make_blocks(rows, dimensions):
+            for start in range(0, len(texts), 2048):
+                cache.put(texts[start : start + 2048], vectors[start : start + 2048])
+    return rows
+
+
+def run_command(case: Case, path: Path, folder: Path, dimensions: int) -> int:
+    """Import the store into a new disk tier."""
+    from typer.testing import CliRunner
+
+    from embedonce.cli import app
+
+    arguments = ["import", str(path), "--from", case.type, *case.options, "--verify", "0", "--json"]
+    arguments += ["--config", str(write_config(folder, dimensions))]
+    if not case.has_texts:
+        arguments += ["--texts", str(find_texts(path)), "--split", "line"]
+    result = CliRunner().invoke(app, arguments)
+    if result.exit_code:
+        raise SystemExit(result.output)
+    return int(json.loads(result.stdout)["imported"])
+
+
+def write_config(folder: Path, dimensions: int) -> Path:
+    file = folder / "embedonce.toml"
+    file.write_text(
+        f'[provider]\ntype = "ngram"\ndimensions = {dimensions}\n[[tiers]]\ntype = "disk"\npath = "vectors"\n',
+        encoding="utf-8",
+    )
+    return file
+
+
+def measure(one: Case, way: str, path: Path, rows: int, dimensions: int) -> dict[str, float]:
+    """Return the seconds, the CPU seconds, the peak memory in MB, and the number of texts of one way."""
     count = 0
-    if way == "start":
-        case.start()
-    else:
-        count = sum((case.floor if way == "floor" else case.scan)(path))
-    return {
-        "seconds": time.perf_counter() - started,
-        "cpu": time.process_time() - cpu,
-        "megabytes": read_peak_memory() / 1e6,
-        "texts": count,
-    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        started, cpu = time.perf_counter(), time.process_time()
+        match way:
+            case "start":
+                one.start()
+            case "store":
+                count = store_vectors(Path(folder), rows, dimensions)
+            case "command":
+                count = run_command(one, path, Path(folder), dimensions)
+            case _:
+                count = sum((one.floor if way == "floor" else one.importer)(path))
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "megabytes": read_peak_memory() / 1e6, "texts": count}
 
 
 def read_peak_memory() -> float:
@@ -120,8 +231,9 @@ def read_peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_child(name: str, way: str, path: Path) -> dict[str, float]:
+def run_child(name: str, way: str, path: Path, rows: int, dimensions: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", name, way, str(path)]
+    command += ["--rows", str(rows), "--dimensions", str(dimensions)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, float] = json.loads(done.stdout)
     return answer
@@ -143,12 +255,13 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--folder", type=Path, help="folder for the stores, which are kept and used again")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         name, way, path = options.child
-        print(json.dumps(measure(CASES[name], way, Path(path))))
+        print(json.dumps(measure(CASES[name], way, Path(path), options.rows, options.dimensions)))
         return
     if options.rows < 1 or options.repeats < 1:
         parser.error("--rows and --repeats must be at least 1")
@@ -157,11 +270,11 @@ def main() -> None:
             path = Path(folder, f"{name}-{options.rows}-{options.dimensions}")
             if not path.exists():
                 CASES[name].write(path, make_blocks(options.rows, options.dimensions))
-            found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
             for _ in range(options.repeats):
-                for way in WAYS:
-                    found[way].append(run_child(name, way, path))
-            counts = {run["texts"] for way in WAYS[1:] for run in found[way]}
+                for way in options.ways:
+                    found[way].append(run_child(name, way, path, options.rows, options.dimensions))
+            counts = {run["texts"] for way, runs in found.items() for run in runs if way != "start"}
             if counts != {options.rows}:
                 raise SystemExit(f"{name}: read {counts} texts instead of {options.rows:,}")
             print_case(name, options.rows, found)

@@ -28,15 +28,18 @@ _HAS_FOLDER_DESCRIPTORS = os.open in os.supports_dir_fd
 _SEPARATORS = frozenset("/\\" if os.name == "nt" else "/")
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path, *, below: Path | None = None) -> BinaryIO:
     """Open a regular file for reading.
+
+    ``below`` is a folder that contains the file. Then no folder between the two may be a link, not even one that was
+    put there after the files were listed.
 
     Raises:
         SourceError: the file is missing, is not a regular file, or may not be read.
     """
     check_file(path)
     try:
-        descriptor = os.open(path, _FILE_FLAGS)
+        descriptor = os.open(path, _FILE_FLAGS) if below in (None, path) else _open_below(path, below)
     except OSError as error:
         raise _describe(path, error) from error
     try:
@@ -178,6 +181,15 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def open(self, name: str) -> int:
+        """Return a descriptor of what has this name. The caller checks that it is a regular file, and closes it.
+
+        Raises:
+            ValueError: on Windows, the name is not one of a regular file.
+            OSError: it cannot be opened.
+        """
+        return self._open(name, _FILE_FLAGS)
+
     def _open(self, name: str, flags: int) -> int:
         if self._descriptor is not None:
             return os.open(name, flags, dir_fd=self._descriptor)
@@ -208,6 +220,25 @@ def open_folder(path: Path) -> Iterator[Folder]:
         yield Folder(os.fspath(path), descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open_below(path: Path, folder: Path | None) -> int:
+    """Return a descriptor of the file.
+
+    Raises:
+        SourceError: there is something else than a folder in between.
+        OSError: the file cannot be opened.
+    """
+    assert folder is not None
+    *parents, name = path.relative_to(folder).parts
+    with open_folder(folder) as root:
+        try:
+            with root.open_subfolder(*parents) as parent:
+                if parent is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                return parent.open(name)
+        except ValueError as error:
+            raise SourceError(f"{path} is {error}; copy the store to a folder that nobody else changes") from None
 
 
 def _is_plain_name(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -11,12 +12,15 @@ import weakref
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 from embedonce.errors import SourceError
 
 from ._files import check_file, check_folder, open_file
 from ._sqlite import ReadOnlyDatabase
 
+CHUNK = 2**20
+"""Number of bytes that are copied at once."""
 ATTEMPTS = 3
 """How often a copy is tried if another program writes to the store meanwhile."""
 
@@ -118,8 +122,34 @@ class StoreCopy:
         for name in files:
             if not name.startswith(self._database):  # the database itself, its journal and its log
                 (copy / name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                with open_file(self._folder / name) as source_file, open(copy / name, "xb") as target_file:
-                    shutil.copyfileobj(source_file, target_file, 2**20)
+                path = self._folder / name
+                with open_file(path, below=self._folder) as source, open(copy / name, "xb") as target:
+                    _copy_data(source, target)
+
+
+def _copy_data(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy a file, and leave out the holes of a sparse file, which would fill the disk."""
+    if not hasattr(os, "SEEK_DATA"):  # Windows
+        shutil.copyfileobj(source, target, CHUNK)
+        return
+    size = os.fstat(source.fileno()).st_size
+    at = 0
+    while at < size:
+        try:
+            at = source.seek(at, os.SEEK_DATA)
+            end = source.seek(at, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # there is only a hole behind
+        source.seek(at)
+        target.seek(at)
+        while at < end and (block := source.read(min(CHUNK, end - at))):
+            target.write(block)
+            at += len(block)
+        if at < end:  # the file was shortened meanwhile
+            break
+    target.truncate(size)
 
 
 def _remove_folder(folder: Path, pid: int) -> None:

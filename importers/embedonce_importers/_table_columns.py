@@ -66,14 +66,15 @@ def describe_schema(schema: Any, path: Path) -> Schema:
 
 
 class ParquetTable:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: Path) -> None:
         self._path = path
+        self._below = below
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
         # Without pre_buffer=False, pyarrow reads a whole row group ahead, which may be the whole file.
         with (
-            open_file(self._path) as file,
+            open_file(self._path, below=self._below) as file,
             translate_errors(self._path, "Parquet"),
             parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table,
         ):
@@ -107,8 +108,9 @@ class ArrowTable:
 
     format_ = "Arrow"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: Path) -> None:
         self._path = path
+        self._below = below
 
     def _open_reader(self, source: Any, options: Any) -> Any:
         return pa.ipc.open_file(source, options=options)
@@ -117,7 +119,7 @@ class ArrowTable:
     def _open(self, columns: Columns | None = None) -> Iterator[Any]:
         # The file is mapped into memory, so that a record batch of any size takes no memory of the process. The mapping
         # ends when the last array that refers to it is gone.
-        with open_file(self._path) as file:
+        with open_file(self._path, below=self._below) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with translate_errors(self._path, self.format_):
             source = pa.py_buffer(mapped)

@@ -129,13 +129,13 @@ def _check_names(names: Any, meta: Path) -> list[str]:
     return names
 
 
-def open_table(path: Path) -> TableFile:
+def open_table(path: Path, below: Path) -> TableFile:
     """Return a reader for a file. The first bytes determine the format, and the name does for text formats.
 
     Raises:
         SourceError: the file is missing, is not a regular file, or has none of the formats.
     """
-    with open_file(path) as file:
+    with open_file(path, below=below) as file:
         start = file.read(512)
     format_ = next((name for magic, name in _MAGIC if start.startswith(magic)), None)
     if format_ is None:
@@ -151,10 +151,10 @@ def open_table(path: Path) -> TableFile:
             format_ = "JSON Lines"
         else:
             raise SourceError(f"{path} has an unknown format; use a file whose name ends in {', '.join(SUFFIXES)}")
-    return _READERS[format_](path)
+    return _READERS[format_](path, below)
 
 
-_READERS: Mapping[str, Callable[[Path], TableFile]] = {
+_READERS: Mapping[str, Callable[[Path, Path], TableFile]] = {
     "Parquet": ParquetTable,
     "Arrow": ArrowTable,
     "Arrow stream": ArrowStream,

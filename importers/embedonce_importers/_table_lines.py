@@ -36,8 +36,9 @@ MAX_LINE_BYTES = 64 * 2**20
 
 
 class JsonLines:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: Path) -> None:
         self._path = path
+        self._below = below
 
     def read_schema(self) -> Schema:
         types: dict[str, str] = {}
@@ -56,7 +57,7 @@ class JsonLines:
 
     def _read_objects(self) -> Iterator[dict[str, Any]]:
         """Yield the lines that are JSON objects with at least one field."""
-        with open_file(self._path) as file:
+        with open_file(self._path, below=self._below) as file:
             for block in _read_lines(file, self._path):
                 for line in block.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
                     try:
@@ -71,7 +72,7 @@ class JsonLines:
         if columns.node is not None:
             fields.append((columns.node, pa.string()))
         schema = pa.schema(fields)
-        with open_file(self._path) as file:
+        with open_file(self._path, below=self._below) as file:
             for block in _read_lines(file, self._path):
                 counts: Counter[str] = Counter()
                 for table in _parse_json(block, schema, counts):
@@ -139,8 +140,9 @@ def _parse_json(block: bytes, schema: Any, counts: Counter[str]) -> Iterator[Any
 class CsvTable:
     """CSV with a header. A vector is a JSON list in one cell."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: Path) -> None:
         self._path = path
+        self._below = below
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
 
     @contextmanager
@@ -152,7 +154,7 @@ class CsvTable:
             return "skip"
 
         with (
-            open_file(self._path) as file,
+            open_file(self._path, below=self._below) as file,
             translate_errors(self._path, "CSV"),
             closing(
                 arrow_csv.open_csv(
@@ -224,14 +226,16 @@ class NumpyTable:
 
     TEXTS, VECTORS = "lines of the text file", "rows of the matrix"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: Path) -> None:
         self._path = path
+        self._below = below
         self._texts = path.with_suffix(".txt")
+        self._below_texts = self._texts if below == path else below
 
     @contextmanager
     def _open(self) -> Iterator[tuple[BinaryIO, tuple[int, int], np.dtype[Any]]]:
         """Give the file, at the first row, with the shape and the type of the matrix."""
-        with open_file(self._path) as file:
+        with open_file(self._path, below=self._below) as file:
             shape, dtype, is_fortran = _read_numpy_header(file, self._path)
             if len(shape) != 2 or dtype.kind != "f" or is_fortran or shape[1] == 0:
                 raise SourceError(
@@ -252,7 +256,7 @@ class NumpyTable:
     def _count_lines(self) -> int:
         if not os.path.lexists(self._texts):
             raise SourceError(f"{self._path} needs its texts in {self._texts}, one per line and in the same order")
-        with open_file(self._texts) as file:
+        with open_file(self._texts, below=self._below_texts) as file:
             return sum(block.count(b"\n") + 1 for block in _read_lines(file, self._texts))
 
     def read_schema(self) -> Schema:
@@ -261,13 +265,13 @@ class NumpyTable:
             return Schema(types, [self.TEXTS], [self.VECTORS])
 
     def read(self, columns: Columns) -> Iterator[FoundVectors]:
-        with self._open() as (file, (_, size), dtype), open_file(self._texts) as texts:
+        with self._open() as (file, (_, size), dtype), open_file(self._texts, below=self._below_texts) as texts:
             for lines in _read_parts_of_lines(texts, self._texts):
                 values = np.frombuffer(file.read(len(lines) * size * dtype.itemsize), dtype)
                 yield _pair(lines, values, size, self._path)
 
     def count(self) -> int:
-        with open_file(self._path) as file:
+        with open_file(self._path, below=self._below) as file:
             shape, _, _ = _read_numpy_header(file, self._path)
         return shape[0] if shape else 0
 

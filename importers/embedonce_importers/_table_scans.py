@@ -12,9 +12,11 @@ from ._table_files import open_table
 
 
 def choose_table_columns(
-    files: Sequence[Path], *, text_column: str | None, vector_column: str | None, where: str
+    files: Sequence[Path], below: Path, *, text_column: str | None, vector_column: str | None, where: str
 ) -> Columns:
     """Return the columns to read. A column counts if at least one of the files has it.
+
+    ``below`` is the folder of the files, or the file if there is only one.
 
     Raises:
         SourceError: a file cannot be read, a named column is missing, or it is not clear which columns are meant.
@@ -23,7 +25,7 @@ def choose_table_columns(
     texts: dict[str, None] = {}
     vectors: dict[str, None] = {}
     for file in files:
-        schema = open_table(file).read_schema()
+        schema = open_table(file, below).read_schema()
         types.update(schema.types)
         texts.update(dict.fromkeys(schema.texts))
         vectors.update(dict.fromkeys(schema.vectors))
@@ -32,21 +34,21 @@ def choose_table_columns(
     )
 
 
-def scan_files(files: Sequence[Path], columns: Columns) -> Iterator[FoundVectors]:
+def scan_files(files: Sequence[Path], below: Path, columns: Columns) -> Iterator[FoundVectors]:
     """Yield the rows of the files, in order.
 
     Raises:
         SourceError: a file cannot be read.
     """
     for file in files:
-        yield from open_table(file).read(columns)
+        yield from open_table(file, below).read(columns)
 
 
-def count_rows(files: Sequence[Path]) -> int | None:
+def count_rows(files: Sequence[Path], below: Path) -> int | None:
     """Return the number of rows of all files; None if a file does not say it."""
     total = 0
     for file in files:
-        rows = open_table(file).count()
+        rows = open_table(file, below).count()
         if rows is None:
             return None
         total += rows

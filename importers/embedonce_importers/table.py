@@ -61,7 +61,7 @@ class TableImporter:
 
         files, columns = self._find_columns()
         log.info("%s: reading %s", self._path, columns)
-        next(scan_files(files, columns), None)
+        next(scan_files(files, self._path, columns), None)
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield the rows of all files, in the order of the files' names.
@@ -71,14 +71,15 @@ class TableImporter:
         """
         from ._table_scans import scan_files
 
-        yield from scan_files(*self._find_columns())
+        files, columns = self._find_columns()
+        yield from scan_files(files, self._path, columns)
 
     def count(self) -> int | None:
         """Return the number of rows; None for JSON Lines, CSV and Arrow streams, which do not say it."""
         from ._table_files import list_files
         from ._table_scans import count_rows
 
-        return count_rows(list_files(self._path))
+        return count_rows(list_files(self._path), self._path)
 
     def _find_columns(self) -> tuple[list[Path], Columns]:
         from ._table_files import list_files
@@ -86,7 +87,7 @@ class TableImporter:
 
         files = list_files(self._path)
         return files, choose_table_columns(
-            files, text_column=self._text_column, vector_column=self._vector_column, where=str(self._path)
+            files, self._path, text_column=self._text_column, vector_column=self._vector_column, where=str(self._path)
         )
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ class VdfImporter:
                 found.total,
             )
         log.info("%s: reading %s", self._path, columns)
-        next(scan_files(files, columns), None)
+        next(scan_files(files, self._path, columns), None)
 
     def scan(self) -> Iterator[FoundVectors]:
         """Yield the rows of all files of the namespace, in the order of the files' names.
@@ -101,13 +101,14 @@ class VdfImporter:
         """
         from ._table_scans import scan_files
 
-        yield from scan_files(*self._find_columns())
+        files, columns = self._find_columns()
+        yield from scan_files(files, self._path, columns)
 
     def count(self) -> int | None:
         """Return the number of rows of all files of the namespace."""
         from ._table_scans import count_rows
 
-        return count_rows(self._list_files(self._find_namespace()))
+        return count_rows(self._list_files(self._find_namespace()), self._path)
 
     def close(self) -> None:
         """Do nothing, because a file is open only while it is read."""
@@ -120,6 +121,7 @@ class VdfImporter:
         files = self._list_files(found)
         columns = choose_table_columns(
             files,
+            self._path,
             text_column=self._text_column or found.text_columns.get(vector_column),
             vector_column=vector_column,
             where=f"{self._path}, index {found.index!r}",

@@ -13,18 +13,9 @@ SPEED = Path(__file__).parents[2] / "benchmarks" / "import_speed.py"
 
 @optional.needs("pyarrow")
 def test_each_case_is_measured(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(SPEED),
-        "--rows",
-        "30",
-        "--dimensions",
-        "4",
-        "--repeats",
-        "1",
-        "--folder",
-        str(tmp_path),
-    ]
+    command = [sys.executable, str(SPEED), "--rows", "30", "--dimensions", "8", "--repeats", "1"]
+    command += ["--folder", str(tmp_path)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "### parquet: 30 texts" in shown
-    assert all(f"| {way} |" in shown for way in ("start", "floor", "scan"))
+    for name in ("parquet", "langchain"):
+        assert f"### {name}: 30 texts" in shown
+    assert all(shown.count(f"| {way} |") == 2 for way in ("start", "floor", "importer", "store", "command"))
