@@ -364,7 +364,7 @@ def _is_set_up(command: str) -> bool:
 
 
 def write_langchain_cache() -> None:
-    """Write the cache that README.md imports: LangChain's vectors of the paragraphs of docs/."""
+    """Write the cache that README.md imports, and the file with its texts."""
     from langchain_classic.embeddings import CacheBackedEmbeddings
     from langchain_classic.storage import LocalFileStore
     from langchain_core.embeddings import Embeddings
@@ -378,12 +378,13 @@ def write_langchain_cache() -> None:
         def embed_query(self, text: str) -> list[float]:
             return self.embed_documents([text])[0]
 
-    paragraphs = {part.strip() for page in Path("docs").glob("*.md") for part in page.read_text().split("\n\n")}
+    chunks = [f"Chunk {number} of a document." for number in range(1000)]
+    Path("chunks.jsonl").write_text("".join(json.dumps({"text": chunk}) + "\n" for chunk in chunks))
     store = LocalFileStore("langchain-cache")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using default key encoder")
         cached = CacheBackedEmbeddings.from_bytes_store(Ngram(), store, namespace="text-embedding-3-small")
-    cached.embed_documents(sorted(paragraphs))
+    cached.embed_documents(chunks)
 
 
 @pytest.mark.timeout(300)  # a page of many commands, on a busy machine
