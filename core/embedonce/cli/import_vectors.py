@@ -47,10 +47,10 @@ embedonce import langchain-cache/ --from langchain --option namespace=text-embed
 
 embedonce import redis://localhost:6379/0 --from redisvl --option model=text-embedding-3-small
 
-First set in [provider] the model that has made the vectors.
+First, choose the model that made the vectors as the provider in the configuration.
 
 Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. For such a
-source, name files with the texts with --texts. These files are read as `embedonce embed` reads files. The passages must
+source, give the files that have the texts to --texts. These files are read as `embedonce embed` reads files. The passages must
 be exactly the texts that the other program embedded, so choose --split and --field accordingly.
 
 Before anything is stored, 20 texts are chosen at random from the whole source and embedded anew. If a vector of the
