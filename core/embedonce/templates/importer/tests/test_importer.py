@@ -58,7 +58,7 @@ def test_a_configuration_imports_from_it(tmp_path: Path) -> None:
     with embedonce.open({"provider": provider, "tiers": []}) as cache:
         vector = cache.embed("a text")
     write_store(tmp_path, ["a text"], [vector])
-    # The default of verify compares the first vectors with those of the provider. Here, the importer is asked alone.
+    # By default, the first 20 texts are computed too, to compare the vectors. With 0, they are imported.
     imports = [{"type": "example", "path": str(tmp_path), "verify": 0}]
     with embedonce.open({"provider": provider, "tiers": [{"type": "memory"}], "imports": imports}) as cache:
         assert cache.fetch(["a text", "another text"]).sources == ["example", "provider"]
