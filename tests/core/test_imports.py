@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import embedonce
 from embedonce import Cache, ConfigError, DriftGuard, Import, KeyPolicy, ReplayMiss, Tier, VectorSpace
 from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import SourceError
@@ -448,3 +449,9 @@ def test_an_importer_that_cannot_be_used_is_an_error_at_startup(one: Any, messag
         open_cache(Model(), one)
     with pytest.raises(ConfigError, match="must be a list"):
         Cache(Model(), imports="langchain")  # type: ignore[arg-type]
+
+
+def test_an_unknown_task_is_reported_at_the_importer_that_has_it() -> None:
+    imports = [{"type": "langchain", "path": "cache", "task": "qurey"}]
+    with pytest.raises(ConfigError, match=r'\[\[imports\]\] "langchain": .*the task "qurey"; did you mean "query"'):
+        embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}], "imports": imports})

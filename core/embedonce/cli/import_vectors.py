@@ -50,7 +50,7 @@ embedonce import redis://localhost:6379/0 --from redisvl --option model=text-emb
 First, choose the model that made the vectors as the provider in the configuration.
 
 Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. For such a
-source, give the files that have the texts to --texts. These files are read as `embedonce embed` reads files. The passages must
+source, --texts names the files that have the texts. They are read as `embedonce embed` reads files. The passages must
 be exactly the texts that the other program embedded, so choose --split and --field accordingly.
 
 Before anything is stored, 20 texts are chosen at random from the whole source and embedded anew. If a vector of the
