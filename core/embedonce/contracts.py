@@ -533,7 +533,7 @@ class ScanImporter(Importer, Protocol):
     """An importer that reads all texts and vectors of a store that keeps both."""
 
     def scan(self) -> Iterable[FoundVectors]:
-        """Yield all texts with their vectors, in parts of at most a few thousand, in the same order each time.
+        """Yield all texts with their vectors, in parts of at most 5,000, in the same order each time.
 
         A text may occur several times. Memory must not grow with the size of the store.
         """
