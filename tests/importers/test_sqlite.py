@@ -390,12 +390,16 @@ def test_a_signal_ends_a_long_query_with_its_own_exception(database: Path) -> No
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
     run(database, f"CREATE VIEW v AS {endless} SELECT i || '' AS text, 1 AS embedding FROM n")
     importer = make(database, table="v", text_column="text")
+
+    def look_up_until_the_alarm() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        importer.lookup(["b"])
+
     previous = signal.signal(signal.SIGALRM, stop)
     try:
         for limit in (nullcontext(), deadline(300.0)):
             with pytest.raises(Stopped), limit:
-                signal.setitimer(signal.ITIMER_REAL, 0.2)
-                importer.lookup(["b"])
+                look_up_until_the_alarm()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -42,7 +42,8 @@ class Summary:
     unreadable: dict[str, int] = field(default_factory=dict)
     """Values that the importer could not read, by reason."""
     invalid: dict[str, int] = field(default_factory=dict)
-    """Texts and vectors that cannot be stored, by reason."""
+    """Texts and vectors that cannot be stored, by reason. A text with several different vectors in the source is one of
+    them."""
     passages: int | None = None
     """With ``--texts``: the passages that were read."""
     missing: int | None = None
@@ -109,7 +110,8 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     if summary.failed:
         yield f"{format_count(summary.failed, 'passage')} failed, reported above"
     if summary.verified:
-        yield f"{format_count(summary.verified, 'text')} verified, the lowest cosine is {summary.cosine}"
+        lowest = "" if summary.cosine is None else f", the lowest cosine is {summary.cosine}"
+        yield f"{format_count(summary.verified, 'text')} verified{lowest}"
     if line := describe_cost(summary.spent):
         yield f"cost of the verification: {line}"
     if summary.dry_run:
