@@ -44,4 +44,4 @@ def _hash(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]
 
 
 def _mask(places: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    return np.left_shift(1, places & np.uint64(7), dtype=np.uint64).astype(np.uint8)
+    return np.left_shift(np.uint8(1), (places & np.uint64(7)).astype(np.uint8))
