@@ -137,6 +137,16 @@ class KeyTemplate:
         return bool(self._steps)
 
     @property
+    def is_hash(self) -> bool:
+        """Whether the key is one hash and nothing else."""
+        return len(self._parts) == 1 and isinstance(self._parts[0], _Hash)
+
+    @property
+    def ends_with_text(self) -> bool:
+        """Whether the last characters of the key are those of the text."""
+        return isinstance(self._parts[-1], _Text)
+
+    @property
     def name(self) -> str:
         """The options that determine the keys, for the name of a source."""
         return self._name

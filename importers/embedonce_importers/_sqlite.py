@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from ._values import MAX_VALUE_BYTES
 
 MAX_PARAMETERS = 500
 """Maximum number of keys in a query. Some builds of SQLite allow only 999 parameters."""
-CHECK_TIMEOUT = 5.0
-"""Seconds that a query without a deadline waits for a lock of the other program."""
+LOCK_TIMEOUT = 5.0
+"""Maximum number of seconds that a query waits for a lock of the other program. Ctrl-C has no effect during this time,
+because SQLite waits in its own code."""
 
 _PRAGMAS = (
     "query_only = ON",
@@ -41,9 +43,40 @@ _LIMITS = (
 )
 
 
-class _Connection(sqlite3.Connection):
+class Connection(sqlite3.Connection):
+    """A connection that only reads. Each of its queries has a deadline, see :func:`set_deadline`."""
+
     is_immutable = False
     """Whether SQLite reads the file without locks, so that it does not notice when another program writes it."""
+    progress: _Progress | None = None
+
+    def get_interruption(self) -> BaseException | None:
+        """Return the exception of a signal that has ended the last query, such as :class:`KeyboardInterrupt`."""
+        return None if self.progress is None else self.progress.interruption
+
+
+class _Progress:
+    """Ends a query at a time, or when a signal arrives.
+
+    SQLite calls :attr:`callback` while it runs a query, and drops an exception of the callback. Python runs the handler
+    of a signal, which raises KeyboardInterrupt, at the first instruction of a function. No ``try`` in the function is
+    entered yet there, so a function could not catch it. A generator goes on at its ``yield``, inside a ``try``.
+    """
+
+    def __init__(self, end: float) -> None:
+        self.interruption: BaseException | None = None
+        watch = self._watch(end)
+        next(watch)
+        self.callback: Callable[[], bool] = watch.__next__
+
+    def _watch(self, end: float) -> Generator[bool, None, None]:
+        while True:
+            try:
+                yield self.interruption is not None or time.monotonic() > end
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001  (the handler of a signal may raise anything)
+                self.interruption = error
 
 
 class ReadOnlyDatabase:
@@ -52,27 +85,27 @@ class ReadOnlyDatabase:
     def __init__(self, path: Path) -> None:
         self.path = path
         # Appending and removing are atomic. A lock could be held by another thread at the time of a fork.
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
         self._pid = os.getpid()
 
     @contextmanager
-    def connect(self) -> Iterator[sqlite3.Connection]:
+    def connect(self) -> Iterator[Connection]:
         """Lend a connection for the duration of a ``with`` block. Text in its rows is bytes.
 
         A query ends with an error when :func:`~embedonce.contracts.time_left` is over.
 
         Raises:
-            SourceError: the file is missing, is not a database, or is damaged.
+            SourceError: the file is missing, is not a database, is damaged, or is locked by another program.
             TierTimeout: a query took too long.
-            sqlite3.OperationalError: another program has locked the database.
         """
         with self._translate():
             connection = self._take() or self._open()
             try:
                 set_deadline(connection)
                 yield connection
-            except BaseException:
+            except BaseException as error:
                 connection.close()
+                _raise_interruption(connection, error)
                 raise
             if connection.is_immutable:  # the next call finds out again whether another program uses the database
                 connection.close()
@@ -84,7 +117,7 @@ class ReadOnlyDatabase:
         while (connection := self._take()) is not None:
             connection.close()
 
-    def _take(self) -> _Connection | None:
+    def _take(self) -> Connection | None:
         if self._pid != os.getpid():
             # SQLite forbids the use of a connection after a fork, even to close it.
             _CONNECTIONS_OF_PARENTS.extend(self._idle)
@@ -94,7 +127,7 @@ class ReadOnlyDatabase:
         except IndexError:
             return None
 
-    def _open(self) -> _Connection:
+    def _open(self) -> Connection:
         check_file(self.path)
         try:
             return self._open_with("mode=ro")
@@ -110,7 +143,7 @@ class ReadOnlyDatabase:
             connection.is_immutable = True
             return connection
 
-    def _open_with(self, mode: str) -> _Connection:
+    def _open_with(self, mode: str) -> Connection:
         # as_uri() escapes "?", "#" and "%", so that a path cannot add parameters.
         connection = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
@@ -118,7 +151,7 @@ class ReadOnlyDatabase:
             timeout=0,
             isolation_level=None,
             check_same_thread=False,
-            factory=_Connection,
+            factory=Connection,
         )
         try:
             connection.text_factory = bytes
@@ -128,8 +161,9 @@ class ReadOnlyDatabase:
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").close()
             connection.execute("SELECT count(*) FROM sqlite_master").fetchall()  # reads the file for the first time
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            _raise_interruption(connection, error)
             raise
         return connection
 
@@ -141,6 +175,10 @@ class ReadOnlyDatabase:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_INTERRUPT:
                 raise TierTimeout(f"{self.path}: a query did not end in time; is there an index for it?") from error
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise SourceError(
+                    f"{self.path} is locked by another program that is writing to it; try again when it has finished"
+                ) from error
             if code == sqlite3.SQLITE_NOTADB:
                 raise SourceError(f"{self.path} is not an SQLite database, or it is encrypted") from error
             if code == sqlite3.SQLITE_CORRUPT:
@@ -155,11 +193,18 @@ class ReadOnlyDatabase:
             raise
 
 
-_CONNECTIONS_OF_PARENTS: list[sqlite3.Connection] = []
+def _raise_interruption(connection: Connection, error: BaseException) -> None:
+    """Raise the exception of the signal that has ended a query with ``error``, if there is one."""
+    interruption = connection.get_interruption()
+    if interruption is not None and isinstance(error, sqlite3.OperationalError):
+        raise interruption from None
+
+
+_CONNECTIONS_OF_PARENTS: list[Connection] = []
 """Connections that a parent process opened. They are kept here, because deleting them would close them."""
 
 
-def check_columns(connection: sqlite3.Connection, path: Path, table: str, columns: Collection[str]) -> str | None:
+def check_columns(connection: Connection, path: Path, table: str, columns: Collection[str]) -> str | None:
     """Check that a table or view exists and has these columns. Return the expression of its row numbers.
 
     The result is None if there are no row numbers: in a view, and in a table that was made WITHOUT ROWID.
@@ -194,7 +239,7 @@ def check_columns(connection: sqlite3.Connection, path: Path, table: str, column
 
 
 def fetch_by_keys(
-    connection: sqlite3.Connection, select: str, keys: Collection[str], *, before: Sequence[str | float] = ()
+    connection: Connection, select: str, keys: Collection[str], *, before: Sequence[str | float] = ()
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Run a query for many keys. Return its rows, and the number of keys whose row is too large.
 
@@ -235,17 +280,15 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def set_deadline(connection: sqlite3.Connection) -> None:
+def set_deadline(connection: Connection) -> None:
     """Let the next query end when the current call has no time left.
 
     Raises:
         TierTimeout: it has none.
     """
     seconds = time_left()
-    wait = CHECK_TIMEOUT if seconds is None else seconds
+    wait = LOCK_TIMEOUT if seconds is None else min(LOCK_TIMEOUT, seconds)
     connection.execute(f"PRAGMA busy_timeout = {max(1, int(wait * 1000))}").close()
-    if seconds is None:
-        connection.set_progress_handler(None, 0)
-        return
-    end = time.monotonic() + seconds
-    connection.set_progress_handler(lambda: time.monotonic() > end, _PROGRESS_STEPS)
+    progress = _Progress(math.inf if seconds is None else time.monotonic() + seconds)
+    connection.set_progress_handler(progress.callback, _PROGRESS_STEPS)
+    connection.progress = progress

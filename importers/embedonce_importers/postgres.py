@@ -22,12 +22,14 @@ from embedonce.options import Doc
 from ._found import NO_TEXT, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
-from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, inspect_table, select_vector
+from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, format_type, inspect_table, select_vector
 from ._values import ValueForm, ValueOption, decode
 
 api = 1
 
 Decode: TypeAlias = Callable[[Any], NDArray[np.floating[Any]]]
+
+DEFAULT_KEY = 'sha256("{text}")'
 
 TEXTS = ("text", "varchar")
 """Types of a column with texts. Not ``char(n)``, because it does not tell spaces at the end of a text from its own."""
@@ -77,7 +79,7 @@ class PostgresImporter:
             str | None,
             Doc("Column with the name of the model, if the table has vectors of several. Rows of model are read."),
         ] = None,
-        key: KeyOption = 'sha256("{text}")',
+        key: KeyOption = DEFAULT_KEY,
         model: ModelOption = None,
         steps: StepsOption = (),
         value: ValueOption | None = None,
@@ -221,6 +223,7 @@ class PostgresImporter:
             if self._key_column is not None:
                 expected = "expected text, varchar, char or bytea"
                 key_kind = table.check_column(self._key_column, "key_column", KEYS, expected)
+                self._check_key(table, key_kind)
             if self._text_column is not None:
                 expected = "expected text or varchar, which keep every text as it is"
                 table.check_column(self._text_column, "text_column", TEXTS, expected)
@@ -231,6 +234,24 @@ class PostgresImporter:
             vector = select_vector(sql.Identifier(self._vector_column), kind)
             self._known = _Plan(table, vector, decoder, key_kind)
         return self._known
+
+    def _check_key(self, table: Table, kind: str) -> None:
+        """Check that a column of the type ``kind`` has different keys for different texts.
+
+        Raises:
+            SourceError: it has not.
+        """
+        assert self._template is not None
+        column = f"the column {self._key_column!r} (key_column) of {table.name} has the type {format_type(kind)}"
+        if kind == "bytea" and not self._template.is_hash:
+            raise SourceError(
+                f"{column}, so it can only have the bytes of a hash; set key to a hash such as {DEFAULT_KEY}"
+            )
+        if kind == "bpchar" and self._template.ends_with_text:
+            raise SourceError(
+                f"{column}, which drops spaces at the end of a key, so texts that end differently would have the same "
+                "key; create a view with another type, or set text_column"
+            )
 
     def _choose_decoder(self, table: Table, kind: str) -> Decode:
         if kind in BINARY or kind in JSON:

@@ -20,7 +20,7 @@ from embedonce.options import Doc
 
 from ._found import make_found, merge_repeated
 from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption, has_utf8
-from ._sqlite import ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
+from ._sqlite import Connection, ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
 from ._values import DecodedVector, ValueForm, ValueOption, decode
 
 api = 1
@@ -192,7 +192,7 @@ class SqliteImporter:
             return int(connection.execute(f"SELECT count(*) {self._where}", self._parameters).fetchone()[0])
 
     @contextmanager
-    def _connect(self) -> Iterator[tuple[sqlite3.Connection, str | None]]:
+    def _connect(self) -> Iterator[tuple[Connection, str | None]]:
         """Lend a connection and the expression of the row numbers. The first call checks the columns."""
         with self._database.connect() as connection:
             if not self._is_checked:

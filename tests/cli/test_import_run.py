@@ -20,7 +20,8 @@ from embedonce.cli.importing import reading
 from embedonce.cli.importing.opening import OpenedSource, describe_source_error
 from embedonce.cli.importing.progress import ImportProgress
 from embedonce.cli.importing.reading import MAX_REASONS, OTHER_REASONS, Counts, Lookup, Scan, check_found
-from embedonce.cli.importing.run import Run
+from embedonce.cli.importing.repeats import TextFilter
+from embedonce.cli.importing.run import SEVERAL_VECTORS, Run
 from embedonce.cli.importing.sampling import MAX_SIZES, Sample, SamplesBySize
 from embedonce.cli.importing.summary import Summary
 from embedonce.cli.output import Failed
@@ -144,30 +145,58 @@ ROWS = st.lists(st.tuples(st.sampled_from("abcdA"), st.sampled_from([*GOOD, *BAD
 @given(ROWS, st.integers(0, 10), st.integers(1, 6))
 def test_an_import_that_was_interrupted_goes_on(rows: list[Any], interrupted_at: int, window: int) -> None:
     backend = DictBackend(scope="host")
-    # The first valid vector of a text is imported.
-    wanted: dict[str, list[float]] = {}
+    vectors: dict[str, list[list[float]]] = {}
     for text, row in rows:
         if text.islower() and row in GOOD:
-            wanted.setdefault(text, row)
+            vectors.setdefault(text, []).append(row)
+    # The first valid vector of a text may be stored, and it is imported if the others have the same direction.
+    possible = {text: same[0] for text, same in vectors.items()}
+    wanted = {text: same[0] for text, same in vectors.items() if GOOD[2] not in same or same == [GOOD[2]] * len(same)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "WINDOW", window)
         first, provider = import_rows(Rows(rows, interrupted_at), backend)
         stored = read_all(backend, "abcd")
-        assert stored.items() <= wanted.items()
+        assert stored.items() <= possible.items()
         assert len(stored) == first.imported
         dry, _ = import_rows(Rows(rows), backend, dry_run=True)
         assert read_all(backend, "abcd") == stored
         second, other = import_rows(Rows(rows), backend)
-    assert read_all(backend, "abcd") == wanted
-    assert second.imported == len(wanted) - len(stored)
+    # A text that the interrupted import has stored keeps its vector.
+    assert read_all(backend, "abcd") == wanted | stored
+    assert second.imported == len(wanted | stored) - len(stored)
     assert provider.texts == other.texts == 0
     for summary in (first, second):
         counted = summary.imported + summary.already_there + summary.different + summary.changed
         assert summary.found == counted + sum(summary.invalid.values()) or summary.stopped == "KeyboardInterrupt"
     assert second.changed == sum(text == "A" and row in [*GOOD, [1.0]] for text, row in rows)
     # A window of a dry run does not see what an earlier window would have stored.
-    assert (dry.found, dry.invalid, dry.changed) == (second.found, second.invalid, second.changed)
-    assert second.stopped == (None if wanted else "Failed")
+    assert (dry.found, dry.changed) == (second.found, second.changed)
+    for summary in (dry, second):
+        summary.invalid.pop(SEVERAL_VECTORS, None)
+    assert dry.invalid == second.invalid
+    assert second.stopped == (None if second.imported + second.already_there + second.different else "Failed")
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_a_text_of_which_the_source_has_two_different_vectors_is_not_imported(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WINDOW", window)
+    backend = DictBackend(scope="host")
+    rows = [("a", GOOD[0]), ("b", GOOD[0]), ("a", GOOD[2]), ("c", GOOD[2]), ("a", GOOD[0]), ("b", GOOD[1])]
+    summary, _ = import_rows(Rows(rows), backend)
+    assert read_all(backend, "abc") == {"b": GOOD[0], "c": GOOD[2]}
+    assert (summary.imported, summary.already_there, summary.different) == (2, 1, 0)
+    assert (summary.found, summary.invalid) == (6, {SEVERAL_VECTORS: 3})
+
+
+@given(st.sets(st.text(max_size=3)), st.sets(st.text(max_size=3)))
+def test_a_filter_has_the_texts_that_were_added(added: set[str], others: set[str]) -> None:
+    texts = TextFilter()
+    assert not texts.contains(list(others)).any()
+    texts.add(list(added))
+    assert texts.contains(list(added)).all()
+    assert texts.contains(list(others)).tolist() == [text in added for text in others]
 
 
 @given(ROWS, st.lists(st.sampled_from("abcdABx"), max_size=20))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sqlite3
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -357,10 +358,51 @@ def test_a_locked_database_is_an_error_within_the_time_that_is_left(database: Pa
     importer = make(**write(database, TEXTS, VECTORS))
     with closing(sqlite3.connect(database, isolation_level=None)) as writer:
         writer.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(sqlite3.OperationalError, match="locked"), deadline(0.05):
+        with pytest.raises(SourceError, match="locked by another program"), deadline(0.05):
             importer.lookup(TEXTS)
         writer.execute("ROLLBACK")
     assert read(importer) == EXPECTED
+    importer.close()
+
+
+def test_a_lock_is_not_waited_for_longer_than_a_user_who_presses_ctrl_c(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sqlite, "LOCK_TIMEOUT", 0.05)
+    importer = make(**write(database, TEXTS, VECTORS))
+    with closing(sqlite3.connect(database, isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SourceError, match="try again"), deadline(300.0):
+            importer.lookup(TEXTS)
+        writer.execute("ROLLBACK")
+    importer.close()
+
+
+class Stopped(KeyboardInterrupt):
+    """What the handler of a signal raises."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that send signals")
+def test_a_signal_ends_a_long_query_with_its_own_exception(database: Path) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+    run(database, f"CREATE VIEW v AS {endless} SELECT i || '' AS text, 1 AS embedding FROM n")
+    importer = make(database, table="v", text_column="text")
+
+    def look_up_until_the_alarm() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        importer.lookup(["b"])
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        for limit in (nullcontext(), deadline(300.0)):
+            with pytest.raises(Stopped), limit:
+                look_up_until_the_alarm()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
     importer.close()
 
 

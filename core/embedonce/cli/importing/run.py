@@ -20,9 +20,10 @@ from embedonce.cli.embedding.run import FLUSH
 from embedonce.cli.embedding.summary import collect_causes, collect_tier_failures, subtract_money
 from embedonce.cli.money import sum_cost
 from embedonce.cli.output import Failed
-from embedonce.errors import ProviderError, ReplayMiss
+from embedonce.errors import EraseIncomplete, ProviderError, ReplayMiss
 from embedonce.vectors import Dtype, Matrix
 
+from .repeats import TextFilter
 from .verification import compute_cosines, verify_samples
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 OUTAGE = 2
 """The import stops after this many windows in a row of which no tier that outlives the process has stored anything."""
+
+SEVERAL_VECTORS = "several different vectors of one text"
+"""Why a text is left out: only one of its vectors can be right. The importers use the same words for a lookup."""
 
 
 class Run:
@@ -65,6 +69,11 @@ class Run:
         self._started = time.monotonic()
         self._last_stored = 0
         self._outage = 0
+        self._stored = TextFilter()
+        """The texts that this run has stored."""
+        self._contradictory = TextFilter()
+        """The texts that the source has with several different vectors, as far as this run has found out."""
+        self._removed = 0
         self.summary = summary
         self.reader: SourceReader = make_reader()
         """The current pass over the source."""
@@ -124,7 +133,7 @@ class Run:
             self._take_counts()
             imported = self.summary.imported - before.imported
             there = self.summary.already_there - before.already_there
-            display.add_results(hits=there, others=imported, failed=max(window.texts - there - imported, 0))
+            display.add_results(hits=there, others=max(imported, 0), failed=max(window.texts - there - imported, 0))
             self._check_tiers(imported)
         self._take_counts()
         if not self.summary.imported + self.summary.already_there + self.summary.different:
@@ -148,12 +157,7 @@ class Run:
         return True
 
     def _store_texts(self, texts: list[str], matrix: Matrix) -> None:
-        first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
-        if len(first) < len(texts):
-            repeated = [index for index, text in enumerate(texts) if first[text] != index]
-            self._count_known(matrix[[first[texts[index]] for index in repeated]], matrix[repeated])
-            kept = sorted(first.values())
-            texts, matrix = [texts[index] for index in kept], matrix[kept]
+        texts, matrix = self._take_distinct(texts, matrix)
         if not texts:
             return
         found = self._look_up(texts)
@@ -162,8 +166,8 @@ class Run:
                 self.reader.counts.add_invalid(f"the text has no key ({type(error).__name__})")
         known = [index for index, row in enumerate(found.rows) if row is not None]
         if known:
-            rows = [row for row in found.rows if row is not None]
-            self._count_known(np.stack(rows), matrix[known])
+            stored = np.stack([row for row in found.rows if row is not None])
+            self._count_known([texts[index] for index in known], stored, matrix[known])
         new = [
             index
             for index, row in enumerate(found.rows)
@@ -171,12 +175,10 @@ class Run:
         ]
         if new and not self.summary.dry_run:
             everything = len(new) == len(texts)
-            self._cache.put(
-                texts if everything else [texts[index] for index in new],
-                matrix if everything else matrix[new],
-                self.summary.task,
-            )
+            new_texts = texts if everything else [texts[index] for index in new]
+            self._cache.put(new_texts, matrix if everything else matrix[new], self.summary.task)
             self._cache.flush(timeout=FLUSH)
+            self._stored.add(new_texts)
         self.summary.imported += len(new)
 
     def _look_up(self, texts: list[str]) -> Fetched:
@@ -186,11 +188,55 @@ class Run:
             return self._cache.lookup(texts, task=task)
         return self._cache.fetch(texts, task, store=False, admit=_refuse_to_compute)
 
-    def _count_known(self, stored: Matrix, found: Matrix) -> None:
-        """Count texts that have a vector already: the same one, or another one."""
-        equal = int((compute_cosines(stored, found) >= LEAST_COSINE).sum())
-        self.summary.already_there += equal
-        self.summary.different += len(found) - equal
+    def _take_distinct(self, texts: list[str], matrix: Matrix) -> tuple[list[str], Matrix]:
+        """Return each text once. Leave out the texts that the source has with several different vectors."""
+        first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
+        repeated = [index for index, text in enumerate(texts) if first[text] != index]
+        if repeated:
+            cosines = compute_cosines(matrix[[first[texts[index]] for index in repeated]], matrix[repeated])
+            differing = {texts[index] for index, cosine in zip(repeated, cosines, strict=True) if cosine < LEAST_COSINE}
+            self._refuse(list(differing))
+        is_refused = self._contradictory.contains(texts)
+        if count := int(is_refused.sum()):
+            self.reader.counts.add_invalid(SEVERAL_VECTORS, count)
+        self.summary.already_there += sum(not is_refused[index] for index in repeated)
+        kept = [index for index in sorted(first.values()) if not is_refused[index]]
+        return (texts, matrix) if len(kept) == len(texts) else ([texts[index] for index in kept], matrix[kept])
+
+    def _refuse(self, texts: list[str]) -> None:
+        """Import none of these texts. Those that this run has stored are removed from the tiers.
+
+        Raises:
+            Failed: a tier could not remove them.
+        """
+        if not texts:
+            return
+        self._contradictory.add(texts)
+        stored = [text for text, is_stored in zip(texts, self._stored.contains(texts), strict=True) if is_stored]
+        if not stored:
+            return
+        try:
+            self._cache.forget(stored, self.summary.task)
+        except EraseIncomplete as error:
+            raise Failed(
+                f"the source has {SEVERAL_VECTORS}, and the one that was imported could not be removed: {error}"
+            ) from error
+        self._removed += len(stored)
+        self.summary.imported -= len(stored)
+        self.reader.counts.add_invalid(SEVERAL_VECTORS, len(stored))
+
+    def _count_known(self, texts: list[str], stored: Matrix, found: Matrix) -> None:
+        """Count distinct texts that have a vector already: the same one, or another one.
+
+        If this run has stored the other one, then the source has two different vectors of the text.
+        """
+        is_equal = compute_cosines(stored, found) >= LEAST_COSINE
+        is_contradictory = ~is_equal & self._stored.contains(texts)
+        if count := int(is_contradictory.sum()):
+            self._refuse([texts[index] for index in np.flatnonzero(is_contradictory)])
+            self.reader.counts.add_invalid(SEVERAL_VECTORS, count)
+        self.summary.already_there += int(is_equal.sum())
+        self.summary.different += int((~is_equal & ~is_contradictory).sum())
 
     def _check_tiers(self, imported: int) -> None:
         """Stop if the tiers have stored nothing for some time, because reading the rest would be in vain.
@@ -198,7 +244,7 @@ class Run:
         Raises:
             Failed: no tier that outlives the process has stored anything of the last windows.
         """
-        if not imported or self.summary.dry_run:
+        if imported <= 0 or self.summary.dry_run:
             return
         tiers = self._cache.stats().tiers
         stored = sum(tiers[name].stored for name in self._persistent_tiers)
@@ -236,7 +282,7 @@ class Run:
         summary.trouble, summary.tier_causes = collect_tier_failures(stats), collect_causes(stats)
         for name in self._persistent_tiers if summary.imported and not summary.dry_run else ():
             tier = stats.tiers[name]
-            lost = summary.imported - (tier.stored - before.tiers[name].stored)
+            lost = summary.imported + self._removed - (tier.stored - before.tiers[name].stored)
             if lost > 0 and (tier.errors or tier.dropped or tier.skipped):
                 summary.unstored[name] = lost
         summary.seconds = round(time.monotonic() - self._started, 3)

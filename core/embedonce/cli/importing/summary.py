@@ -43,7 +43,8 @@ class Summary:
     unreadable: dict[str, int] = field(default_factory=dict)
     """Values that the importer could not read, by reason."""
     invalid: dict[str, int] = field(default_factory=dict)
-    """Texts and vectors that cannot be stored, by reason."""
+    """Texts and vectors that cannot be stored, by reason. A text with several different vectors in the source is one of
+    them."""
     passages: int | None = None
     """With ``--texts``: the passages that were read."""
     missing: int | None = None
