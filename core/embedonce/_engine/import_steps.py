@@ -138,10 +138,13 @@ class ImportSteps:
         claims = Claims()
         created = self._clock()
         try:
-            self._in_flight.claim(call.ticket, list(rounded), call.port.loop, claims)
+            # The call claims its other keys later. Until then, the flights of other calls must stay readable.
+            self._in_flight.claim(call.ticket, list(rounded), call.port.loop, claims, has_more=True)
             # In replay mode nothing is computed, so another call that has a key imports it too.
             taken: Collection[str] = [*claims.led, *claims.followed] if self._replays else claims.led
-            entries = {key: Entry(rounded[key], created, dtype=self._dtype) for key in taken}
+            entries = {
+                key: Entry(rounded[key], created, metadata=answer.metadata.get(key), dtype=self._dtype) for key in taken
+            }
             answer.entries.add(entries)
             answer.imported.append((importer.name, list(entries)))
             importer.count_imported(len(entries))

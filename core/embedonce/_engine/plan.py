@@ -101,7 +101,9 @@ class Engine(ProviderRequests):
                             answer.failed.update(dict.fromkeys(answer.find_missing(), refusal))
                             break
                         leases = self._choose_leases(answer)
-                        abandoned = await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_last_try)
+                        abandoned = await self.compute_or_follow(
+                            call, missing, leases=leases, is_last_try=is_last_try, has_more=bool(pending)
+                        )
                         if self.imports is not None and pending:
                             await self.imports.finish(call, pending)
                     elif missing:
@@ -147,15 +149,16 @@ class Engine(ProviderRequests):
             keys = await self.compute_or_follow(call, keys, leases=None, is_last_try=True)
 
     async def compute_or_follow(
-        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
+        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool, has_more: bool = False
     ) -> list[str]:
         """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute.
 
         Return the keys to claim again, because the calls that were computing their vectors have ended without them.
+        ``has_more``: the call will claim other keys later.
         """
         claims, loop = Claims(), call.port.loop
         try:
-            self.in_flight.claim(call.ticket, keys, loop, claims)
+            self.in_flight.claim(call.ticket, keys, loop, claims, has_more=has_more)
             await self.take_flights(call, claims.landed)
             await self._compute_flights(call, claims.led, leases=leases)
             ahead.raise_if_run_has_ended()
