@@ -74,6 +74,8 @@ class Flight:
     """Number of queued background writes of the entry."""
     stored = False
     """Whether the leading call gave the entry to the tiers."""
+    importer: str | None = None
+    """The name of the importer that had the entry; None if the entry was computed or put."""
     is_computing = False
     """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
     _future: Future[None] | None = None

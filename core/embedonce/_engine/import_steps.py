@@ -81,7 +81,7 @@ class ImportSteps:
             if space is None or not await self._is_usable(call, importer, space, can_verify=can_verify):
                 continue
             is_verified = space.verification != "unverified"
-            dimensions = answer.dimensions if is_verified else None
+            dimensions = (answer.dimensions or space.dimensions) if is_verified else None
             normalized = answer.normalize_texts(missing)
             texts = {key: normalized[key] for key in missing}
             found = await importer.find(call.port, texts, answer.route, dimensions)
@@ -102,12 +102,18 @@ class ImportSteps:
         """Compare the computed vectors with the found ones. If they are equal, import the other vectors."""
         entries = call.answer.entries
         for one in pending:
-            pairs = {key: (one.found[key], entries[key].vector) for key in one.sample if key in entries}
+            # Vectors that a tier or an importer has by now prove nothing.
+            elsewhere = {key for _, keys in (*call.answer.found, *call.answer.imported) for key in keys}
+            pairs = {
+                key: (one.found[key], entries[key].vector)
+                for key in one.sample
+                if key in entries and key not in elsewhere
+            }
             if not pairs:
                 continue
             importer, space = one.importer, one.space
             if importer.compare(space, pairs):
-                await self._keep_record(call, importer, is_equal=space.verification == "verified")
+                await self._keep_record(call, importer, space)
             if space.verification == "verified":
                 await self._take(call, importer, {key: one.found[key] for key in one.rest})
 
@@ -150,6 +156,8 @@ class ImportSteps:
             importer.count_imported(len(entries))
             if answer.store:
                 await self._store(call, entries)
+            for flight in claims.led.values():
+                flight.importer = importer.name
             self._in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=answer.store)
         except BaseException:
             self._in_flight.abandon({key: flight for key, flight in claims.led.items() if flight.entry is None})
@@ -191,16 +199,22 @@ class ImportSteps:
             return  # the importer is verified again
         space.has_read_record = True
         record = None if entry is None else entry.metadata
-        if isinstance(record, dict) and record.get("compared", 0) >= importer.verify:
-            importer.take_result(space, is_equal=record.get("equal") is True)
+        if not isinstance(record, dict):
+            return
+        is_equal, compared, dimensions = (record.get(name) for name in ("equal", "compared", "dimensions"))
+        if not isinstance(is_equal, bool) or not isinstance(compared, int) or not isinstance(dimensions, int):
+            return  # another version has written it
+        if compared >= importer.verify:
+            importer.take_result(space, is_equal=is_equal, dimensions=dimensions)
 
-    async def _keep_record(self, call: Call, importer: LiveImporter, *, is_equal: bool) -> None:
+    async def _keep_record(self, call: Call, importer: LiveImporter, space: SpaceOfImporter) -> None:
         tier, route = self._tier, call.answer.route
         if tier is None:
             return
+        is_equal = space.verification == "verified"
         seconds = VERIFIED_SECONDS if is_equal else REFUSED_SECONDS
         now = self._clock()
-        metadata = {"equal": is_equal, "compared": importer.verify}
+        metadata = {"equal": is_equal, "compared": importer.verify, "dimensions": space.dimensions or 0}
         items = tier.codec.encode({_make_key(importer, route): Entry(freeze(()), now, now + seconds, metadata)})
         try:
             await tier.calls.call(call.port, partial(tier.backend.set_many, items, seconds))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
+from operator import index
 from typing import Any, Literal
 
 from embedonce.answers import ImporterCheck
@@ -25,6 +26,7 @@ from .ports import Port
 from .repeated_warnings import RepeatedWarnings
 from .routes import Route, describe_space
 from .scan_index import IndexNotReady, ScanIndex
+from .source_calls import call_source, is_running, name_cause
 from .verifying import find_difference
 from .workers import Workers
 
@@ -54,6 +56,8 @@ class SpaceOfImporter:
         """Whether the tiers were asked for the result of an earlier verification."""
         self.compared: dict[str, tuple[Vector, Vector]] = {}
         """The found and the computed vector of each text that was compared so far, by key."""
+        self.dimensions: int | None = None
+        """Dimensions of the vectors that were compared; None if the importer is not verified."""
 
 
 class LiveImporter:
@@ -106,6 +110,8 @@ class LiveImporter:
         if route.generation or route.source.fallback or route.policy.namespace != self._namespace:
             return None
         if self._origin is not None and route.origin != self._origin:
+            return None
+        if is_running(self.importer):  # the importer itself uses the cache
             return None
         with self._lock:
             space = self._spaces.get(route.origin)
@@ -174,9 +180,10 @@ class LiveImporter:
             self._count(route, skipped=len(texts))
             return {}
         start = time.perf_counter()
-        look_up = self.importer.lookup if self._index is None else self._index.lookup
         try:
-            answer = await port.call(partial(look_up, texts), self._timeout, self._workers, inline=False, quick=False)
+            answer = await port.call(
+                partial(self._look_up, texts), self._timeout, self._workers, inline=False, quick=False
+            )
             found, invalid = self._read_answer(answer, texts, dimensions)
         except IndexNotReady:
             self._count(route, skipped=len(texts), seconds=time.perf_counter() - start)
@@ -190,6 +197,17 @@ class LiveImporter:
         self._count(route, found=len(found), missing=missing, invalid=invalid, seconds=time.perf_counter() - start)
         return found
 
+    def _look_up(self, texts: Sequence[str]) -> Any:
+        """Ask the importer for some texts.
+
+        Raises:
+            IndexNotReady: the source is still being read.
+            Exception: the importer has failed.
+        """
+        if self._index is not None:
+            return self._index.lookup(texts)
+        return call_source(self.importer, partial(self.importer.lookup, texts))
+
     def _read_answer(self, answer: Any, texts: Sequence[str], dimensions: int | None) -> tuple[dict[str, Vector], int]:
         """Return the valid vectors by text, and the number of values that are unreadable or invalid.
 
@@ -198,7 +216,7 @@ class LiveImporter:
         """
         if not isinstance(answer, FoundVectors):
             raise ProviderError(f"importer {self.name!r} returned {type(answer).__name__}; expected FoundVectors")
-        unreadable = sum(answer.unreadable.values())
+        unreadable = max(0, sum(map(index, answer.unreadable.values())))
         number = len(answer.texts)
         if not number:
             return {}, min(unreadable, len(texts))
@@ -213,14 +231,18 @@ class LiveImporter:
         asked = set(texts)
         good = [text for i, text in enumerate(answer.texts) if i not in bad]
         found = {text: row for text, row in zip(good, rows, strict=True) if text in asked}
-        return found, min(len(bad) + unreadable, len(texts) - len(found))
+        repeated = len(good) - len(set(good))
+        if repeated:  # nothing tells which of a text's vectors is right
+            once = Counter(good)
+            found = {text: row for text, row in found.items() if once[text] == 1}
+        return found, min(len(bad) + repeated + unreadable, len(texts) - len(found))
 
     def _probe(self, texts: Sequence[str]) -> None:
         """Ask for some texts in the background, and report the result to the breaker."""
 
         def probe() -> None:
             try:
-                (self.importer.lookup if self._index is None else self._index.lookup)(texts)
+                self._look_up(texts)
             except IndexNotReady:
                 pass
             except Exception as error:  # noqa: BLE001  (the breaker gets every failure)
@@ -238,7 +260,13 @@ class LiveImporter:
         start = time.perf_counter()
         detail = ""
         try:
-            await port.call(self.importer.check, CHECK_SECONDS, self._workers, inline=False, quick=False)
+            await port.call(
+                partial(call_source, self.importer, self.importer.check),
+                CHECK_SECONDS,
+                self._workers,
+                inline=False,
+                quick=False,
+            )
         except TimeoutError:
             detail = f"no answer within {CHECK_SECONDS:.0f} s"
         except Exception as error:  # noqa: BLE001  (an importer may raise anything)
@@ -254,7 +282,7 @@ class LiveImporter:
         """Report a failed call to the breaker, and return the cause of the failure."""
         if isinstance(error, LoopBusy) and not self._breaker.record_busy_loop(error.started):
             return "busy_loop"
-        cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        cause = name_cause(error)
         if not isinstance(error, TierBusy):
             self._breaker.record_failure(cause)
         return cause
@@ -314,14 +342,19 @@ class LiveImporter:
     # --- verification -------------------------------------------------------------------------
 
     def hash_source(self) -> str:
-        """Return the name under which the result of the verification is kept, as 32 hex digits."""
-        return blake2b(f"{self.task}\n{self.source.name}".encode(errors="replace"), digest_size=16).hexdigest()
+        """Return the name under which the result of the verification is kept, as 32 hex digits.
 
-    def take_result(self, space: SpaceOfImporter, *, is_equal: bool) -> None:
+        It depends on the dtype of the cache, because lost precision matters only if the cache keeps it.
+        """
+        name = f"{self.task}\n{self._dtype}\n{self.source.name}"
+        return blake2b(name.encode(errors="replace"), digest_size=16).hexdigest()
+
+    def take_result(self, space: SpaceOfImporter, *, is_equal: bool, dimensions: int) -> None:
         """Take over the result of an earlier verification."""
         with self._lock:
             if space.verification == "unverified":
                 space.verification = "verified" if is_equal else "refused"
+                space.dimensions = dimensions
         if not is_equal:
             log.warning(
                 "importer %r: nothing is imported from %s, because a verification has found less than a day ago that "
@@ -342,6 +375,7 @@ class LiveImporter:
                 return False
             space.compared |= pairs
             found, computed = zip(*space.compared.values(), strict=True)
+            space.dimensions = computed[0].size
             difference = find_difference(found, computed, self._dtype)
             if difference is not None:
                 space.verification = "refused"

@@ -299,6 +299,8 @@ class Engine(ProviderRequests):
             if entry is not None and (expected is None or entry.vector.size == expected):
                 answer.entries[key] = entry
                 shared.append(key)
+                if flight.importer is not None:
+                    answer.imported.append((flight.importer, (key,)))
                 if answer.store and not flight.stored:
                     unstored[key] = entry
         answer.shared.update(shared)

@@ -21,6 +21,7 @@ from embedonce.errors import ProviderError, SourceError, TierTimeout
 from embedonce.vectors import Matrix
 
 from .checks import check_rows
+from .source_calls import run_source
 from .verifying import LEAST_COSINE
 
 MAX_BYTES = 8 * 2**30
@@ -92,7 +93,8 @@ class ScanIndex:
         table: _Table | None = None
         problem: Exception | None = None
         try:
-            table = _read_table(self._importer, lambda: self._is_closed)
+            with run_source(self._importer):
+                table = _read_table(self._importer, lambda: self._is_closed)
         except TimeoutError as error:
             problem = TierTimeout(str(error))
         except Exception as error:  # noqa: BLE001  (an importer may raise anything)
