@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from import_doubles import TEXTS, Model, Scanned, Store, open_cache, store_of, vector_of
 
-from embedonce import Cache, ConfigError, Import
+from embedonce import Cache, ConfigError, Import, Tier
 from embedonce.contracts import FoundVectors
 from embedonce.events import Event, Stored
 from embedonce.vectors import Dtype
@@ -256,3 +256,22 @@ def test_a_provider_whose_vectors_are_coarse_up_to_the_last_digit_is_verified() 
     store = Store({text: np.sign(vector_of(text)) for text in TEXTS})
     with open_cache(Coarse(), store) as cache:
         assert len(cache.fetch(TEXTS).imported) == 30
+
+
+def test_no_importer_is_asked_for_a_text_that_waits_for_a_background_write() -> None:
+    may_write = threading.Event()
+
+    class Slow(MemoryBackend):
+        def set_many(self, *arguments: Any) -> None:
+            may_write.wait()
+            super().set_many(*arguments)
+
+    store = store_of(TEXTS[:5])
+    with open_cache(Model(), Import(store, verify=0), tiers=[Tier(Slow(), write="background")]) as cache:
+        try:
+            cache.fetch(TEXTS[:10])
+            store.asked.clear()
+            assert set(cache.fetch(TEXTS[:10]).sources) == {"provider", "store"}
+            assert store.asked == []
+        finally:
+            may_write.set()

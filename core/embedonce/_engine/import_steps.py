@@ -102,12 +102,12 @@ class ImportSteps:
         """Compare the computed vectors with the found ones. If they are equal, import the other vectors."""
         entries = call.answer.entries
         for one in pending:
-            # Vectors that a tier or an importer has by now prove nothing.
-            elsewhere = {key for _, keys in (*call.answer.found, *call.answer.imported) for key in keys}
+            # A vector that another call has imported proves nothing. One that another process has computed does.
+            imported = {key for _, keys in call.answer.imported for key in keys}
             pairs = {
                 key: (one.found[key], entries[key].vector)
                 for key in one.sample
-                if key in entries and key not in elsewhere
+                if key in entries and key not in imported
             }
             if not pairs:
                 continue

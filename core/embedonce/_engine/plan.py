@@ -69,7 +69,7 @@ class Engine(ProviderRequests):
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True, begun: BegunCall | None = None) -> None:
-        """Fill the answer from the tiers, the importers, landed flights, the provider and other calls' flights, in
+        """Fill the answer from the tiers, landed flights, the importers, the provider and other calls' flights, in
         this order.
 
         If the provider fails in another call that computes a text, this call tries once more. If the other call is
@@ -93,6 +93,10 @@ class Engine(ProviderRequests):
                     begun, is_repeat = None, True
                     answer.hits += looked_up - len(missing)
                     pending: Sequence[Pending] = ()
+                    if missing and compute and self.imports is not None:
+                        # Entries that wait for a background write are in no tier yet.
+                        await self.take_flights(call, self.in_flight.find_landed(missing))
+                        missing = answer.entries.lacking(missing)
                     if missing and compute and self.imports is not None:
                         missing, pending = await self.imports.find(call, missing, can_verify=not is_last_try)
                     if missing and compute and not self.replays:
