@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,25 @@ def test_no_importer_is_asked_for_a_text_that_waits_for_a_background_write() -> 
             assert store.asked == []
         finally:
             may_write.set()
+
+
+def test_a_part_of_a_scan_whose_vectors_have_other_dimensions_does_not_hide_the_rest() -> None:
+    stray = FoundVectors(["stray"], [vector_of("stray", size=8)])
+    source = Scanned([stray, FoundVectors(TEXTS, [vector_of(text) for text in TEXTS]), stray])
+    with open_cache(Model(), Import(source, verify=0, timeout=600.0)) as cache:
+        assert cache.fetch([*TEXTS, "stray"]).sources == ["scanned"] * 50 + ["provider"]
+
+
+def test_the_error_of_a_scan_does_not_keep_the_texts_of_calls() -> None:
+    error = OSError("broken")
+
+    class Broken(Scanned):
+        def scan(self) -> Iterable[FoundVectors]:
+            raise error
+
+    with open_cache(Model(), Import(Broken([]), verify=0, timeout=600.0)) as cache:
+        lengths = []
+        for text in TEXTS[:2]:
+            cache.embed(text)
+            lengths.append(len(traceback.extract_tb(error.__traceback__)))
+    assert lengths[0] == lengths[1]
