@@ -298,3 +298,89 @@ def test_the_error_of_a_scan_does_not_keep_the_texts_of_calls() -> None:
             cache.embed(text)
             lengths.append(len(traceback.extract_tb(error.__traceback__)))
     assert lengths[0] == lengths[1]
+
+
+def test_many_calls_at_the_same_time_compute_no_more_texts_than_the_verification_needs() -> None:
+    model, store = Model(), Store({text: vector_of(text) * np.float32(1.0002) for text in TEXTS})
+
+    async def embed_all() -> list[np.ndarray]:
+        async with open_cache(model, Import(store, verify=5, timeout=600.0)) as cache:
+            rows = await asyncio.gather(*[cache.aembed(text) for text in TEXTS])
+            assert cache.stats().imported == 45
+            return rows
+
+    asyncio.run(embed_all())
+    assert len(model.texts) == 5
+
+
+def test_calls_that_wait_for_a_verification_are_computed_if_it_fails() -> None:
+    class Failing(Model):
+        def embed(self, texts: Sequence[str], task: str) -> list[np.ndarray]:
+            if not self.texts:
+                self.texts += texts
+                raise ConnectionError
+            return super().embed(texts, task)
+
+    async def embed_all() -> None:
+        async with open_cache(Failing(), Import(store_of(TEXTS), verify=1, timeout=600.0)) as cache:
+            rows = await asyncio.gather(*[cache.aembed(text) for text in TEXTS], return_exceptions=True)
+            assert [type(row) for row in rows].count(np.ndarray) == 49
+
+    asyncio.run(embed_all())
+
+
+def test_a_call_that_is_cancelled_does_not_keep_others_waiting_for_its_sample() -> None:
+    async def run() -> None:
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        store = store_of(TEXTS)
+        release = threading.Event()
+
+        class Slow(Model):
+            def embed(self, texts: Sequence[str], task: str) -> list[np.ndarray]:
+                loop.call_soon_threadsafe(asked.set)
+                release.wait()
+                return super().embed(texts, task)
+
+        async with open_cache(Slow(), Import(store, verify=1, timeout=600.0)) as cache:
+            first = asyncio.create_task(cache.aembed(TEXTS[0]))
+            await asked.wait()
+            second = asyncio.create_task(cache.aembed(TEXTS[1]))
+            first.cancel()
+            release.set()
+            assert np.array_equal(await second, vector_of(TEXTS[1]))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_call_inside_the_call_that_verifies_does_not_wait_for_it() -> None:
+    class Curious(Model):
+        def embed(self, texts: Sequence[str], task: str) -> list[np.ndarray]:
+            if TEXTS[0] in texts:
+                cache.embed(TEXTS[1])
+            return super().embed(texts, task)
+
+    with open_cache(Curious(), Import(store_of(TEXTS), verify=1, timeout=600.0)) as cache:
+        assert np.array_equal(cache.embed(TEXTS[0]), vector_of(TEXTS[0]))
+
+
+def test_a_blocking_call_on_the_event_loop_does_not_wait_for_a_call_of_the_same_loop() -> None:
+    async def run() -> None:
+        begun, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        class Slow(Model):
+            def embed(self, texts: Sequence[str], task: str) -> list[np.ndarray]:
+                if TEXTS[0] in texts:
+                    loop.call_soon_threadsafe(begun.set)
+                    go_on.wait()
+                return super().embed(texts, task)
+
+        async with open_cache(Slow(), Import(store_of(TEXTS), verify=1, timeout=600.0)) as cache:
+            first = asyncio.create_task(cache.aembed(TEXTS[0]))
+            await begun.wait()
+            assert np.array_equal(cache.embed(TEXTS[1]), vector_of(TEXTS[1]))
+            go_on.set()
+            await first
+
+    asyncio.run(run())

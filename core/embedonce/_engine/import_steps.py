@@ -34,6 +34,8 @@ class Pending:
 
     importer: LiveImporter
     space: SpaceOfImporter
+    sample_id: object
+    """Stands for the sample in the importer's records."""
     found: Mapping[str, Vector]
     sample: Sequence[str]
     """Keys of the texts that the call computes as well."""
@@ -66,13 +68,13 @@ class ImportSteps:
         self._tier = next((tier for tier in reversed(tiers) if _can_keep_records(tier)), None)
         """The tier that keeps the results of verifications."""
 
-    async def find(self, call: Call, missing: list[str], *, can_verify: bool) -> tuple[list[str], list[Pending]]:
-        """Import what the importers have. Return the keys that are still missing, and what waits for a verification.
+    async def find(self, call: Call, missing: list[str], pending: list[Pending], *, can_verify: bool) -> list[str]:
+        """Import what the importers have, and return the keys that are still missing.
 
-        The keys in ``rest`` of what waits are not among the missing ones. The call first computes the others, and then
-        calls :meth:`finish`. Without ``can_verify``, an importer that is not verified is not asked.
+        What waits for a verification is added to ``pending``. The keys in its ``rest`` are not among the missing ones.
+        The call first computes the others, and then calls :meth:`finish`. In any case, it calls :meth:`end` at last.
+        Without ``can_verify``, an importer that is not verified is not asked.
         """
-        pending: list[Pending] = []
         answer = call.answer
         for importer in self.importers:
             if not missing:
@@ -87,16 +89,23 @@ class ImportSteps:
             found = await importer.find(call.port, texts, answer.route, dimensions)
             if not found:
                 continue
+            keys = list(found)
+            sample = object()
+            size = 0 if is_verified else importer.begin_sample(space, sample, len(keys))
+            if not is_verified and not size:
+                # Other calls are computing enough texts. Do not compute these texts only because they came early.
+                await importer.wait_for_samples(call.port, space)
+                is_verified = space.verification == "verified"
             if is_verified:
                 await self._take(call, importer, found)
                 missing = answer.entries.lacking(missing)
                 continue
-            keys = list(found)
-            size = max(1, importer.count_unverified(space))
-            pending.append(Pending(importer, space, found, keys[:size], keys[size:]))
+            if not size:
+                size = importer.begin_sample(space, sample, len(keys)) or len(keys)
+            pending.append(Pending(importer, space, sample, found, keys[:size], keys[size:]))
             held = set(keys[size:])
             missing = [key for key in missing if key not in held]
-        return missing, pending
+        return missing
 
     async def finish(self, call: Call, pending: Sequence[Pending]) -> None:
         """Compare the computed vectors with the found ones. If they are equal, import the other vectors."""
@@ -109,13 +118,18 @@ class ImportSteps:
                 for key in one.sample
                 if key in entries and key not in imported
             }
-            if not pairs:
-                continue
             importer, space = one.importer, one.space
-            if importer.compare(space, pairs):
+            is_clear = bool(pairs) and importer.compare(space, pairs)
+            importer.end_sample(space, one.sample_id)
+            if is_clear:
                 await self._keep_record(call, importer, space)
             if space.verification == "verified":
                 await self._take(call, importer, {key: one.found[key] for key in one.rest})
+
+    def end(self, pending: Sequence[Pending]) -> None:
+        """End the samples of a call, also if it has failed."""
+        for one in pending:
+            one.importer.end_sample(one.space, one.sample_id)
 
     def explain_miss(self, route: Route) -> ReplayMiss | None:
         """Return the error of a text that a call in replay mode did not find, if it was not asked for everywhere."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from hashlib import blake2b
 from operator import index
@@ -20,6 +21,7 @@ from embedonce.vectors import Dtype, Vector
 
 from .breaker import Breaker
 from .checks import check_rows
+from .flights import calls_in_provider
 from .import_checks import check_source
 from .imports import Import
 from .ports import Port
@@ -58,6 +60,10 @@ class SpaceOfImporter:
         """The found and the computed vector of each text that was compared so far, by key."""
         self.dimensions: int | None = None
         """Dimensions of the vectors that were compared; None if the importer is not verified."""
+        self.samples: dict[object, tuple[int, threading.Thread]] = {}
+        """Numbers of texts that calls are computing to compare them, and the threads of these calls, by sample."""
+        self.ended: Future[None] = Future()
+        """Is set when no call is computing a sample any more, or when the result is clear."""
 
 
 class LiveImporter:
@@ -102,6 +108,8 @@ class LiveImporter:
         self._warnings.renew_lock()
         self._workers = Workers(MAX_CALLS)
         self._breaker = Breaker(self._note_change)
+        for space in self._spaces.values():
+            space.samples, space.ended = {}, Future()
         if self._index is not None:
             self._index.reset()
 
@@ -363,10 +371,40 @@ class LiveImporter:
                 self.source.name,
             )
 
-    def count_unverified(self, space: SpaceOfImporter) -> int:
-        """Return how many texts are still to be compared."""
+    def begin_sample(self, space: SpaceOfImporter, sample: object, found: int) -> int:
+        """Return how many of the found texts a call has to compare, besides those that other calls are computing.
+
+        The call must end the sample with :meth:`end_sample`.
+        """
         with self._lock:
-            return max(0, self.verify - len(space.compared))
+            missing = self.verify - len(space.compared) - sum(size for size, _ in space.samples.values())
+            size = min(max(0, missing), found)
+            if size:
+                space.samples[sample] = size, threading.current_thread()
+            return size
+
+    def end_sample(self, space: SpaceOfImporter, sample: object) -> None:
+        """End a sample, if it has not ended yet, and wake the calls that wait for the result."""
+        with self._lock:
+            space.samples.pop(sample, None)
+            if space.samples and space.verification == "unverified":
+                return
+            ended, space.ended = space.ended, Future()
+        ended.set_result(None)
+
+    async def wait_for_samples(self, port: Port, space: SpaceOfImporter) -> None:
+        """Wait until other calls have compared their samples, but not longer than for a call to the importer."""
+        with self._lock:
+            ended = space.ended
+            if not space.samples or space.verification != "unverified":
+                return
+            # Do not wait for a call that waits for this one: that of the provider, or one on this thread's event loop.
+            is_own = port.loop is None and any(one is threading.current_thread() for _, one in space.samples.values())
+        if is_own or calls_in_provider.get():
+            return
+        if not await port.wait(ended, self._timeout):
+            with self._lock:
+                space.samples.clear()  # the next calls take samples of their own
 
     def compare(self, space: SpaceOfImporter, pairs: Mapping[str, tuple[Vector, Vector]]) -> bool:
         """Compare found vectors with computed vectors, by key. Return whether this call has made the result clear."""

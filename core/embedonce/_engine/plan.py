@@ -83,6 +83,7 @@ class Engine(ProviderRequests):
         missing = answer.find_missing()
         requested = len(missing)
         is_repeat = is_last_try = False
+        pending: list[Pending] = []
         try:
             while True:
                 abandoned: list[str] = []
@@ -92,13 +93,13 @@ class Engine(ProviderRequests):
                     missing = await self.read_tiers(call, missing, begun, is_repeat=is_repeat)
                     begun, is_repeat = None, True
                     answer.hits += looked_up - len(missing)
-                    pending: Sequence[Pending] = ()
+                    pending.clear()
                     if missing and compute and self.imports is not None:
                         # Entries that wait for a background write are in no tier yet.
                         await self.take_flights(call, self.in_flight.find_landed(missing))
                         missing = answer.entries.lacking(missing)
                     if missing and compute and self.imports is not None:
-                        missing, pending = await self.imports.find(call, missing, can_verify=not is_last_try)
+                        missing = await self.imports.find(call, missing, pending, can_verify=not is_last_try)
                     if missing and compute and not self.replays:
                         refusal = await self.find_refusal(port, answer.route)
                         if refusal is not None:
@@ -125,6 +126,8 @@ class Engine(ProviderRequests):
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
+            if pending and self.imports is not None:
+                self.imports.end(pending)
             # For a fallback, the texts have already been counted.
             counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
             self.requests.count(*counts)
