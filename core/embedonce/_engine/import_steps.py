@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from embedonce.errors import ProviderError, ReplayMiss, TierError
 from embedonce.keys import IMPORT_PREFIX
 from embedonce.vectors import Dtype, Entry, Vector, freeze, freeze_rows
@@ -180,16 +182,24 @@ class ImportSteps:
 
     def _round(self, importer: LiveImporter, found: Mapping[str, Vector], route: Route) -> dict[str, Vector]:
         """Return the vectors, rounded to the cache's dtype, that fit the dimensions of the space."""
+        fitting = {key: row for key, row in found.items() if route.settle_dimensions(row.size) == row.size}
+        importer.count_invalid(len(found) - len(fitting))
+        if not fitting:
+            return {}
+        try:
+            return dict(zip(fitting, self._round_rows(list(fitting.values())), strict=True))
+        except ProviderError:
+            pass  # find the rows that cannot be rounded
         rounded: dict[str, Vector] = {}
-        for key, row in found.items():
-            if route.settle_dimensions(row.size) == row.size:
-                try:
-                    rounded[key] = freeze_rows(round_matrix(row[None, :], self._dtype, "it has"))[0]
-                except ProviderError:
-                    importer.count_invalid()
-            else:
-                importer.count_invalid()
+        for key, row in fitting.items():
+            try:
+                rounded[key] = self._round_rows([row])[0]
+            except ProviderError:
+                importer.count_invalid(1)
         return rounded
+
+    def _round_rows(self, rows: Sequence[Vector]) -> list[Vector]:
+        return freeze_rows(round_matrix(np.stack(rows), self._dtype, "it has"))
 
     # --- the results of verifications ---------------------------------------------------------
 

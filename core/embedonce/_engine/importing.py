@@ -320,11 +320,11 @@ class LiveImporter:
         with self._lock:
             self._counts["imported"] += number
 
-    def count_invalid(self) -> None:
-        """Count a text whose vector was found, but does not fit the vector space."""
+    def count_invalid(self, number: int) -> None:
+        """Count texts whose vectors were found, but do not fit the vector space."""
         with self._lock:
-            self._counts["found"] -= 1
-            self._counts["invalid"] += 1
+            self._counts["found"] -= number
+            self._counts["invalid"] += number
 
     def stats(self) -> ImporterStats:
         with self._lock:
