@@ -5,6 +5,7 @@ This module imports pyarrow, so an importer imports this module inside its metho
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def _choose(
                 f"{where}: the column {wanted!r} has the type {types[wanted]}, and not {needed}; choose another column "
                 f"with the option {option}. The columns are {_show(types)}"
             )
-        raise SourceError(describe_missing(f"{where} has no column", wanted, list(types), "columns"))
+        names = [name for name in types if show_name(name) == repr(name)]
+        raise SourceError(describe_missing(f"{where} has no column", wanted, names, "columns"))
     known = [name for name in usable if name.lower() in preferred]
     found = known if known else usable
     if len(found) == 1:
@@ -151,12 +153,20 @@ def _choose(
 def _show(types: Mapping[str, str]) -> str:
     if not types:
         return "none"
-    shown = ", ".join(f"{name[:60]!r} ({type_[:60]})" for name, type_ in list(types.items())[:MAX_SHOWN])
+    shown = ", ".join(f"{show_name(name)} ({type_[:60]})" for name, type_ in list(types.items())[:MAX_SHOWN])
     return f"{shown} and {len(types) - MAX_SHOWN:,} others" if len(types) > MAX_SHOWN else shown
 
 
 def _show_names(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:60]) for name in names[:MAX_SHOWN])
+    return ", ".join(show_name(name) for name in names[:MAX_SHOWN])
+
+
+def show_name(name: str) -> str:
+    """Return the name of a column for a message, or that it is hidden.
+
+    The first line of a CSV file without a header is data, and a text must not be in a message.
+    """
+    return repr(name) if re.fullmatch(r"[\w.:/-]{1,60}", name) else "(a name that may be a text)"
 
 
 def read_parts(table: Any, columns: Columns, unreadable: Mapping[str, int] | None = None) -> Iterator[FoundVectors]:

@@ -73,6 +73,7 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
         "unique": 4,
         "computed": 4,
         "hits": {"memory": 0, "disk": 0},
+        "imported": {},
         "spent": {"texts": 4, "tokens": None, "seconds": 0, "money": {}, "unknown_tokens": 4, "unknown_seconds": 0},
         "saved": {"texts": 0, "tokens": 0, "seconds": 0, "money": {}, "unknown_tokens": 0, "unknown_seconds": 0},
         "repeated": 1,

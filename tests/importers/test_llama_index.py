@@ -242,7 +242,7 @@ def test_several_threads_look_up_at_once(tmp_path: Path) -> None:
         thread.join()
     assert len(results) == 4
     for result in results:
-        check_equal(merge([result])[0], {text: np.float32(value["u"]) for text, value in content.items()})
+        check_equal(merge([result])[0], {text: np.array(value["u"], np.float32) for text, value in content.items()})
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

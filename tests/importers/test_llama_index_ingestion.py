@@ -123,8 +123,8 @@ def test_documents_that_are_embedded_without_a_splitter_are_found(tmp_path: Path
     nodes = [
         Document(text=" a ", metadata={"k": " "}, metadata_template="{value}"),
         Document(text=" b "),
-        Node(text_resource=MediaResource(text="c"), metadata={"k": 1}),
-        IndexNode(text="d", index_id="other", metadata={"k": None}),
+        Node(text_resource=MediaResource(text="c"), metadata={"k": 1}),  # pyright: ignore[reportCallIssue]
+        IndexNode(text="d", index_id="other", metadata={"k": None}),  # pyright: ignore[reportCallIssue]
     ]
     found, unreadable = scan(run_pipeline(tmp_path, nodes, model))
     check_equal(found, {text: find_vector(text) for text in model.asked})

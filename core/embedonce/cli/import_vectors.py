@@ -45,7 +45,7 @@ embedonce import cache/ --from langchain --option namespace=text-embedding-3-sma
 
 embedonce import vectors.parquet --from table --dry-run
 
-embedonce import redis://localhost:6379/0 --from redisvl --option name=embedcache --task query
+embedonce import redis://localhost:6379/0 --from redisvl --option model=text-embedding-3-small
 
 Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. Name the files
 with the texts of such a source with --texts. They are read as `embedonce embed` reads them, so use the same --split and

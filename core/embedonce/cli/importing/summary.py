@@ -90,6 +90,11 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     """Yield the lines of the summary for people."""
     if summary.passages is not None:
         yield format_count(summary.passages, "passage") + " read"
+    if summary.causes:
+        # The pass over the source was only for the sample, so its counts are not those of the source.
+        yield f"{format_count(summary.verified, 'text')} verified, {summary.equal:,} of them with equal vectors"
+        yield from _describe_end(summary)
+        return
     yield f"{format_count(summary.found, 'text')} found in {summary.source}"
     verb = "would be imported" if summary.dry_run else "imported"
     yield f"  {format_share(summary.imported, summary.found)} {verb}"
@@ -110,8 +115,12 @@ def describe_summary(summary: Summary) -> Iterator[str]:
         yield f"{format_count(summary.failed, 'passage')} failed, reported above"
     if summary.verified:
         yield f"{format_count(summary.verified, 'text')} verified, the lowest cosine is {summary.cosine}"
+    yield from _describe_end(summary)
+    yield f"{summary.seconds:,.1f} s, {summary.found / max(summary.seconds, 1e-9):,.0f} texts/s"
+
+
+def _describe_end(summary: Summary) -> Iterator[str]:
     if line := describe_cost(summary.spent):
         yield f"cost of the verification: {line}"
-    if summary.dry_run:
+    if summary.dry_run or summary.causes:
         yield "nothing was stored"
-    yield f"{summary.seconds:,.1f} s, {summary.found / max(summary.seconds, 1e-9):,.0f} texts/s"
