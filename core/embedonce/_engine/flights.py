@@ -74,6 +74,8 @@ class Flight:
     """Number of queued background writes of the entry."""
     stored = False
     """Whether the leading call gave the entry to the tiers."""
+    importer: str | None = None
+    """The name of the importer that had the entry; None if the entry was computed or put."""
     is_computing = False
     """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
     _future: Future[None] | None = None
@@ -275,15 +277,23 @@ class InFlight:
             return {key: flight for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
     def claim(
-        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
+        self,
+        ticket: Ticket,
+        keys: Iterable[str],
+        loop: asyncio.AbstractEventLoop | None,
+        claims: Claims,
+        *,
+        has_more: bool = False,
     ) -> None:
-        """Claim all keys of a call in one step.
+        """Claim some keys of a call in one step.
 
         Each key that has no flight gets a new flight, which this call leads. The call follows the flights of the other
         keys.
 
         This method fills ``claims`` and returns nothing. So the caller knows which flights it leads, even if Ctrl-C
         interrupts this method.
+
+        ``has_more``: the call has read other keys from the tiers, and will claim them later.
         """
         leader = Leader(ticket.number, loop)
         with self._lock:
@@ -301,7 +311,8 @@ class InFlight:
                 else:
                     flight.get_future()
                     claims.followed[key] = flight
-            self._end_reading(ticket.number)
+            if not has_more:
+                self._end_reading(ticket.number)
 
     def take_over(
         self, ticket: Ticket, late: Mapping[str, Flight], loop: asyncio.AbstractEventLoop | None, claims: Claims

@@ -26,7 +26,7 @@ def check_source(source: Source, provider: AnyProvider, task: Task) -> None:
             f"cannot import from {source.name}: {source.mixing}. The provider {quote(space.provider)} embeds "
             "queries and documents differently, so some of the vectors may be those of another task"
         )
-    if source.task is not None and describe_space(provider, source.task).fingerprint() != space.fingerprint():
+    if source.task is not None and not _has_space(provider, source.task, space.fingerprint()):
         raise ImportRefused(
             f"cannot import from {source.name} for the task {quote(task)}: it has vectors of the task "
             f"{quote(source.task)}, and the provider {quote(space.provider)} embeds the two tasks differently; import "
@@ -42,3 +42,10 @@ def list_other_tasks(provider: AnyProvider, task: Task) -> list[Task]:
     """
     own = describe_space(provider, task).fingerprint()
     return [name for name in TASKS if describe_space(provider, name).fingerprint() != own]
+
+
+def _has_space(provider: AnyProvider, task: Task, fingerprint: bytes) -> bool:
+    try:
+        return describe_space(provider, task).fingerprint() == fingerprint
+    except Exception:  # noqa: BLE001  (the provider may not know the task, and may say so with any error)
+        return False

@@ -7,8 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from hashlib import blake2b
+from operator import index
 from typing import Any, Literal
 
 from embedonce.answers import ImporterCheck
@@ -19,12 +21,14 @@ from embedonce.vectors import Dtype, Vector
 
 from .breaker import Breaker
 from .checks import check_rows
+from .flights import calls_in_provider
 from .import_checks import check_source
 from .imports import Import
 from .ports import Port
 from .repeated_warnings import RepeatedWarnings
 from .routes import Route, describe_space
 from .scan_index import IndexNotReady, ScanIndex
+from .source_calls import call_source, is_running, name_cause
 from .verifying import find_difference
 from .workers import Workers
 
@@ -53,7 +57,16 @@ class SpaceOfImporter:
         self.has_read_record = False
         """Whether the tiers were asked for the result of an earlier verification."""
         self.compared: dict[str, tuple[Vector, Vector]] = {}
-        """The found and the computed vector of each text that was compared so far, by key."""
+        """The found and the computed vector of each text that this process has compared so far, by key."""
+        self.compared_before = 0
+        """Number of texts that earlier processes have compared, or that were compared in all once the result is clear.
+        All of them had equal vectors."""
+        self.dimensions: int | None = None
+        """Dimensions of the vectors that were compared; None if the importer is not verified."""
+        self.samples: dict[object, tuple[int, threading.Thread]] = {}
+        """Numbers of texts that calls are computing to compare them, and the threads of these calls, by sample."""
+        self.ended: Future[None] = Future()
+        """Is set when no call is computing a sample any more, or when the result is clear."""
 
 
 class LiveImporter:
@@ -98,6 +111,8 @@ class LiveImporter:
         self._warnings.renew_lock()
         self._workers = Workers(MAX_CALLS)
         self._breaker = Breaker(self._note_change)
+        for space in self._spaces.values():
+            space.samples, space.ended = {}, Future()
         if self._index is not None:
             self._index.reset()
 
@@ -106,6 +121,8 @@ class LiveImporter:
         if route.generation or route.source.fallback or route.policy.namespace != self._namespace:
             return None
         if self._origin is not None and route.origin != self._origin:
+            return None
+        if is_running(self.importer):  # the importer itself uses the cache
             return None
         with self._lock:
             space = self._spaces.get(route.origin)
@@ -174,9 +191,10 @@ class LiveImporter:
             self._count(route, skipped=len(texts))
             return {}
         start = time.perf_counter()
-        look_up = self.importer.lookup if self._index is None else self._index.lookup
         try:
-            answer = await port.call(partial(look_up, texts), self._timeout, self._workers, inline=False, quick=False)
+            answer = await port.call(
+                partial(self._look_up, texts), self._timeout, self._workers, inline=False, quick=False
+            )
             found, invalid = self._read_answer(answer, texts, dimensions)
         except IndexNotReady:
             self._count(route, skipped=len(texts), seconds=time.perf_counter() - start)
@@ -190,6 +208,17 @@ class LiveImporter:
         self._count(route, found=len(found), missing=missing, invalid=invalid, seconds=time.perf_counter() - start)
         return found
 
+    def _look_up(self, texts: Sequence[str]) -> Any:
+        """Ask the importer for some texts.
+
+        Raises:
+            IndexNotReady: the source is still being read.
+            Exception: the importer has failed.
+        """
+        if self._index is not None:
+            return self._index.lookup(texts)
+        return call_source(self.importer, partial(self.importer.lookup, texts))
+
     def _read_answer(self, answer: Any, texts: Sequence[str], dimensions: int | None) -> tuple[dict[str, Vector], int]:
         """Return the valid vectors by text, and the number of values that are unreadable or invalid.
 
@@ -198,7 +227,7 @@ class LiveImporter:
         """
         if not isinstance(answer, FoundVectors):
             raise ProviderError(f"importer {self.name!r} returned {type(answer).__name__}; expected FoundVectors")
-        unreadable = sum(answer.unreadable.values())
+        unreadable = max(0, sum(map(index, answer.unreadable.values())))
         number = len(answer.texts)
         if not number:
             return {}, min(unreadable, len(texts))
@@ -213,14 +242,18 @@ class LiveImporter:
         asked = set(texts)
         good = [text for i, text in enumerate(answer.texts) if i not in bad]
         found = {text: row for text, row in zip(good, rows, strict=True) if text in asked}
-        return found, min(len(bad) + unreadable, len(texts) - len(found))
+        repeated = len(good) - len(set(good))
+        if repeated:  # nothing tells which of a text's vectors is right
+            once = Counter(good)
+            found = {text: row for text, row in found.items() if once[text] == 1}
+        return found, min(len(bad) + repeated + unreadable, len(texts) - len(found))
 
     def _probe(self, texts: Sequence[str]) -> None:
         """Ask for some texts in the background, and report the result to the breaker."""
 
         def probe() -> None:
             try:
-                (self.importer.lookup if self._index is None else self._index.lookup)(texts)
+                self._look_up(texts)
             except IndexNotReady:
                 pass
             except Exception as error:  # noqa: BLE001  (the breaker gets every failure)
@@ -238,7 +271,13 @@ class LiveImporter:
         start = time.perf_counter()
         detail = ""
         try:
-            await port.call(self.importer.check, CHECK_SECONDS, self._workers, inline=False, quick=False)
+            await port.call(
+                partial(call_source, self.importer, self.importer.check),
+                CHECK_SECONDS,
+                self._workers,
+                inline=False,
+                quick=False,
+            )
         except TimeoutError:
             detail = f"no answer within {CHECK_SECONDS:.0f} s"
         except Exception as error:  # noqa: BLE001  (an importer may raise anything)
@@ -254,7 +293,7 @@ class LiveImporter:
         """Report a failed call to the breaker, and return the cause of the failure."""
         if isinstance(error, LoopBusy) and not self._breaker.record_busy_loop(error.started):
             return "busy_loop"
-        cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        cause = name_cause(error)
         if not isinstance(error, TierBusy):
             self._breaker.record_failure(cause)
         return cause
@@ -288,11 +327,11 @@ class LiveImporter:
         with self._lock:
             self._counts["imported"] += number
 
-    def count_invalid(self) -> None:
-        """Count a text whose vector was found, but does not fit the vector space."""
+    def count_invalid(self, number: int) -> None:
+        """Count texts whose vectors were found, but do not fit the vector space."""
         with self._lock:
-            self._counts["found"] -= 1
-            self._counts["invalid"] += 1
+            self._counts["found"] -= number
+            self._counts["invalid"] += number
 
     def stats(self) -> ImporterStats:
         with self._lock:
@@ -318,26 +357,75 @@ class LiveImporter:
     # --- verification -------------------------------------------------------------------------
 
     def hash_source(self) -> str:
-        """Return the name under which the result of the verification is kept, as 32 hex digits."""
-        return blake2b(f"{self.task}\n{self.source.name}".encode(errors="replace"), digest_size=16).hexdigest()
+        """Return the name under which the result of the verification is kept, as 32 hex digits.
 
-    def take_result(self, space: SpaceOfImporter, *, is_equal: bool) -> None:
-        """Take over the result of an earlier verification."""
-        with self._lock:
-            if space.verification == "unverified":
-                space.verification = "verified" if is_equal else "refused"
-        if not is_equal:
-            log.warning(
-                "importer %r: nothing is imported from %s, because a verification less than a day ago has found "
-                "that its vectors are not those of the provider; to verify it again now, set verify to a larger number",
-                self.name,
-                self.source.name,
-            )
+        It depends on the dtype of the cache, because lost precision matters only if the cache keeps it.
+        """
+        name = f"{self.task}\n{self._dtype}\n{self.source.name}"
+        return blake2b(name.encode(errors="replace"), digest_size=16).hexdigest()
 
-    def count_unverified(self, space: SpaceOfImporter) -> int:
-        """Return how many texts are still to be compared."""
+    def take_result(self, space: SpaceOfImporter, *, is_equal: bool, compared: int, dimensions: int) -> None:
+        """Take over the result of an earlier verification, or how far it has come.
+
+        A refusal counts only if as many texts were to be compared as now.
+        """
         with self._lock:
-            return max(0, self.verify - len(space.compared))
+            if space.verification != "unverified":
+                return
+            if is_equal:
+                space.compared_before, space.dimensions = max(0, compared), dimensions
+                if compared >= self.verify:
+                    space.verification = "verified"
+                return
+            if compared < self.verify:
+                return
+            space.verification = "refused"
+        log.warning(
+            "importer %r: nothing is imported from %s, because a verification less than a day ago has found that its "
+            "vectors are not those of the provider; to verify it again now, set verify to a larger number",
+            self.name,
+            self.source.name,
+        )
+
+    def count_compared(self, space: SpaceOfImporter) -> int:
+        """Return how many texts were compared. For a refusal, this is the number that was to be compared."""
+        with self._lock:
+            return self.verify if space.verification == "refused" else space.compared_before + len(space.compared)
+
+    def begin_sample(self, space: SpaceOfImporter, sample: object, found: int) -> int:
+        """Return how many of the found texts a call has to compare, besides those that other calls are computing.
+
+        The call must end the sample with :meth:`end_sample`.
+        """
+        with self._lock:
+            missing = self.verify - self.count_compared(space) - sum(size for size, _ in space.samples.values())
+            size = min(max(0, missing), found)
+            if size:
+                space.samples[sample] = size, threading.current_thread()
+            return size
+
+    def end_sample(self, space: SpaceOfImporter, sample: object) -> None:
+        """End a sample, if it has not ended yet, and wake the calls that wait for the result."""
+        with self._lock:
+            space.samples.pop(sample, None)
+            if space.samples and space.verification == "unverified":
+                return
+            ended, space.ended = space.ended, Future()
+        ended.set_result(None)
+
+    async def wait_for_samples(self, port: Port, space: SpaceOfImporter) -> None:
+        """Wait until other calls have compared their samples, but not longer than for a call to the importer."""
+        with self._lock:
+            ended = space.ended
+            if not space.samples or space.verification != "unverified":
+                return
+            # Do not wait for a call that waits for this one: that of the provider, or one on this thread's event loop.
+            is_own = port.loop is None and any(one is threading.current_thread() for _, one in space.samples.values())
+        if is_own or calls_in_provider.get():
+            return
+        if not await port.wait(ended, self._timeout):
+            with self._lock:
+                space.samples.clear()  # the next calls take samples of their own
 
     def compare(self, space: SpaceOfImporter, pairs: Mapping[str, tuple[Vector, Vector]]) -> bool:
         """Compare found vectors with computed vectors, by key. Return whether this call has made the result clear."""
@@ -346,10 +434,12 @@ class LiveImporter:
                 return False
             space.compared |= pairs
             found, computed = zip(*space.compared.values(), strict=True)
+            space.dimensions = computed[0].size
             difference = find_difference(found, computed, self._dtype)
             if difference is not None:
                 space.verification = "refused"
-            elif len(space.compared) >= self.verify:
+            elif self.count_compared(space) >= self.verify:
+                space.compared_before = self.count_compared(space)
                 space.verification = "verified"
             else:
                 return False

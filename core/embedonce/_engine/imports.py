@@ -74,7 +74,10 @@ def _check_import(one: Any, place: int) -> None:
     require_task(one.task)
     if not isinstance(one.verify, int) or isinstance(one.verify, bool) or one.verify < 0:
         raise ImportOptionError(f"verify must be an int of at least 0, got {one.verify!r}", place, "verify")
-    if isinstance(one.timeout, bool | str) or not 0 < one.timeout < float("inf"):
+    if one.name is not None and (not isinstance(one.name, str) or not one.name):
+        raise ImportOptionError(f"name must be a str that is not empty, got {one.name!r}", place, "name")
+    is_number = isinstance(one.timeout, int | float) and not isinstance(one.timeout, bool)
+    if not is_number or not 0 < one.timeout < float("inf"):
         raise ImportOptionError(f"timeout must be a number of seconds above 0, got {one.timeout!r}", place, "timeout")
 
 

@@ -69,7 +69,7 @@ class Engine(ProviderRequests):
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True, begun: BegunCall | None = None) -> None:
-        """Fill the answer from the tiers, the importers, landed flights, the provider and other calls' flights, in
+        """Fill the answer from the tiers, landed flights, the importers, the provider and other calls' flights, in
         this order.
 
         If the provider fails in another call that computes a text, this call tries once more. If the other call is
@@ -83,6 +83,7 @@ class Engine(ProviderRequests):
         missing = answer.find_missing()
         requested = len(missing)
         is_repeat = is_last_try = False
+        pending: list[Pending] = []
         try:
             while True:
                 abandoned: list[str] = []
@@ -92,16 +93,22 @@ class Engine(ProviderRequests):
                     missing = await self.read_tiers(call, missing, begun, is_repeat=is_repeat)
                     begun, is_repeat = None, True
                     answer.hits += looked_up - len(missing)
-                    pending: Sequence[Pending] = ()
+                    pending.clear()
                     if missing and compute and self.imports is not None:
-                        missing, pending = await self.imports.find(call, missing, can_verify=not is_last_try)
+                        # Entries that wait for a background write are in no tier yet.
+                        await self.take_flights(call, self.in_flight.find_landed(missing))
+                        missing = answer.entries.lacking(missing)
+                    if missing and compute and self.imports is not None:
+                        missing = await self.imports.find(call, missing, pending, can_verify=not is_last_try)
                     if missing and compute and not self.replays:
                         refusal = await self.find_refusal(port, answer.route)
                         if refusal is not None:
                             answer.failed.update(dict.fromkeys(answer.find_missing(), refusal))
                             break
                         leases = self._choose_leases(answer)
-                        abandoned = await self.compute_or_follow(call, missing, leases=leases, is_last_try=is_last_try)
+                        abandoned = await self.compute_or_follow(
+                            call, missing, leases=leases, is_last_try=is_last_try, has_more=bool(pending)
+                        )
                         if self.imports is not None and pending:
                             await self.imports.finish(call, pending)
                     elif missing:
@@ -119,6 +126,8 @@ class Engine(ProviderRequests):
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
+            if pending and self.imports is not None:
+                self.imports.end(pending)
             # For a fallback, the texts have already been counted.
             counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
             self.requests.count(*counts)
@@ -147,15 +156,16 @@ class Engine(ProviderRequests):
             keys = await self.compute_or_follow(call, keys, leases=None, is_last_try=True)
 
     async def compute_or_follow(
-        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
+        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool, has_more: bool = False
     ) -> list[str]:
         """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute.
 
         Return the keys to claim again, because the calls that were computing their vectors have ended without them.
+        ``has_more``: the call will claim other keys later.
         """
         claims, loop = Claims(), call.port.loop
         try:
-            self.in_flight.claim(call.ticket, keys, loop, claims)
+            self.in_flight.claim(call.ticket, keys, loop, claims, has_more=has_more)
             await self.take_flights(call, claims.landed)
             await self._compute_flights(call, claims.led, leases=leases)
             ahead.raise_if_run_has_ended()
@@ -296,6 +306,8 @@ class Engine(ProviderRequests):
             if entry is not None and (expected is None or entry.vector.size == expected):
                 answer.entries[key] = entry
                 shared.append(key)
+                if flight.importer is not None:
+                    answer.imported.append((flight.importer, (key,)))
                 if answer.store and not flight.stored:
                     unstored[key] = entry
         answer.shared.update(shared)

@@ -10,8 +10,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,13 @@ from embedonce.errors import ProviderError, SourceError, TierTimeout
 from embedonce.vectors import Matrix
 
 from .checks import check_rows
+from .source_calls import run_source
 from .verifying import LEAST_COSINE
 
 MAX_BYTES = 8 * 2**30
 """Maximum size of the temporary file with the vectors."""
+MAX_DIMENSIONS = 8
+"""Maximum number of different dimensions. Vectors of further dimensions are left out."""
 RETRY_SECONDS = 60.0
 """Seconds after which a source that could not be read is read again."""
 MARGIN = 0.05
@@ -72,7 +76,7 @@ class ScanIndex:
         self._ended.wait(None if left is None else max(0.0, left - MARGIN))
         table, error = self._table, self._error
         if error is not None:
-            raise error
+            raise error.with_traceback(None)  # otherwise, it would keep the frames of all calls that raise it
         if table is None:
             raise IndexNotReady
         return table.find(texts)
@@ -92,7 +96,8 @@ class ScanIndex:
         table: _Table | None = None
         problem: Exception | None = None
         try:
-            table = _read_table(self._importer, lambda: self._is_closed)
+            with run_source(self._importer):
+                table = _read_table(self._importer, lambda: self._is_closed)
         except TimeoutError as error:
             problem = TierTimeout(str(error))
         except Exception as error:  # noqa: BLE001  (an importer may raise anything)
@@ -135,17 +140,37 @@ def _hash_texts(texts: Sequence[str]) -> NDArray[Any]:
     return np.frombuffer(joined, _HASH)
 
 
+class _Rows:
+    """The rows of a source that have the same number of dimensions."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.hashes: list[NDArray[Any]] = []
+        self.count = 0
+
+    def add(self, hashes: NDArray[Any], rows: Matrix) -> None:
+        self.hashes.append(hashes)
+        self.count += len(rows)
+        self.file.write(np.ascontiguousarray(rows, np.float32).data)
+
+    def make_table(self, dimensions: int) -> _Table:
+        self.file.flush()
+        # The memory map keeps the file open.
+        vectors = np.memmap(self.file, np.float32, "r", shape=(self.count, dimensions))
+        joined = np.concatenate(self.hashes)
+        order = np.lexsort((joined["second"], joined["first"]))
+        return _drop_repeated(joined[order], order, vectors)
+
+
 def _read_table(importer: ScanImporter, is_closed: Any) -> _Table:
-    """Read the whole source.
+    """Read the whole source. If its vectors differ in their dimensions, use those that most of them have.
 
     Raises:
         SourceError: the vectors take more than :data:`MAX_BYTES`.
     """
-    hashes: list[NDArray[Any]] = []
-    dimensions: int | None = None
-    count = 0
-    # The memory map keeps the file open.
-    with tempfile.TemporaryFile(prefix="embedonce-") as file:
+    by_dimensions: dict[int, _Rows] = {}
+    size = 0
+    with ExitStack() as files:
         for part in importer.scan():
             if is_closed():
                 break
@@ -153,26 +178,28 @@ def _read_table(importer: ScanImporter, is_closed: Any) -> _Table:
                 continue
             try:
                 rows, bad = check_rows(
-                    part.vectors, len(part.texts), dimensions=dimensions, dtype="float32", who="the source has"
+                    part.vectors, len(part.texts), dimensions=None, dtype="float32", who="the source has"
                 )
             except ProviderError:
                 continue  # none of these vectors is valid
-            dimensions = rows.shape[1]
-            if (count + len(rows)) * dimensions * 4 > MAX_BYTES:
+            size += rows.size * 4
+            if size > MAX_BYTES:
                 raise SourceError(
                     f"the source has more than {MAX_BYTES // 2**30} GiB of vectors, which is too much for [[imports]]; "
                     "run `embedonce import` instead"
                 )
-            hashes.append(_hash_texts([text for i, text in enumerate(part.texts) if i not in bad]))
-            file.write(np.ascontiguousarray(rows, np.float32).data)
-            count += len(rows)
-        file.flush()
-        if not count or dimensions is None:
+            dimensions = rows.shape[1]
+            if dimensions not in by_dimensions:
+                if len(by_dimensions) == MAX_DIMENSIONS:
+                    continue
+                by_dimensions[dimensions] = _Rows(files.enter_context(tempfile.TemporaryFile(prefix="embedonce-")))
+            by_dimensions[dimensions].add(
+                _hash_texts([text for i, text in enumerate(part.texts) if i not in bad]), rows
+            )
+        if not by_dimensions:
             return _Table(np.empty(0, _HASH), np.empty(0, np.int64), np.empty((0, 1), np.float32))
-        vectors = np.memmap(file, np.float32, "r", shape=(count, dimensions))
-    joined = np.concatenate(hashes)
-    order = np.lexsort((joined["second"], joined["first"]))
-    return _drop_repeated(joined[order], order, vectors)
+        most, largest = max(by_dimensions.items(), key=lambda item: item[1].count)
+        return largest.make_table(most)
 
 
 def _drop_repeated(hashes: NDArray[Any], rows: NDArray[np.int64], vectors: Matrix) -> _Table:

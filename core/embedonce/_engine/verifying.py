@@ -2,7 +2,8 @@
 
 The same model does not return the same vector twice: batches and machines change the last digits. So two vectors are
 equal here if their cosine is at least :data:`LEAST_COSINE` and their norms differ by at most :data:`NORM_TOLERANCE`.
-float16 changes a vector less than that, and is recognised by its values instead: each of them is a float16 number.
+float16 changes a vector less than that, and is recognised by its values instead: each value of the vector is a float16
+number.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ LEAST_COSINE = 0.999
 """Minimum cosine of a found vector and the computed vector of the same text."""
 NORM_TOLERANCE = 0.001
 """Maximum difference of their norms, relative to the computed one."""
+SAME = 1e-6
+"""Maximum difference of two values, relative to the largest value of the vector, that is no loss of precision."""
 
 Cause: TypeAlias = Literal[
     "dimensions", "model", "mixed", "task", "normalized", "not normalized", "scaled", "precision"
@@ -95,7 +98,9 @@ def find_difference(found: Sequence[Vector], computed: Sequence[Vector], dtype: 
     precision = find_lost_precision(np.stack(found), np.stack(computed), dtype)
     if precision is not None:
         causes.append("precision")
-        details.append(f"all values of the source are {precision}")
+        name, number = precision
+        vectors = "all values of the source" if number == len(found) else f"all values of {number:,} {of}"
+        details.append(f"{vectors} are {name}")
     return Difference(tuple(causes), len(found), equal, lowest, ", and ".join(details)) if causes else None
 
 
@@ -112,45 +117,50 @@ def _explain_norms(theirs: NDArray[np.float64], ours: NDArray[np.float64]) -> Ca
     return "not normalized" if (np.abs(ours - 1) <= NORM_TOLERANCE).all() else "scaled"
 
 
-def find_lost_precision(found: Matrix, computed: Matrix, dtype: Dtype) -> str | None:
-    """Return what the values of the found vectors have in common that those of the computed vectors do not.
+def find_lost_precision(found: Matrix, computed: Matrix, dtype: Dtype) -> tuple[str, int] | None:
+    """Return what the values of found vectors have in common that those of the computed vectors do not.
 
-    Both are float32 matrices of shape (n, d). The result is for example ``"float16 numbers"``. It is None if the found
-    vectors have lost no precision, or none that ``dtype`` keeps.
+    Both are float32 matrices of shape (n, d). The result is for example ``"float16 numbers"``, and the number of
+    vectors. It is None if the found vectors have lost no precision, or none that ``dtype`` keeps.
     """
     if dtype == "int8":
         return None
-    for name, is_coarse in _GRIDS.items():
-        if is_coarse(found) and not is_coarse(computed):
-            # Vectors of the source can be stored if they are rounded as the cache rounds its own.
-            return None if dtype == "float16" and name == FLOAT16 else name
+    # A vector that is almost exactly the computed one has lost nothing, whatever its values are.
+    is_other = np.abs(found - computed).max(axis=1) > SAME * np.abs(computed).max(axis=1)
+    for name, are_coarse in _GRIDS.items():
+        is_coarse = are_coarse(found) & ~are_coarse(computed) & is_other
+        if is_coarse.any():
+            if dtype == "float16" and name == FLOAT16:
+                continue  # these vectors can be stored, because they are rounded as the cache rounds its own
+            return name, int(is_coarse.sum())
     return None
 
 
 FLOAT16 = "float16 numbers"
 
 
-def _are_multiples(matrix: NDArray[np.floating[Any]], step: float) -> bool:
+def _are_multiples(matrix: NDArray[np.floating[Any]], step: float) -> NDArray[np.bool_]:
     scaled = matrix.astype(np.float64) / step
     # A float32 has about 7 digits, so a decimal number is not exactly a multiple.
-    return bool((np.abs(scaled - np.rint(scaled)) <= np.maximum(1e-3, np.abs(scaled) * 1.2e-7)).all())
+    is_multiple = np.abs(scaled - np.rint(scaled)) <= np.maximum(1e-3, np.abs(scaled) * 1.2e-7)
+    return np.asarray(is_multiple.all(axis=1))
 
 
-def _are_int8(matrix: Matrix) -> bool:
+def _are_int8(matrix: Matrix) -> NDArray[np.bool_]:
     largest = np.abs(matrix).max(axis=1, keepdims=True)
     return _are_multiples(matrix / np.where(largest > 0, largest, 1), 1 / 127)
 
 
-def _are_bfloat16(matrix: Matrix) -> bool:
-    return not (np.ascontiguousarray(matrix).view(np.uint32) & 0xFFFF).any()
+def _are_bfloat16(matrix: Matrix) -> NDArray[np.bool_]:
+    return np.asarray(((np.ascontiguousarray(matrix).view(np.uint32) & 0xFFFF) == 0).all(axis=1))
 
 
-def _are_float16(matrix: Matrix) -> bool:
+def _are_float16(matrix: Matrix) -> NDArray[np.bool_]:
     with np.errstate(over="ignore"):
-        return bool((matrix.astype(np.float16).astype(np.float32) == matrix).all())
+        return np.asarray((matrix.astype(np.float16).astype(np.float32) == matrix).all(axis=1))
 
 
-_GRIDS: Mapping[str, Callable[[Matrix], bool]] = {
+_GRIDS: Mapping[str, Callable[[Matrix], NDArray[np.bool_]]] = {
     "whole steps of 1/127 of the largest value, as in int8 vectors": _are_int8,
     "numbers with at most 3 decimal places": lambda matrix: _are_multiples(matrix, 1e-3),
     "bfloat16 numbers": _are_bfloat16,
@@ -158,4 +168,4 @@ _GRIDS: Mapping[str, Callable[[Matrix], bool]] = {
     FLOAT16: _are_float16,
     "numbers with at most 5 decimal places": lambda matrix: _are_multiples(matrix, 1e-5),
 }
-"""Tests of whether all values of a matrix are on a coarse grid, the coarsest first."""
+"""Functions that return for each row of a matrix whether all its values are on a coarse grid, the coarsest first."""
