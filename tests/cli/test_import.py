@@ -583,7 +583,8 @@ def start_stopping(site: Path, process: Any, *arguments: str, **options: Any) ->
     """Start an import of 5,000 texts that stops after 3,000, and wait until it has stopped there."""
     texts = [f"text {number}" for number in range(5000)]
     write_shelf(texts)
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tests = Path(__file__).parents[1]  # the plugins import a module from there
+    path = os.pathsep.join([str(site), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = process(
         "import", "shelf.jsonl", "--from", "shelf", "--option", "stop_after=3000", *arguments,
         env=os.environ | {"PYTHONPATH": path},
