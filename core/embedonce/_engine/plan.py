@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from embedonce.drift import TOLERANCE
 from embedonce.errors import ReplayMiss, TextRefused, TierError
@@ -23,7 +23,6 @@ from .call import Answer, BegunCall, Call, copy_error
 from .coalescing import request_together
 from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight, list_unlanded
-from .import_steps import ImportSteps, Pending
 from .isolation import Patience
 from .leases import Leases
 from .ledger import Ledger
@@ -34,6 +33,9 @@ from .reading import ReadResult
 from .routes import Route
 from .served import ServedModels
 from .tiers import LiveTier
+
+if TYPE_CHECKING:
+    from .import_steps import ImportSteps, Pending
 
 ComputeChunk: TypeAlias = Callable[[Call, dict[str, Flight], Mapping[str, str], Patience], Coroutine[Any, Any, None]]
 """A step that computes one chunk. Its arguments: a call, some of its flights, the texts by key, the call's patience."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
 from embedonce._messages import format_count
@@ -28,8 +28,6 @@ from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_o
 from .drift import DriftCheckingEngine
 from .flights import InFlight
 from .import_checks import check_source
-from .import_steps import ImportSteps
-from .importing import LiveImporter
 from .imports import Import, ImportOptionError, check_imports, choose_name
 from .leases import Leases
 from .ledger import Ledger
@@ -42,6 +40,9 @@ from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
 from .writing import TierWriter, draining_writers
+
+if TYPE_CHECKING:
+    from .importing import LiveImporter
 
 log = logging.getLogger("embedonce")
 
@@ -181,9 +182,16 @@ class RunningChain:
             ImportOptionError: an importer cannot be used.
             ImportRefused: a source has vectors of other tasks.
         """
+        checked = check_imports(imports)
+        if not checked:
+            return
+        # Most caches have no importers, so these modules are not imported with the package.
+        from .import_steps import ImportSteps
+        from .importing import LiveImporter
+
         provider = None if isinstance(source.provider, NoProvider) else source.provider
         live: list[LiveImporter] = []
-        for place, one in enumerate(check_imports(imports)):
+        for place, one in enumerate(checked):
             taken = {"provider", *(tier.name for tier in self.tiers), *(other.name for other in live)}
             try:
                 if provider is not None:
@@ -205,19 +213,15 @@ class RunningChain:
                 )
             )
         self.importers = live
-        self.engine.imports = (
-            ImportSteps(
-                live,
-                self.tiers,
-                self.in_flight,
-                dtype=self.dtype,
-                replays=self.replays,
-                store=self.engine.store,
-                take_flights=self.engine.take_flights,
-                clock=self.clock,
-            )
-            if live
-            else None
+        self.engine.imports = ImportSteps(
+            live,
+            self.tiers,
+            self.in_flight,
+            dtype=self.dtype,
+            replays=self.replays,
+            store=self.engine.store,
+            take_flights=self.engine.take_flights,
+            clock=self.clock,
         )
 
     def close_at_exit(self, owner: CacheOverChain) -> None:
