@@ -23,7 +23,7 @@ from embedonce.vectors import Matrix
 
 from .checks import check_rows
 from .source_calls import run_source
-from .verifying import LEAST_COSINE
+from .verifying import LEAST_COSINE, compute_cosines
 
 MAX_BYTES = 8 * 2**30
 """Maximum size of the temporary file with the vectors."""
@@ -210,8 +210,7 @@ def _drop_repeated(hashes: NDArray[Any], rows: NDArray[np.int64], vectors: Matri
         starts = np.flatnonzero(is_first)
         ends = np.append(starts[1:], len(hashes))
         for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
-            same = np.asarray(vectors[rows[start:end]], np.float64)
-            norms = np.linalg.norm(same, axis=1)
-            if (same @ same[0] < LEAST_COSINE * norms * norms[0]).any():
+            same = vectors[rows[start:end]]
+            if (compute_cosines(same, np.broadcast_to(same[0], same.shape)) < LEAST_COSINE).any():
                 is_first[start] = False
     return _Table(hashes[is_first], rows[is_first], vectors)

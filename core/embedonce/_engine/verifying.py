@@ -77,7 +77,7 @@ def find_difference(found: Sequence[Vector], computed: Sequence[Vector], dtype: 
         return Difference(("dimensions",), len(found), sum(row.size == expected for row in found), None, detail)
     theirs, ours = _round(np.stack(found), dtype).astype(np.float64), np.stack(computed).astype(np.float64)
     their_norms, our_norms = np.linalg.norm(theirs, axis=1), np.linalg.norm(ours, axis=1)
-    cosines = np.einsum("ij,ij->i", theirs, ours) / (their_norms * our_norms)
+    cosines = compute_cosines(theirs, ours)
     ratios = their_norms / our_norms
     is_near = cosines >= LEAST_COSINE
     is_long = np.abs(ratios - 1) <= NORM_TOLERANCE
@@ -102,6 +102,14 @@ def find_difference(found: Sequence[Vector], computed: Sequence[Vector], dtype: 
         vectors = "all values of the source" if number == len(found) else f"all values of {number:,} {of}"
         details.append(f"{vectors} are {name}")
     return Difference(tuple(causes), len(found), equal, lowest, ", and ".join(details)) if causes else None
+
+
+def compute_cosines(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return the cosines of the rows of two matrices of shape (n, d). No row may have only zeros."""
+    left, right = one.astype(np.float64), other.astype(np.float64)
+    products: NDArray[np.float64] = np.einsum("ij,ij->i", left, right)
+    norms: NDArray[np.float64] = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.asarray(products / norms, np.float64)
 
 
 def _round(rows: Matrix, dtype: Dtype) -> Matrix:

@@ -63,7 +63,7 @@ class RecordsImporter:
         self.closed = True
 
     def find_rows(self, wanted: frozenset[str] | None = None) -> tuple[dict[str, Any], Mapping[str, int]]:
-        """Return the vectors by text: of all texts, or of those that are wanted; and how many are unreadable."""
+        """Return the vectors by text, and the number of unreadable records. ``wanted`` limits the texts."""
         self.wait()
         rows, unreadable = {}, 0
         for record in map(json.loads, self.read().splitlines()):

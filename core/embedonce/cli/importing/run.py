@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedonce._engine.checks import round_matrix
-from embedonce._engine.verifying import LEAST_COSINE
+from embedonce._engine.verifying import LEAST_COSINE, compute_cosines
 from embedonce._messages import format_count
 from embedonce.cli.embedding.run import FLUSH
 from embedonce.cli.embedding.summary import collect_causes, collect_tier_failures, subtract_money
@@ -24,7 +24,7 @@ from embedonce.errors import EraseIncomplete, ProviderError, ReplayMiss
 from embedonce.vectors import Dtype, Matrix
 
 from .repeats import TextFilter
-from .verification import compute_cosines, verify_samples
+from .verification import verify_samples
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched

@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedonce._engine.import_checks import list_other_tasks
-from embedonce._engine.verifying import LEAST_COSINE, Cause, Difference, find_difference
+from embedonce._engine.verifying import LEAST_COSINE, Cause, Difference, compute_cosines, find_difference
 from embedonce._messages import format_count
 from embedonce.cli.embedding.failures import describe_error
 from embedonce.cli.embedding.run import TEXT_ERRORS
 from embedonce.cli.output import Failed
 from embedonce.contracts import Task
-from embedonce.vectors import Dtype, Matrix, Vector
+from embedonce.vectors import Dtype, Vector
 
 from .sampling import SamplesBySize
 
@@ -166,11 +165,3 @@ def _explain_failure(error: Exception | None, text: str) -> ProviderFailed:
 
 def _compare(pairs: Sequence[Pair], dtype: Dtype) -> Difference | None:
     return find_difference([pair.found for pair in pairs], [pair.computed for pair in pairs], dtype)
-
-
-def compute_cosines(one: Matrix, other: Matrix) -> NDArray[np.float64]:
-    """Return the cosines of the rows of two matrices of shape (n, d). No row may have only zeros."""
-    left, right = one.astype(np.float64), other.astype(np.float64)
-    products: NDArray[np.float64] = np.einsum("ij,ij->i", left, right)
-    norms: NDArray[np.float64] = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.asarray(products / norms, np.float64)

@@ -39,7 +39,7 @@ class StoreReader:
         return ["lookup"] * self.has_lookup + ["scan"] * self.has_scan
 
     def look_up(self, asked: Sequence[str], what: str = "lookup") -> FoundVectors:
-        """Look texts up. Require the vectors of those that are stored, and nothing else."""
+        """Look up texts, and check that the answer has the vectors of the stored ones and nothing else."""
         found: FoundVectors = self.importer.lookup(asked)
         self.check_lookup(found, asked, what)
         return found
