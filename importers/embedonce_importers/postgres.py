@@ -16,20 +16,26 @@ from psycopg import sql
 
 from embedonce import hookimpl
 from embedonce.contracts import FoundVectors, Source
-from embedonce.errors import ConfigError, SourceError
+from embedonce.errors import SourceError
 from embedonce.options import Doc
 
 from ._found import NO_TEXT, merge_repeated
-from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption
+from ._key_templates import KeyOption, ModelOption, StepsOption
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
 from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, format_type, inspect_table, select_vector
+from ._table_options import (
+    DEFAULT_KEY,
+    OTHER_TEXT,
+    KeyColumnOption,
+    ModelColumnOption,
+    TextColumnOption,
+    make_template,
+)
 from ._values import ValueForm, ValueOption, decode
 
 api = 1
 
 Decode: TypeAlias = Callable[[Any], NDArray[np.floating[Any]]]
-
-DEFAULT_KEY = 'sha256("{text}")'
 
 TEXTS = ("text", "varchar")
 """Types of a column with texts. Not ``char(n)``, because it does not tell spaces at the end of a text from its own."""
@@ -38,8 +44,6 @@ JSON = ("json", "jsonb")
 VECTORS = (*BINARY, *JSON, "text", "varchar", "bytea")
 TEXT_FORMS = ("json", "pgvector", "base64-float64")
 """The forms of vectors that are text."""
-
-OTHER_TEXT = "the text of the row does not have the key of the row, so it is not the whole text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +71,18 @@ class PostgresImporter:
             str,
             Doc("Column with the vectors: vector, halfvec, real[], double precision[], json, jsonb, text or bytea."),
         ] = "embedding",
-        key_column: Annotated[str | None, Doc("Column with the keys that are made from the texts.")] = None,
-        text_column: Annotated[
-            str | None,
-            Doc(
-                "Column with the whole text that was embedded, not a preview of it. With it, all of the table can be "
-                "read, and key_column is not needed."
-            ),
-        ] = None,
-        model_column: Annotated[
-            str | None,
-            Doc("Column with the name of the model, if the table has vectors of several. Rows of model are read."),
-        ] = None,
+        key_column: KeyColumnOption = None,
+        text_column: TextColumnOption = None,
+        model_column: ModelColumnOption = None,
         key: KeyOption = DEFAULT_KEY,
         model: ModelOption = None,
         steps: StepsOption = (),
         value: ValueOption | None = None,
     ) -> None:
-        if key_column is None and text_column is None:
-            raise ConfigError("set key_column to the column with the keys, or text_column to the column with the texts")
-        if model_column is not None and model is None:
-            raise ConfigError("model_column needs the option model, the name of the model in that column")
-        if steps and key_column is None:
-            raise ConfigError("steps are for keys: set key_column, or remove steps")
+        self._template = make_template(
+            key, key_column=key_column, text_column=text_column, model_column=model_column, model=model, steps=steps
+        )
         self._database = Database(url)
-        # With model_column, the keys need not contain the model.
-        in_key = model if model_column is None or "{model}" in key else None
-        self._template = KeyTemplate(key, model=in_key, steps=steps) if key_column is not None else None
         self._names = table, schema
         self._vector_column = vector_column
         self._key_column = key_column

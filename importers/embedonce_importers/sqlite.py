@@ -15,22 +15,27 @@ from typing import Annotated, Any
 
 from embedonce import hookimpl
 from embedonce.contracts import FoundVectors, Source
-from embedonce.errors import ConfigError, SourceError
+from embedonce.errors import SourceError
 from embedonce.options import Doc
 
 from ._found import make_found, merge_repeated
-from ._key_templates import KeyOption, KeyTemplate, ModelOption, StepsOption, has_utf8
+from ._key_templates import KeyOption, ModelOption, StepsOption, has_utf8
 from ._sqlite import Connection, ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
+from ._table_options import (
+    DEFAULT_KEY,
+    OTHER_TEXT,
+    KeyColumnOption,
+    ModelColumnOption,
+    TextColumnOption,
+    make_template,
+)
 from ._values import DecodedVector, ValueForm, ValueOption, decode
 
 api = 1
 
-DEFAULT_KEY = 'sha256("{text}")'
-
 PAGE = 1000
 """Number of rows in a part of a scan. Each part is a query of its own, so that no lock is held between two parts."""
 
-OTHER_TEXT = "the text of the row does not have the key of the row, so it is not the whole text"
 NOT_TEXT = "the text of the row is not text in UTF-8"
 TOO_LARGE = "a row larger than 4 MiB"
 
@@ -43,35 +48,18 @@ class SqliteImporter:
         *,
         path: Annotated[Path, Doc("The database file.")],
         table: Annotated[str, Doc("Name of the table or the view.")],
-        key_column: Annotated[str | None, Doc("Column with the keys that are made from the texts.")] = None,
-        text_column: Annotated[
-            str | None,
-            Doc(
-                "Column with the whole text that was embedded, not a preview of it. With it, all of the table can be "
-                "read, and key_column is not needed."
-            ),
-        ] = None,
+        key_column: KeyColumnOption = None,
+        text_column: TextColumnOption = None,
         vector_column: Annotated[str, Doc("Column with the vectors.")] = "embedding",
-        model_column: Annotated[
-            str | None,
-            Doc("Column with the name of the model, if the table has vectors of several. Rows of model are read."),
-        ] = None,
+        model_column: ModelColumnOption = None,
         key: KeyOption = DEFAULT_KEY,
         model: ModelOption = None,
         steps: StepsOption = (),
         value: ValueOption = "json",
     ) -> None:
-        if key_column is None and text_column is None:
-            raise ConfigError("set key_column to the column with the keys, or text_column to the column with the texts")
-        if model_column is not None and model is None:
-            raise ConfigError("model_column needs the option model, the name of the model in that column")
-        if key_column is None and (steps or key != DEFAULT_KEY):
-            raise ConfigError("key and steps are for keys: set key_column, or remove them")
-        if key_column is None and model is not None and model_column is None:
-            raise ConfigError("model is for keys and for model_column: set one of the columns, or remove model")
-        # With model_column, the keys need not contain the model. Without key_column, the texts are the keys.
-        in_key = model if model_column is None or "{model}" in key else None
-        self._template = KeyTemplate(key, model=in_key, steps=steps) if key_column is not None else None
+        self._template = make_template(
+            key, key_column=key_column, text_column=text_column, model_column=model_column, model=model, steps=steps
+        )
         self._database = ReadOnlyDatabase(Path(path))
         self._table = table
         self._key_column = key_column

@@ -332,6 +332,10 @@ def test_missing_options_are_errors_of_the_configuration(database: str) -> None:
         PostgresImporter(url=database, table="t")
     with pytest.raises(ConfigError, match="steps are for keys"):
         PostgresImporter(url=database, table="t", text_column="c", steps=["strip"])
+    with pytest.raises(ConfigError, match="key and steps are for keys"):
+        PostgresImporter(url=database, table="t", text_column="c", key='"{text}"')
+    with pytest.raises(ConfigError, match="model is for keys and for model_column"):
+        PostgresImporter(url=database, table="t", text_column="c", model="m")
     with pytest.raises(ConfigError, match="key, column"):
         PostgresImporter(url=database, table="t", key_column="c", key="nonsense(")
 
