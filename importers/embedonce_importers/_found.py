@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,6 +61,12 @@ def make_found(
     return collect_vectors(zip(texts, values, strict=True), read)
 
 
+def add_unreadable(found: FoundVectors, others: Mapping[str, int]) -> FoundVectors:
+    """Return the same texts and vectors, with further values that could not be read."""
+    unreadable = Counter(found.unreadable) + Counter(others)  # without those that are 0
+    return FoundVectors(found.texts, found.vectors, unreadable)
+
+
 def merge_repeated(found: FoundVectors) -> FoundVectors:
     """Return each text once. A text whose vectors differ is left out and counted, since only one of them is right."""
     if len(set(found.texts)) == len(found.texts):
@@ -69,9 +75,8 @@ def merge_repeated(found: FoundVectors) -> FoundVectors:
     for text, row in zip(found.texts, found.vectors, strict=True):
         rows.setdefault(text, []).append(np.asarray(row, np.float32))
     kept = {text: same[0] for text, same in rows.items() if all(_is_same(same[0], other) for other in same[1:])}
-    unreadable = Counter(found.unreadable)
-    unreadable[SEVERAL_VECTORS] += len(rows) - len(kept)
-    return FoundVectors(list(kept), list(kept.values()), +unreadable)
+    others = {SEVERAL_VECTORS: len(rows) - len(kept)}
+    return add_unreadable(FoundVectors(list(kept), list(kept.values()), found.unreadable), others)
 
 
 def _is_same(left: Vector, right: Vector) -> bool:

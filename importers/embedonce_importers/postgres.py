@@ -19,7 +19,7 @@ from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import SourceError
 from embedonce.options import Doc
 
-from ._found import NO_TEXT, merge_repeated
+from ._found import NO_TEXT, add_unreadable, merge_repeated
 from ._key_templates import KeyOption, ModelOption, StepsOption
 from ._postgres import Database, Row, Statement, explain_errors, is_storable
 from ._postgres_tables import BINARY, BinaryDecoder, Table, decode_rows, format_type, inspect_table, select_vector
@@ -36,6 +36,8 @@ from ._values import ValueForm, ValueOption, decode
 api = 1
 
 Decode: TypeAlias = Callable[[Any], NDArray[np.floating[Any]]]
+
+SAME_KEY = "the row has another text, which has the same key because of the option steps"
 
 TEXTS = ("text", "varchar")
 """Types of a column with texts. Not ``char(n)``, because it does not tell spaces at the end of a text from its own."""
@@ -133,9 +135,24 @@ class PostgresImporter:
         # An array of the column's own type, because the index of the column would not be used otherwise.
         kind = sql.SQL("bytea[]" if plan.key_kind == "bytea" else "bpchar[]" if plan.key_kind == "bpchar" else "text[]")
         condition = sql.SQL("{} = ANY(%s::{})").format(column, kind)
-        rows = self._run(plan, shown, condition, list(groups))
-        found = [(text, vector) for key, vector in rows for text in groups.get(key, ())]
-        return merge_repeated(decode_rows([text for text, _ in found], [vector for _, vector in found], plan.decode))
+        text_columns = [] if self._text_column is None else [_show_column(sql.Identifier(self._text_column), "text")]
+        texts_found: list[str] = []
+        vectors: list[Any] = []
+        other_texts = 0
+        for key, *stored, vector in self._run(plan, [shown, *text_columns], condition, list(groups)):
+            same = groups.get(key, [])
+            # With steps, several texts have this key. A stored text that has it too is the one that was embedded.
+            whole = [text for text in stored if text is not None and self._encode_key_of(plan, text) == key]
+            matching = [text for text in same if not whole or text in whole]
+            other_texts += bool(same and not matching)
+            texts_found += matching
+            vectors += [vector] * len(matching)
+        found = merge_repeated(decode_rows(texts_found, vectors, plan.decode))
+        return add_unreadable(found, {SAME_KEY: other_texts})
+
+    def _encode_key_of(self, plan: _Plan, text: str) -> str | bytes | None:
+        assert self._template is not None
+        return _encode_key(self._template.make_key(text), plan.key_kind)
 
     def _look_up_texts(self, plan: _Plan, texts: Sequence[str]) -> FoundVectors:
         asked = [text for text in texts if is_storable(text)]
@@ -145,7 +162,7 @@ class PostgresImporter:
         condition = sql.SQL("{} = ANY(%s::text[])").format(column)
         # The collation of the column may count different texts as equal.
         wanted = set(asked)
-        rows = [row for row in self._run(plan, shown, condition, asked) if row[0] in wanted]
+        rows = [row for row in self._run(plan, [shown], condition, asked) if row[0] in wanted]
         return merge_repeated(decode_rows([text for text, _ in rows], [vector for _, vector in rows], plan.decode))
 
     def _scan(self) -> Iterator[FoundVectors]:
@@ -162,13 +179,12 @@ class PostgresImporter:
         for row in rows:
             if row[0] is None:
                 unreadable[NO_TEXT] += 1
-            elif self._template is not None and row[1] != _encode_key(self._template.make_key(row[0]), plan.key_kind):
+            elif self._template is not None and row[1] != self._encode_key_of(plan, row[0]):
                 unreadable[OTHER_TEXT] += 1
             else:
                 kept.append(row)
         found = decode_rows([row[0] for row in kept], [row[-1] for row in kept], plan.decode)
-        unreadable.update(found.unreadable)
-        return FoundVectors(found.texts, found.vectors, unreadable)
+        return add_unreadable(found, unreadable)
 
     def _count(self) -> int | None:
         """Return the number of rows; None if counting takes long."""
@@ -182,8 +198,10 @@ class PostgresImporter:
 
     # --- statements ---------------------------------------------------------------------------
 
-    def _run(self, plan: _Plan, shown: sql.Composable, condition: sql.Composable, wanted: Sequence[Any]) -> list[Row]:
-        statement = self._select(plan, [shown]) + sql.SQL(" AND ") + condition
+    def _run(
+        self, plan: _Plan, columns: Sequence[sql.Composable], condition: sql.Composable, wanted: Sequence[Any]
+    ) -> list[Row]:
+        statement = self._select(plan, columns) + sql.SQL(" AND ") + condition
         return self._database.run(statement, (*self._filter(), wanted))
 
     def _select(self, plan: _Plan, columns: Iterator[sql.Composable] | Sequence[sql.Composable]) -> sql.Composed:

@@ -18,7 +18,7 @@ from embedonce.contracts import FoundVectors, Source
 from embedonce.errors import SourceError
 from embedonce.options import Doc
 
-from ._found import make_found, merge_repeated
+from ._found import add_unreadable, make_found, merge_repeated
 from ._key_templates import KeyOption, ModelOption, StepsOption, has_utf8
 from ._sqlite import Connection, ReadOnlyDatabase, check_columns, fetch_by_keys, get_bytes, quote_identifier
 from ._table_options import (
@@ -125,7 +125,7 @@ class SqliteImporter:
             other_texts += bool(same and not matching)
             pairs += [(text, value) for text in matching]
         found = merge_repeated(self._make_found(pairs))
-        return _add_unreadable(found, {TOO_LARGE: too_large, OTHER_TEXT: other_texts})
+        return add_unreadable(found, {TOO_LARGE: too_large, OTHER_TEXT: other_texts})
 
     def close(self) -> None:
         """Close the connections."""
@@ -172,7 +172,7 @@ class SqliteImporter:
                 unreadable[OTHER_TEXT] += 1
             else:
                 pairs.append((text, value))
-        return _add_unreadable(self._make_found(pairs), unreadable)
+        return add_unreadable(self._make_found(pairs), unreadable)
 
     def _count(self) -> int:
         """Return the number of rows."""
@@ -216,11 +216,6 @@ class SqliteImporter:
 def _quote(column: str) -> str:
     # Without the name of the table, SQLite would take the name of a missing column as a string.
     return f"source.{quote_identifier(column)}"
-
-
-def _add_unreadable(found: FoundVectors, others: Mapping[str, int]) -> FoundVectors:
-    unreadable = Counter(found.unreadable) + Counter(others)  # without those that are 0
-    return FoundVectors(found.texts, found.vectors, unreadable)
 
 
 @hookimpl

@@ -229,6 +229,17 @@ def test_only_the_rows_of_the_model_are_read(database: str) -> None:
         PostgresImporter(url=database, **options)
 
 
+def test_with_a_key_and_a_text_a_lookup_finds_only_the_stored_text(database: str) -> None:
+    table = make_table(database, "k text, content text, embedding real[]", [(digest("a"), "A", [1.0, 2.0])])
+    options: dict[str, Any] = {"table": table, "key_column": "k", "steps": ["lower"]}
+    assert set(read(database, ["A", "a"], **options).texts) == {"A", "a"}
+    found = read(database, ["A", "a"], text_column="content", **options)
+    assert list(found.texts) == ["A"]
+    other = read(database, ["a"], text_column="content", **options)
+    assert list(other.texts) == []
+    assert other.unreadable == {"the row has another text, which has the same key because of the option steps": 1}
+
+
 def test_a_table_with_texts_is_looked_up_and_scanned(database: str) -> None:
     rows = [(text, row.tolist()) for text, row in zip(TEXTS, VECTORS, strict=True)]
     for kind in ("text", "varchar"):
