@@ -570,6 +570,7 @@ def test_a_tier_that_stores_nothing_ends_the_import(run: Any, monkeypatch: pytes
     done = run("shelf.jsonl", "--from", "shelf", "--json")
     assert (done.code, done.json["unstored"], done.json["stopped"]) == (1, {"disk": 50}, None)
     assert "error: tier disk did not store 50 of the imported vectors" in done.err
+    assert "50 (100.0 %) of them not stored in every tier, reported above" in run("shelf.jsonl", "--from", "shelf").out
     monkeypatch.setattr(reading, "WINDOW", 10)
     monkeypatch.setattr("import_probe.PART", 10)
     done = run("shelf.jsonl", "--from", "shelf", "--json")

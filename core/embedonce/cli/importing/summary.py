@@ -94,12 +94,18 @@ def describe_summary(summary: Summary) -> Iterator[str]:
         yield format_count(summary.passages, "passage") + " read"
     if summary.causes:
         # The pass over the source was only for the sample, so its counts are not those of the source.
-        yield f"{format_count(summary.verified, 'text')} verified, {summary.equal:,} of them with equal vectors"
+        precision = " apart from their precision" if "precision" in summary.causes else ""
+        lowest = "" if summary.cosine is None else f", and the lowest cosine is {summary.cosine}"
+        compared = format_count(summary.verified, "text")
+        yield f"{compared} compared: {summary.equal:,} have equal vectors{precision}{lowest}"
         yield from _describe_end(summary)
         return
     yield f"{format_count(summary.found, 'text')} found in {summary.source}"
     verb = "would be imported" if summary.dry_run else "imported"
     yield f"  {format_share(summary.imported, summary.found)} {verb}"
+    if summary.unstored:
+        lost = max(summary.unstored.values())
+        yield f"  {format_share(lost, summary.found)} of them not stored in every tier, reported above"
     for count, what in (
         (summary.already_there, "already there"),
         (summary.different, "already there with another vector; the tier keeps its vector"),
@@ -115,12 +121,7 @@ def describe_summary(summary: Summary) -> Iterator[str]:
         yield f"{format_count(summary.missing, 'text')} missing in the source"
     if summary.failed:
         yield f"{format_count(summary.failed, 'passage')} failed, reported above"
-    if summary.causes:
-        precision = " apart from their precision" if "precision" in summary.causes else ""
-        lowest = "" if summary.cosine is None else f", and the lowest cosine is {summary.cosine}"
-        compared = format_count(summary.verified, "text")
-        yield f"{compared} compared: {summary.equal:,} have equal vectors{precision}{lowest}"
-    elif summary.verified:
+    if summary.verified:
         yield f"{format_count(summary.verified, 'text')} verified, the lowest cosine is {summary.cosine}"
     yield from _describe_end(summary)
     yield f"{summary.seconds:,.1f} s, {summary.found / max(summary.seconds, 1e-9):,.0f} texts/s"
