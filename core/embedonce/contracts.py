@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ._messages import format_count
 from .errors import TierTimeout
 from .keys import VectorSpace
+from .store_writers import StoreWriter
 from .vectors import Entry
 
 API = 1
@@ -90,6 +92,9 @@ class Capabilities:
     text_preview: bool = False
     """Whether the backend's options say that the beginning of each text is stored beside its vector. The metadata of an
     entry then has the field ``text_preview``. Such a backend cannot be used with encryption or with a secret."""
+    read_only: bool = False
+    """Whether the chain only reads the store: an immutable file, for example. The chain stores nothing in such a tier,
+    not even leases. The backend needs no ``set_many``, and declares neither ``delete`` nor ``add``."""
 
 
 EXTRAS: Mapping[str, str] = {
@@ -225,6 +230,28 @@ class Extras(Protocol):
         if the call is interrupted.
 
         The backend declares no capability for this method.
+        """
+        ...
+
+    def verify(self) -> str:
+        """Read the whole store, check everything, and return in a few words what is intact, for ``embedonce check``.
+
+        The call has no deadline and may take minutes. It changes nothing. The backend declares no capability for this
+        method.
+
+        Raises:
+            TierError: something is damaged. The message says what, and what to do.
+        """
+        ...
+
+    def create_writer(self, path: Path, /, *, replace: bool) -> StoreWriter:
+        """Return a writer that makes a new store at ``path``, for ``embedonce export``. This is a static method.
+
+        Only a read-only backend has this method, and declares no capability for it. With ``replace``, the new store
+        takes the place of a store of the same kind at ``path``.
+
+        Raises:
+            StoreExists: there is a store at ``path`` already, and ``replace`` is False; or there is something else.
         """
         ...
 

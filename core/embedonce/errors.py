@@ -138,6 +138,10 @@ class ImportRefused(EmbedonceError):
     """
 
 
+class StoreExists(EmbedonceError):
+    """A new read-only store cannot be written, because there is something at its place already."""
+
+
 class Incomplete(EmbedonceError):
     """``Fetched.vectors`` was read although some rows are missing; read ``rows`` and ``failed`` instead."""
 
