@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -19,20 +20,22 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from embedonce.errors import ConfigError, TierError
 from embedonce.keys import KEY_PREFIX
-from embedonce.vectors import Block, Metadata, round_vectors
+from embedonce.vectors import Block, Entry, Metadata, freeze, round_vectors
 
 from .manifest import PartRecord, restore_hint
-from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, Layout, Rows, compute_checksums, read_prefixes
+from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, UNKNOWN_TOKENS, Layout, Rows, compute_checksums, read_prefixes
 
 CHUNK_BYTES: Final = 2**24
 """Number of bytes that are read at once to check a whole file."""
 CHUNK_ROWS: Final = 8192
 """Number of rows that are listed or checked at once."""
 _COSTS: Final = ("tokens", "seconds")
+_NUMBERS: Final = struct.Struct("<ddqd")
+"""The fields ``created``, ``expires``, ``tokens`` and ``seconds`` of a row."""
 
 
 class Found(NamedTuple):
@@ -91,6 +94,9 @@ class Part:
             self._fields["vector"] = self._view("vector", np.dtype(f"V{self.layout.vector_bytes}"), 1)
             self._offsets = self._view("metadata", np.dtype("<i4"), 1, is_offsets=True)
             self._text = self._columns["metadata"]
+            self._row_type = self.layout.make_rows(0).dtype
+            names = self._row_type.names[1:]  # type: ignore[index]
+            self._sizes = [(self._columns[name].at, self._row_type[name].itemsize) for name in names]
         self._advise("frame" if self.layout is None else "vector")
 
     def _view(self, name: str, dtype: np.dtype[Any], per_row: int, *, is_offsets: bool = False) -> NDArray[Any]:
@@ -135,6 +141,37 @@ class Part:
                 rows[index] += others[0]
                 same[index] = True
         return Found(positions[same], rows[same], positions[~same], rows[~same])
+
+    def read_entry(self, key: bytes, prefix: int) -> Entry | None:
+        """Return the entry of one key if it is the first row with this prefix and is intact; else None.
+
+        This takes a tenth of the time of reading a batch of one key. ``prefix`` is the key's prefix.
+        """
+        if self.layout is None:
+            return None
+        row = int(self._prefixes.searchsorted(np.uint64(prefix)))
+        at = self._columns["key"].at + row * KEY_BYTES
+        if row >= self.rows or self._map[at : at + KEY_BYTES] != key:
+            return None
+        fields = [self._map[start + row * size : start + (row + 1) * size] for start, size in self._sizes]
+        item = b"".join([key, *fields])
+        start, end = self._offsets[row : row + 2].tolist()
+        text = self._map[self._text.at + start : self._text.at + end] if 0 <= start < end <= self._text.size else b""
+        if xxh3_64_intdigest(item + text) != self._fields["checksum"][row]:
+            return None
+        metadata = parse_metadata(text) if text else None
+        created, expires, tokens, seconds = _NUMBERS.unpack_from(item, KEY_BYTES)
+        if text and metadata is None:
+            return None
+        return Entry(
+            freeze(self.layout.read_vectors(np.frombuffer(item, self._row_type))[0]),
+            created,
+            None if expires == math.inf else expires,
+            metadata,
+            self.layout.dtype,
+            None if tokens == UNKNOWN_TOKENS else tokens,
+            None if math.isnan(seconds) else seconds,
+        )
 
     def read_rows(self, rows: NDArray[np.intp], into: Rows) -> None:
         """Copy the fixed fields of some rows."""
@@ -293,7 +330,7 @@ def make_block(keys: list[str], layout: Layout, rows: Rows, metadata: list[bytes
     if metadata is not None and any(metadata):
         parsed = []
         for key, text in zip(keys, metadata, strict=True):
-            parsed.append(_parse_metadata(text) if text else None)
+            parsed.append(parse_metadata(text) if text else None)
             if text and parsed[-1] is None:
                 invalid.append(key)
     block = Block(
@@ -303,13 +340,13 @@ def make_block(keys: list[str], layout: Layout, rows: Rows, metadata: list[bytes
         rows["expires"].view("<f8").astype(np.float64),
         parsed,
         layout.dtype,
-        None if (tokens == -1).all() else tokens,
+        None if (tokens == UNKNOWN_TOKENS).all() else tokens,
         None if np.isnan(seconds).all() else seconds,
     )
     return block, invalid
 
 
-def _parse_metadata(text: bytes) -> dict[str, Any] | None:
+def parse_metadata(text: bytes) -> dict[str, Any] | None:
     """Return the metadata, or None if it is not a JSON object. The engine checks its contents."""
     try:
         metadata = json.loads(text)

@@ -17,7 +17,8 @@ from embedonce.vectors import Dtype, Matrix
 
 SCOPE_DIGITS: Final = 16
 DIGEST_DIGITS: Final = 64
-DIGEST_AT: Final = len(KEY_PREFIX) + SCOPE_DIGITS + 1
+SCOPE_AT: Final = len(KEY_PREFIX)
+DIGEST_AT: Final = SCOPE_AT + SCOPE_DIGITS + 1
 """Position in a key of the first digit of its digest."""
 KEY_BYTES: Final = DIGEST_AT + DIGEST_DIGITS
 """Length of the key of an entry, ``eo1.<16 hex digits>.<64 hex digits>``."""
