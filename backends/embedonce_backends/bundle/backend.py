@@ -22,7 +22,7 @@ from embedonce.options import Doc
 from embedonce.vectors import Entries, Entry
 
 from .opened import OpenedBundle, ScopeParts, open_bundle
-from .parts import Part, make_block
+from .parts import ALL_ROWS, Part, make_block
 from .rows import (
     DIGEST_AT,
     ENTRY_KEY,
@@ -327,14 +327,9 @@ def _read_entries(
     metadata: list[bytes] | None = None
     damaged: list[int] = []
     for part, chosen in parts:
-        if len(parts) == 1:
-            part.read_rows(rows, read)
-            sums = part.read_checksums(rows)
-        else:
-            some = layout.make_rows(len(chosen))
-            part.read_rows(rows[chosen], some)
-            read[chosen] = some
-            sums[chosen] = part.read_checksums(rows[chosen])
+        at = ALL_ROWS if len(parts) == 1 else chosen
+        part.read_rows(rows[at], read, at)
+        sums[at] = part.read_checksums(rows[at])
         if part.has_metadata():
             metadata = metadata or [b""] * len(keys)
             for index, text in zip(chosen.tolist(), part.read_texts(rows[chosen]), strict=True):

@@ -27,10 +27,11 @@ from embedonce.keys import KEY_PREFIX
 from embedonce.vectors import Block, Entry, Metadata, freeze, round_vectors
 
 from .manifest import PartRecord, restore_hint
-from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, UNKNOWN_TOKENS, Layout, Rows, compute_checksums, read_prefixes
+from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, PADDING_BYTES, UNKNOWN_TOKENS, Layout, Rows, compute_checksums, read_prefixes
 
 CHUNK_BYTES: Final = 2**24
 """Number of bytes that are read at once to check a whole file."""
+ALL_ROWS: Final = slice(None)
 CHUNK_ROWS: Final = 8192
 """Number of rows that are listed or checked at once."""
 _COSTS: Final = ("tokens", "seconds")
@@ -95,7 +96,8 @@ class Part:
             self._offsets = self._view("metadata", np.dtype("<i4"), 1, is_offsets=True)
             self._text = self._columns["metadata"]
             self._row_type = self.layout.make_rows(0).dtype
-            names = self._row_type.names[1:]  # type: ignore[index]
+            names = [name for name in self._row_type.names or () if name in self._fields]
+            self._fixed = [*((name, self._fields[name]) for name in names), ("key", self._void_keys)]
             self._sizes = [(self._columns[name].at, self._row_type[name].itemsize) for name in names]
         self._advise("frame" if self.layout is None else "vector")
 
@@ -154,13 +156,13 @@ class Part:
         if row >= self.rows or self._map[at : at + KEY_BYTES] != key:
             return None
         fields = [self._map[start + row * size : start + (row + 1) * size] for start, size in self._sizes]
-        item = b"".join([key, *fields])
+        item = b"".join([*fields, key, bytes(PADDING_BYTES)])
         start, end = self._offsets[row : row + 2].tolist()
         text = self._map[self._text.at + start : self._text.at + end] if 0 <= start < end <= self._text.size else b""
         if xxh3_64_intdigest(item + text) != self._fields["checksum"][row]:
             return None
         metadata = parse_metadata(text) if text else None
-        created, expires, tokens, seconds = _NUMBERS.unpack_from(item, KEY_BYTES)
+        created, expires, tokens, seconds = _NUMBERS.unpack_from(item)
         if text and metadata is None:
             return None
         return Entry(
@@ -173,11 +175,10 @@ class Part:
             None if math.isnan(seconds) else seconds,
         )
 
-    def read_rows(self, rows: NDArray[np.intp], into: Rows) -> None:
-        """Copy the fixed fields of some rows."""
-        into["key"] = self._void_keys[rows]
-        for name in into.dtype.names[1:]:  # type: ignore[index]
-            into[name] = self._fields[name][rows]
+    def read_rows(self, rows: NDArray[np.intp], into: Rows, at: NDArray[np.intp] | slice = ALL_ROWS) -> None:
+        """Copy the fixed fields of some rows to the places ``at`` of another array."""
+        for name, column in self._fixed:
+            into[name][at] = column[rows]
 
     def read_checksums(self, rows: NDArray[np.intp]) -> NDArray[np.uint64]:
         """Return the stored checksums of some rows."""

@@ -24,6 +24,8 @@ KEY_BYTES: Final = DIGEST_AT + DIGEST_DIGITS
 """Length of the key of an entry, ``eo1.<16 hex digits>.<64 hex digits>``."""
 PREFIX_DIGITS: Final = 16
 """Number of digits of the digest that the column ``prefix`` has as a number."""
+PADDING_BYTES: Final = 3
+"""Number of zero bytes after the key, with which float32 vectors in an array of rows are aligned."""
 ENTRY_KEY: Final = re.compile(rf"{re.escape(KEY_PREFIX)}([0-9a-f]{{{SCOPE_DIGITS}}})\.[0-9a-f]{{{DIGEST_DIGITS}}}")
 
 UNKNOWN_TOKENS: Final = -1
@@ -31,7 +33,10 @@ UNKNOWN_SECONDS: Final = np.uint64(2**64 - 1)
 """The bits under a null in the column ``seconds``; as a float64, they are a NaN."""
 
 Rows: TypeAlias = NDArray[Any]
-"""The fixed fields of rows as a structured array, in the order in which the checksum covers them."""
+"""The fixed fields of rows as a structured array, in the order in which the checksum covers them.
+
+The vectors come before the key, because they are then aligned, so that an array of rows needs no copy to be a matrix.
+"""
 
 _PAYLOADS: Final[dict[Dtype, tuple[Any, str, int]]] = {
     "float32": (pa.float32(), "<f4", 4),
@@ -84,20 +89,23 @@ class Layout:
         scale = [("scale", "<u4")] if self.has_scale else []
         # The fields are integers or plain bytes, because copying a float may change the bits of a NaN.
         fields = [
-            ("key", f"V{KEY_BYTES}"),
             ("created", "<u8"),
             ("expires", "<u8"),
             ("tokens", "<u8"),
             ("seconds", "<u8"),
             *scale,
             ("vector", f"V{self.vector_bytes}"),
+            ("key", f"V{KEY_BYTES}"),
+            ("padding", f"V{PADDING_BYTES}"),
         ]
-        return np.empty(count, fields)
+        rows = np.empty(count, fields)
+        rows["padding"] = bytes(PADDING_BYTES)
+        return rows
 
     def read_vectors(self, rows: Rows) -> Matrix:
-        """Return the vectors of some rows, float32, shape (n, d)."""
-        values = np.ascontiguousarray(rows["vector"]).view(_PAYLOADS[self.dtype][1])
-        values = values.reshape(len(rows), self.dimensions)
+        """Return the vectors of some rows, float32, shape (n, d). The result may be a view of ``rows``."""
+        field = np.dtype((_PAYLOADS[self.dtype][1], (self.dimensions,)))
+        values = np.ndarray(len(rows), field, rows, rows.dtype.fields["vector"][1], rows.strides)  # type: ignore[index]
         if self.dtype == "float32":
             return cast("Matrix", values.astype(np.float32, copy=False))
         with np.errstate(all="ignore"):  # the engine refuses values that are not finite
