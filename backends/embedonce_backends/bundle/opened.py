@@ -54,9 +54,14 @@ def open_bundle(folder: Path) -> OpenedBundle:
         except FileNotFoundError as error:
             before, written = written, read_manifest(folder)
             if written == before:
-                raise ConfigError(f"{folder} is damaged: its part {error.filename} is missing; {restore_hint(folder)}") from None
+                raise ConfigError(
+                    f"{folder} is damaged: its part {error.filename} is missing; {restore_hint(folder)}"
+                ) from None
             continue  # an export has replaced the bundle, and removed the parts of the previous one
-        cards = {CARD_PREFIX + scope: _make_card(record.card, record.read_frame()) for scope, record in manifest.spaces.items()}
+        cards = {
+            CARD_PREFIX + scope: _make_card(record.card, record.read_frame())
+            for scope, record in manifest.spaces.items()
+        }
         return OpenedBundle(manifest, parts, _group_parts(parts), cards)
     raise ConfigError(f"{folder} is being replaced again and again; try again when no export writes to it")
 

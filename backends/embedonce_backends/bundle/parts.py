@@ -27,7 +27,16 @@ from embedonce.keys import KEY_PREFIX
 from embedonce.vectors import Block, Entry, Metadata, freeze, round_vectors
 
 from .manifest import PartRecord, restore_hint
-from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, PADDING_BYTES, UNKNOWN_TOKENS, Layout, Rows, compute_checksums, read_prefixes
+from .rows import (
+    ENCRYPTED_SCHEMA,
+    KEY_BYTES,
+    PADDING_BYTES,
+    UNKNOWN_TOKENS,
+    Layout,
+    Rows,
+    compute_checksums,
+    read_prefixes,
+)
 
 CHUNK_BYTES: Final = 2**24
 """Number of bytes that are read at once to check a whole file."""
@@ -380,7 +389,9 @@ def _open_inside(folder: Path, path: Path) -> int:
     """
     resolved = path.resolve()
     if not resolved.is_relative_to(folder.resolve()):
-        raise ConfigError(f"{path} is a link out of the folder; a bundle must contain its parts, so copy the file there")
+        raise ConfigError(
+            f"{path} is a link out of the folder; a bundle must contain its parts, so copy the file there"
+        )
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(resolved, flags | getattr(os, "O_CLOEXEC", 0))
@@ -402,9 +413,7 @@ def _check_size(descriptor: int, path: Path, record: PartRecord, folder: Path) -
         return
     if size < 1024 and os.read(descriptor, 16).startswith(b"version https://"):
         raise ConfigError(f"{path} is a pointer of Git LFS and not the file itself; run `git lfs pull`")
-    raise ConfigError(
-        f"{path} is damaged: it has {size:,} bytes instead of {record.bytes:,}; {restore_hint(folder)}"
-    )
+    raise ConfigError(f"{path} is damaged: it has {size:,} bytes instead of {record.bytes:,}; {restore_hint(folder)}")
 
 
 def _find_columns(mapped: mmap.mmap, record: PartRecord) -> dict[str, _Column]:
