@@ -51,7 +51,7 @@ from .fresh import compute_anew
 from .hot_path import HotPath
 from .ports import Port, run_blocking
 from .provider_checks import check_provider
-from .routes import LiveProvider, Route, copy_texts, describe_space
+from .routes import LiveProvider, Route, copy_texts, describe_space, require_texts
 from .running import RunningChain, close_part
 from .single_reads import read_one
 from .upkeep import FoundKeys
@@ -255,7 +255,7 @@ class Requests(HotPath):
     async def _begin_estimate(self, port: Port, texts: object, task: Task) -> Estimator:
         """Return an estimator for the provider's current vector space, before any text is read."""
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         if isinstance(self._source.provider, NoProvider):
             self._source.provider.embed([], task)  # raises the error
         route = await self._find_current_route(port, self._source, task)
@@ -284,7 +284,7 @@ class Requests(HotPath):
         ``first`` is the position of the first text in the caller's stream; errors name positions in that stream.
         """
         if not isinstance(texts, list):  # an iterator can be read only once, and the fallback may need the texts again
-            _require_texts(texts)
+            require_texts(texts)
             texts = copy_texts(texts, first)
         how = (texts, task, store, metadata, fresh, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
@@ -365,7 +365,7 @@ class Requests(HotPath):
     ) -> Answer:
         """Return an answer that has the keys of these texts but no vectors yet. Texts without a key have failed."""
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         texts = copy_texts(texts, first)
         route = self._get_route(source, task)
         keys, invalid = route.find_keys(texts, first)
@@ -409,7 +409,7 @@ class Requests(HotPath):
         self, port: Port, texts: Sequence[str], task: Task | None, where: Callable[[SpaceCard], bool] | None
     ) -> dict[str, SpaceCard]:
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         texts = copy_texts(texts)
         if where is not None:
             if task is not None:
@@ -526,7 +526,7 @@ class Requests(HotPath):
 
     def _check_iter(self, texts: object, batch: int) -> None:
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
 
@@ -571,14 +571,6 @@ def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
                 f"{other or 'unknown'} dimensions, so the fallback cannot replace the provider; set the same "
                 "dimensions for both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
             )
-
-
-def _require_texts(texts: object) -> None:
-    """Raise TypeError unless ``texts`` is a collection of texts. A single str is refused, although it is iterable."""
-    if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
-        raise TypeError(f"expected a list of texts, got {type(texts).__name__}")
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}; use embed() for one text")
 
 
 def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
