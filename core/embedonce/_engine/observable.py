@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from embedonce.answers import ChainWarning, ImporterCheck
+from embedonce.answers import ChainWarning, ImporterCheck, TierCheck
 from embedonce.contracts import AnyProvider, Task
 from embedonce.errors import ProviderError
 from embedonce.events import Event, ProviderStats, Stats
@@ -14,6 +14,7 @@ from embedonce.tasks import TASKS
 from .ports import Port, run_blocking
 from .routes import LiveProvider, Route, copy_texts, require_texts
 from .running import RunningChain
+from .upkeep import FindOwnCards
 
 
 class Observable:
@@ -26,6 +27,7 @@ class Observable:
     _closed: bool
     _check_open: Callable[[], None]
     _find_current_route: Callable[[Port, LiveProvider, Task], Awaitable[Route]]
+    _find_own_cards: FindOwnCards
 
     def keys(self, texts: Iterable[str], task: Task = "document") -> list[str]:
         """Return the key of each text, in order, under which the tiers store its vector. Equal texts have equal keys.
@@ -92,6 +94,26 @@ class Observable:
     def _watch_counters(self, watcher: Callable[[], None]) -> None:
         """Call ``watcher`` when the counters in :meth:`stats` have changed. The watcher must not raise."""
         self._chain.watch_counters(watcher)
+
+    def check(self, *, verify: bool = False) -> list[TierCheck]:
+        """Return whether each tier answers, and whether it stores, returns and deletes a probe.
+
+        A probe is not listed, counted or kept, and evicts nothing in this process. A read-only tier, a tier whose
+        ``write`` is ``"none"`` and a tier that cannot delete get no probe. If this cache uses nothing of what a
+        read-only tier holds, the detail says what it holds.
+
+        With ``verify``, each store that can check itself is read as a whole, such as a bundle. This takes as long as
+        reading its files, and has no timeout.
+        """
+        return run_blocking(self._check(self._chain.ports.blocking, verify=verify))
+
+    async def acheck(self, *, verify: bool = False) -> list[TierCheck]:
+        """Async twin of :meth:`check`."""
+        return await self._check(self._chain.ports.get_loop_port(), verify=verify)
+
+    async def _check(self, port: Port, *, verify: bool) -> list[TierCheck]:
+        self._check_open()
+        return await self._chain.upkeep.check(port, self._find_own_cards, verify=verify)
 
     def check_importers(self) -> list[ImporterCheck]:
         """Return for each importer whether it can read its source, and whether it was verified."""

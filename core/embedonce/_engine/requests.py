@@ -12,7 +12,6 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import KeyPolicy, SpaceCard, Value
+from embedonce.keys import KeyPolicy, SpaceCard, card
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import (
     MAX_SECONDS,
@@ -470,8 +469,8 @@ class Requests(HotPath):
         if unused:
             if not self._list_sources():
                 raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
-            keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
-            keep |= self._chain.list_scopes_of_caches()
+            own = await self._find_own_cards(port, (await upkeep.read_all_cards(port)).values())
+            keep = own.keys() | self._chain.list_scopes_of_caches()
         return await upkeep.purge(port, scope=scope, wanted=wanted, where=where, keep=keep, dry_run=dry_run)
 
     # --- checking, listing and explaining -----------------------------------------------------
@@ -486,16 +485,19 @@ class Requests(HotPath):
         held = await self._chain.upkeep.contents(port)
         if not self._list_sources():
             return held
-        own = await self._find_own_scopes(port, [one.card for one in held if one.card is not None])
+        own = await self._find_own_cards(port, [one.card for one in held if one.card is not None])
         return [one if one.error is not None else replace(one, current=one.scope in own) for one in held]
 
-    async def _find_own_scopes(self, port: Port, cards: Iterable[Mapping[str, Value]]) -> set[str]:
-        """Return the scopes that the provider and the fallback use now, for every task that a space card names."""
+    async def _find_own_cards(self, port: Port, cards: Iterable[SpaceCard]) -> dict[str, SpaceCard]:
+        """Return the cards of the scopes that the provider and the fallback use now, for every task that a card names.
+
+        The cards are by scope.
+        """
         chain = self._chain
         stored = {task for card in cards if isinstance(task := card.get("task"), str) and task}
         with self._lock:
             known = {task for _, task in self._routes}
-        own: set[str] = set()
+        own: dict[str, SpaceCard] = {}
         for source in self._list_sources():
             for task in {*TASKS, *stored, *known}:
                 try:
@@ -504,7 +506,7 @@ class Requests(HotPath):
                 except Exception:  # noqa: BLE001  (the provider does not know the task)
                     continue
                 current = await chain.engine.find_current_route(port, route)
-                own.add(current.keyer.scope)
+                own[current.keyer.scope] = card(current.policy, current.space)
         return own
 
     async def _check_providers(self, port: Port, *, embed: bool) -> list[ProviderCheck]:
