@@ -17,7 +17,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
-from ._engine.transfer_methods import TransferMethods
+from ._transfers import TransferMethods
 from .admission import Admit
 from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged
 from .contracts import AnyProvider, Backend, Importer, Task, Vectors

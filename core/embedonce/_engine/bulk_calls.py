@@ -144,17 +144,20 @@ async def read_exactly(port: Port, tier: LiveTier, keys: Sequence[str]) -> Exact
 async def _read_values(port: Port, tier: LiveTier, keys: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for chunk in tier.calls.split_into_chunks(keys):
-        left = chunk
-
-        def keep_answer(error: Exception) -> None:
-            nonlocal left
-            left, answer = split_partial(left, error, Mapping)
-            values.update(answer)
-
-        answer = await call_patiently(port, tier, lambda: tier.backend.get_many(left), note_failure=keep_answer)
-        values.update(answer)
+        await _read_chunk(port, tier, chunk, values)
     wanted = set(keys)
     return values if wanted.issuperset(values) else {key: value for key, value in values.items() if key in wanted}
+
+
+async def _read_chunk(port: Port, tier: LiveTier, keys: Sequence[str], values: dict[str, Any]) -> None:
+    left = keys
+
+    def keep_answer(error: Exception) -> None:
+        nonlocal left
+        left, answer = split_partial(left, error, Mapping)
+        values.update(answer)
+
+    values.update(await call_patiently(port, tier, lambda: tier.backend.get_many(left), note_failure=keep_answer))
 
 
 def _decode_all(

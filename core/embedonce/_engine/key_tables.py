@@ -52,6 +52,9 @@ class KeyTable:
         return KeyTable(np.setdiff1d(self._digests, other._digests, assume_unique=True))
 
 
+NO_KEYS: Final = KeyTable(())
+
+
 def make_key_table(digests: Sequence[str]) -> KeyTable:
     """Return the table of some digests, each written as 64 hex digits."""
     return KeyTable(_read_digests(digests))

@@ -79,8 +79,8 @@ class Selection:
             more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
             reason = next(iter(unknown.values()))
             raise TransferRefused(
-                f"cannot leave texts out of the scopes {named}{more}, because their keys are not known: {reason}. Leave "
-                "these scopes out as well, with except_scopes (--except-scope on the command line)"
+                f"cannot leave texts out of the scopes {named}{more}, because their keys are not known: {reason}. "
+                "Leave these scopes out as well, with except_scopes (--except-scope on the command line)"
             )
         return selected, unknown
 

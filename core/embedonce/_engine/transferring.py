@@ -23,7 +23,7 @@ from .bulk_calls import (
     write_card,
     write_strictly,
 )
-from .key_tables import KeyTable
+from .key_tables import NO_KEYS, KeyTable
 from .ports import Port
 from .running import RunningChain
 from .selecting import Selection
@@ -124,14 +124,14 @@ class Transfer:
                 listed[scope] = keys if held is None else keys.unite(held)
         if any(source.listed is None for source in sources):
             listed |= dict.fromkeys(cards)
-        keys, unknown = await self._selection.apply(port, listed, cards)
-        return Plan(sources, keys, cards, unknown)
+        selected, unknown = await self._selection.apply(port, listed, cards)
+        return Plan(sources, selected, cards, unknown)
 
     async def _read_cards(self, port: Port, tiers: Sequence[LiveTier]) -> dict[str, SpaceCard]:
         """Return the space cards of the tiers and of the cache, by scope. The card of an earlier tier wins."""
         cards: dict[str, SpaceCard] = dict(self._chain.cards)
         if not all(tier.capabilities.scan for tier in tiers):
-            # Such a tier cannot say which scopes it has, but other tiers of the chain may have entries of the same ones.
+            # Such a tier cannot say which scopes it has, but other tiers may have entries of the same scopes.
             for tier in self._chain.tiers:
                 if tier.capabilities.scan:
                     with suppress(TierError):
@@ -157,9 +157,7 @@ class Transfer:
             self._total = plan.total
             await self._copy_all(port, plan, target)
         except TierError as error:
-            raise TransferStopped(
-                str(error), error.tier, self._make_copied(source, target, plan)
-            ) from error.__cause__
+            raise TransferStopped(str(error), error.tier, self._make_copied(source, target, plan)) from error.__cause__
         return self._make_copied(source, target, plan)
 
     def _make_copied(self, source: LiveTier, target: LiveTier, plan: Plan | None) -> Copied:
@@ -183,7 +181,7 @@ class Transfer:
             has_card = False
             windows = _Windows(table, plan.cards.get(scope))
             for keys in windows.list(scope):
-                held = await self._read_held(port, target, keys, None if there is None else there.get(scope, KeyTable(())))
+                held = await self._read_held(port, target, keys, None if there is None else there.get(scope, NO_KEYS))
                 # The ticket is taken before the source is read, so that what is erased from now on does not come back.
                 with self._chain.in_flight.new_ticket() as ticket:
                     asked = keys
@@ -302,16 +300,14 @@ class Transfer:
 
     # --- both ---------------------------------------------------------------------------------
 
-    async def _read_best(
-        self, port: Port, sources: Sequence[Source], scope: str, keys: Sequence[str]
-    ) -> ExactEntries:
+    async def _read_best(self, port: Port, sources: Sequence[Source], scope: str, keys: Sequence[str]) -> ExactEntries:
         """Return the best entry of each key: the finest one, and of these the one that lives longest."""
         best = ExactEntries()
         left = list(keys)
         for tier, listed in sources:
             asked = left
             if listed is not None and len(sources) > 1:
-                table = listed.get(scope, KeyTable(()))
+                table = listed.get(scope, NO_KEYS)
                 asked = [key for key, is_there in zip(left, table.contains(left).tolist(), strict=True) if is_there]
             if not asked:
                 continue
@@ -414,8 +410,8 @@ def _agree_on_encryption(sources: Sequence[LiveTier]) -> bool:
     plain = [tier.name for tier in sources if not tier.codec.is_encrypted]
     if encrypted and plain:
         raise TransferRefused(
-            f"tier {encrypted[0]!r} is encrypted and tier {plain[0]!r} is not, and a bundle is either encrypted or not; "
-            "choose one tier with source= (--from on the command line)"
+            f"tier {encrypted[0]!r} is encrypted and tier {plain[0]!r} is not, but a bundle is either encrypted or "
+            "not; choose one tier with source= (--from on the command line)"
         )
     return bool(encrypted)
 

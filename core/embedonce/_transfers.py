@@ -7,23 +7,20 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from embedonce._messages import join_words
-from embedonce.answers import Copied, Exported
-from embedonce.contracts import Backend, Task
-from embedonce.errors import ConfigError, TransferRefused
-from embedonce.keys import KeyPolicy, SpaceCard, Value
-from embedonce.tasks import TASKS
-
-from .chain import Tier
-from .ports import Port, run_blocking
-from .routes import LiveProvider, Route, copy_texts, require_texts
-from .running import RunningChain
-from .selecting import Selection
-from .tiers import LiveTier
-from .transferring import Progress, Transfer
-
-BUNDLE = "bundle"
-"""Name of the plugin whose backend writes and reads bundles."""
+from ._engine.chain import Tier
+from ._engine.ports import Port, run_blocking
+from ._engine.routes import LiveProvider, Route, copy_texts, require_texts
+from ._engine.running import RunningChain
+from ._engine.selecting import Selection
+from ._engine.tiers import LiveTier
+from ._engine.transferring import Progress, Transfer
+from ._messages import join_words
+from .answers import Copied, Exported
+from .contracts import Backend, Task
+from .errors import ConfigError, TransferRefused
+from .keys import KeyPolicy, SpaceCard, Value
+from .store_writers import BUNDLE
+from .tasks import TASKS
 
 
 class TransferMethods:
@@ -35,7 +32,7 @@ class TransferMethods:
     _check_open: Callable[[], None]
     _get_route: Callable[[LiveProvider, Task], Route]
     _list_sources: Callable[[], list[LiveProvider]]
-    _find_own_scopes: Callable[[Port, Iterable[Mapping[str, Value]]], Awaitable[set[str]]]
+    _find_own_cards: Callable[[Port, Iterable[Mapping[str, Value]]], Awaitable[Mapping[str, SpaceCard]]]
 
     def copy(
         self,
@@ -172,7 +169,9 @@ class TransferMethods:
         self._check_open()
         reader, writer = self._find_tier(source, "source"), self._find_tier(target, "target")
         if reader.backend is writer.backend:
-            raise TransferRefused(f"the source and the target are the same tier, {reader.name!r}; choose another target")
+            raise TransferRefused(
+                f"the source and the target are the same tier, {reader.name!r}; choose another target"
+            )
         if writer.capabilities.read_only:
             raise TransferRefused(
                 f"tier {writer.name!r} is read-only, so nothing can be copied to it; make a new bundle with export "
@@ -183,7 +182,7 @@ class TransferMethods:
         if not self._list_sources():
             return copied
         cards = [card for card in copied.scopes.values() if card is not None]
-        return replace(copied, unused=copied.scopes.keys() - await self._find_own_scopes(port, cards))
+        return replace(copied, unused=copied.scopes.keys() - (await self._find_own_cards(port, cards)).keys())
 
     async def _export(
         self,
@@ -195,7 +194,7 @@ class TransferMethods:
         dry_run: bool,
         progress: Progress | None,
     ) -> Exported:
-        from embedonce._plugins import loading
+        from ._plugins import loading
 
         self._check_open()
         folder = Path(path)
@@ -256,7 +255,7 @@ class TransferMethods:
         )
 
     def _normalize_texts(self, texts: Sequence[str]) -> list[str]:
-        """Return the distinct texts, normalised and as they are, because another policy may have stored them as they are.
+        """Return the distinct texts, normalised and as they are, because other policies may have stored them unchanged.
 
         Raises:
             TextError: a text has a lone surrogate.
