@@ -63,9 +63,7 @@ class BundleBackend:
         max_batch=MAX_BATCH_KEYS,
     )
 
-    def __init__(
-        self, *, path: Annotated[Path, Doc("Folder of the bundle. ~ means the home folder.")]
-    ) -> None:
+    def __init__(self, *, path: Annotated[Path, Doc("Folder of the bundle. ~ means the home folder.")]) -> None:
         """Open the bundle. This maps its files into memory, and reads only the manifest and the schemas.
 
         Raises:

@@ -8,10 +8,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
-from typing_extensions import Self
 
 from embedonce.errors import ConfigError
 from embedonce.keys import KEY_PREFIX

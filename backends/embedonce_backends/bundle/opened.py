@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -54,9 +55,14 @@ def open_bundle(folder: Path) -> OpenedBundle:
         except FileNotFoundError as error:
             before, written = written, read_manifest(folder)
             if written == before:
-                raise ConfigError(f"{folder} is damaged: its part {error.filename} is missing; {restore_hint(folder)}") from None
+                raise ConfigError(
+                    f"{folder} is damaged: its part {error.filename} is missing; {restore_hint(folder)}"
+                ) from None
             continue  # an export has replaced the bundle, and removed the parts of the previous one
-        cards = {CARD_PREFIX + scope: _make_card(record.card, record.read_frame()) for scope, record in manifest.spaces.items()}
+        cards = {
+            CARD_PREFIX + scope: _make_card(record.card, record.read_frame())
+            for scope, record in manifest.spaces.items()
+        }
         return OpenedBundle(manifest, parts, _group_parts(parts), cards)
     raise ConfigError(f"{folder} is being replaced again and again; try again when no export writes to it")
 
@@ -116,6 +122,6 @@ def _group_parts(parts: Sequence[Part]) -> dict[str, ScopeParts]:
 
 def _make_scope(parts: Sequence[Part]) -> ScopeParts:
     ordered = sorted(parts, key=lambda part: part.record.first)
-    is_disjoint = all(a.record.last < b.record.first for a, b in zip(ordered[:-1], ordered[1:], strict=True))
+    is_disjoint = all(a.record.last < b.record.first for a, b in pairwise(ordered))
     firsts, lasts = (np.array([getattr(part, name) for part in parts], np.uint64) for name in ("first", "last"))
     return ScopeParts(parts, firsts, lasts, is_disjoint)

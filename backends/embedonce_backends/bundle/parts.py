@@ -27,7 +27,16 @@ from embedonce.keys import KEY_PREFIX
 from embedonce.vectors import Block, Entry, Metadata, freeze, round_vectors
 
 from .manifest import PartRecord, restore_hint
-from .rows import ENCRYPTED_SCHEMA, KEY_BYTES, PADDING_BYTES, UNKNOWN_TOKENS, Layout, Rows, compute_checksums, read_prefixes
+from .rows import (
+    ENCRYPTED_SCHEMA,
+    KEY_BYTES,
+    PADDING_BYTES,
+    UNKNOWN_TOKENS,
+    Layout,
+    Rows,
+    compute_checksums,
+    read_prefixes,
+)
 
 CHUNK_BYTES: Final = 2**24
 """Number of bytes that are read at once to check a whole file."""
@@ -189,7 +198,10 @@ class Part:
         return self._text.size > 0
 
     def read_texts(self, rows: NDArray[np.intp]) -> list[bytes | None]:
-        """Return the metadata as JSON, or the frames, of some rows. None: the row is damaged; b"": it has no metadata."""
+        """Return the metadata of some rows as JSON, or their frames.
+
+        The result has None for a damaged row, and ``b""`` for a row without metadata.
+        """
         starts, ends = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist()
         at, size = self._text.at, self._text.size
         return [
@@ -223,7 +235,7 @@ class Part:
         return self._bisect(wanted, 0), self._bisect(wanted, 1)
 
     def _bisect(self, prefix: bytes, is_end: int) -> int:
-        """Return the first row whose key is at least ``prefix``; for the end, whose key is beyond those that start so."""
+        """Return the first row whose key is at least ``prefix``. With ``is_end``, skip the keys that start with it."""
         low, high = 0, self.rows
         while low < high:
             middle = (low + high) // 2
@@ -380,7 +392,9 @@ def _open_inside(folder: Path, path: Path) -> int:
     """
     resolved = path.resolve()
     if not resolved.is_relative_to(folder.resolve()):
-        raise ConfigError(f"{path} is a link out of the folder; a bundle must contain its parts, so copy the file there")
+        raise ConfigError(
+            f"{path} is a link out of the folder; a bundle must contain its parts, so copy the file there"
+        )
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(resolved, flags | getattr(os, "O_CLOEXEC", 0))
@@ -402,9 +416,7 @@ def _check_size(descriptor: int, path: Path, record: PartRecord, folder: Path) -
         return
     if size < 1024 and os.read(descriptor, 16).startswith(b"version https://"):
         raise ConfigError(f"{path} is a pointer of Git LFS and not the file itself; run `git lfs pull`")
-    raise ConfigError(
-        f"{path} is damaged: it has {size:,} bytes instead of {record.bytes:,}; {restore_hint(folder)}"
-    )
+    raise ConfigError(f"{path} is damaged: it has {size:,} bytes instead of {record.bytes:,}; {restore_hint(folder)}")
 
 
 def _find_columns(mapped: mmap.mmap, record: PartRecord) -> dict[str, _Column]:

@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from typing_extensions import Self
 from xxhash import xxh3_128
 
 from embedonce.vectors import Entry, encode_frames
@@ -66,7 +65,7 @@ class _Column:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder, suffix=UNFINISHED, buffering=0)
+            self._file = tempfile.TemporaryFile(dir=self._folder, suffix=UNFINISHED, buffering=0)  # noqa: SIM115
         view = memoryview(self._tail)
         while view:
             view = view[self._file.write(view) :]
@@ -105,7 +104,9 @@ class _Stage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -128,7 +129,7 @@ class _Stage:
         path = self._folder / f"{secrets.token_hex(8)}{UNFINISHED}"
         try:
             with path.open("xb+", buffering=0) as file:
-                # pyarrow writes to a path, because it would copy all values of a column to write to an object of Python.
+                # pyarrow writes to a path. To write to an object of Python, it would copy all values of a column.
                 with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
                     writer.write_batch(batch)
                 digest = xxh3_128()
@@ -204,7 +205,9 @@ class PlainStage(_Stage):
         payload = layout.vector_bytes + scale_bytes
         metadata = [_get_metadata(frame, payload) for frame in frames.values()]
         payloads = b"".join([frame[-payload:] for frame in frames.values()])
-        values = np.frombuffer(payloads, np.dtype([("scale", f"V{scale_bytes}"), ("vector", f"V{payload - scale_bytes}")]))
+        values = np.frombuffer(
+            payloads, np.dtype([("scale", f"V{scale_bytes}"), ("vector", f"V{payload - scale_bytes}")])
+        )
         codes = np.frombuffer("".join(keys).encode(), np.uint8).reshape(-1, KEY_BYTES)
         rows = layout.make_rows(len(keys))
         rows["key"] = codes.view(f"V{KEY_BYTES}")[:, 0]

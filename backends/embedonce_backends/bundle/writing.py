@@ -1,4 +1,4 @@
-"""Writing a bundle. The manifest is replaced last, in one step, so a killed export leaves the previous bundle or none."""
+"""Writing a bundle. The manifest is replaced last, so a killed export leaves the previous bundle, or none."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final
-
-from typing_extensions import Self
+from typing import Final, Self
 
 from embedonce.errors import ConfigError, StoreExists
 from embedonce.keys import CARD_PREFIX
@@ -71,7 +69,9 @@ class BundleWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def add(self, items: Mapping[str, Entry | bytes], /) -> None:
