@@ -12,6 +12,9 @@ from zlib import crc32
 from embedonce.contracts import Capabilities, StoredSize
 from embedonce.errors import TierError
 
+_WRITTEN: set[str] = set()
+"""The files that this process has written."""
+
 
 def write_slate(path: Path, items: Mapping[str, bytes]) -> None:
     """Write a line of JSON with the place and the checksum of each value, and then the values."""
@@ -21,6 +24,7 @@ def write_slate(path: Path, items: Mapping[str, bytes]) -> None:
         index[key] = (len(body), len(items[key]), crc32(items[key]))
         body += items[key]
     path.write_bytes(json.dumps(index).encode() + b"\n" + body)
+    _WRITTEN.add(str(path))
 
 
 def damage_slate(path: Path, key: str) -> None:
@@ -81,3 +85,12 @@ class SlateBackend:
         start, size, checksum = self.index[key]
         value = os.pread(self.file, size, self.start + start)
         return value if crc32(value) == checksum else b""
+
+
+class KnowsWhatItHasWritten(SlateBackend):
+    """Knows the keys of a file only in the process that has written it."""
+
+    def __init__(self, *, path: str) -> None:
+        super().__init__(path=path)
+        if path not in _WRITTEN:
+            self.index = {}

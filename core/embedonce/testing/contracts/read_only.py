@@ -26,7 +26,15 @@ from embedonce.keys import CARD_PREFIX
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.vectors import Entry, decode_frames, encode_frames
 
-from .stored import OTHER_SCOPE, MakeItems, StoredContract, check_capabilities, check_methods, measure_store
+from .stored import (
+    OTHER_SCOPE,
+    MakeItems,
+    StoredContract,
+    check_capabilities,
+    check_methods,
+    get_batch_size,
+    measure_store,
+)
 from .support import CALL_TIMEOUT, run_in_fork, run_in_processes, run_in_threads, run_with_twin
 from .values import SCOPE, Values, key, make_values, require_samples
 from .whole import register_standard_tests
@@ -114,10 +122,10 @@ class ReadOnlyContract(StoredContract):
 
     def test_one_more_than_a_full_batch_is_right_or_refused(self) -> None:
         def make_items(caps: Capabilities) -> Mapping[str, Any]:
-            return self._make_samples(caps, range(self._get_size(caps) + 1))
+            return self._make_samples(caps, range(get_batch_size(caps) + 1))
 
         with self._open_with(make_items) as backend:
-            expected = {key(number): number for number in range(self._get_size(backend.capabilities) + 1)}
+            expected = {key(number): number for number in range(get_batch_size(backend.capabilities) + 1)}
             try:
                 found = backend.get_many(list(expected))
             except Exception:
@@ -367,7 +375,7 @@ class ReadOnlyContract(StoredContract):
 
             async def use(twin: Any) -> None:
                 assert dict(await twin.get_many([])) == {}, "the twin's get_many([]) must return an empty mapping"
-                asked = [key(number) for number in (1, 2, 1, 99)]
+                asked = [key(number) for number in (1, 1, 2, 99)]
                 self._require_equal(backend, await twin.get_many(asked), {key(1): 1, key(2): 2})
                 await twin.close()
                 await twin.close()
@@ -455,8 +463,10 @@ class ReadOnlyContract(StoredContract):
     def _choose_values(self, caps: Capabilities) -> Values:
         return make_values(_get_tested_form(caps), self.dimensions)
 
-    def _get_size(self, caps: Capabilities) -> int:
-        return min(1000 if caps.max_batch is None else caps.max_batch, 5000)
+    def _make_card(self, caps: Capabilities) -> Any:
+        # A store may keep only the date and the metadata of a card, because a card has no vector that cost anything.
+        card = super()._make_card(caps)
+        return card._replace(tokens=None, seconds=None) if isinstance(card, Entry) else card
 
 
 def _get_tested_form(caps: Capabilities) -> str:

@@ -66,7 +66,7 @@ class StoredContract(Contract):
 
     def test_a_full_batch_comes_back(self) -> None:
         def make_items(caps: Capabilities) -> Mapping[str, Any]:
-            return self._make_samples(caps, range(_get_batch_size(caps)))
+            return self._make_samples(caps, range(get_batch_size(caps)))
 
         with self._open_with(make_items) as backend:
             self._require_stored(backend, {key(number): number for number in range(self._get_batch_size(backend))})
@@ -252,7 +252,7 @@ class StoredContract(Contract):
         return recipe
 
     def _get_batch_size(self, backend: Any) -> int:
-        return _get_batch_size(backend.capabilities)
+        return get_batch_size(backend.capabilities)
 
     def _require_stored(self, backend: Any, expected: Mapping[str, int]) -> None:
         """Require that the backend returns all samples of ``expected``, which maps keys to the seeds of samples."""
@@ -263,7 +263,8 @@ class StoredContract(Contract):
         require_samples(self._make_values(backend), found, expected)
 
 
-def _get_batch_size(caps: Capabilities) -> int:
+def get_batch_size(caps: Capabilities) -> int:
+    """Return the number of keys in a full batch."""
     return min(1000 if caps.max_batch is None else caps.max_batch, 5000)
 
 
