@@ -265,6 +265,10 @@ class TierCheck:
     writes: bool | None = None
     """Whether a probe was written, read and deleted. None if this was not tried, for example because the tier's
     ``write`` is ``"none"``."""
+    read_only: bool = False
+    """Whether the store is read-only, so that no probe is written."""
+    verified: bool | None = None
+    """Whether the whole store was read and is intact. None if this was not asked for, or its backend cannot do it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +316,12 @@ class Purged:
     """The scopes that matched, with their space cards."""
     removed: Mapping[str, int] = field(default_factory=dict)
     """Number of removed entries, by tier. With ``dry_run``, the number of entries that would be removed."""
+    kept: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Number of entries that a read-only tier keeps of each scope, by tier. Only the result of a ``dry_run`` has such
+    tiers. Otherwise, ``purge`` raises :class:`~embedonce.errors.EraseIncomplete`."""
 
     def __repr__(self) -> str:
         details = format_counts(self.removed)
+        if kept := format_counts({tier: sum(scopes.values()) for tier, scopes in self.kept.items()}, " in "):
+            details = f"{details}{'; ' if details else ''}kept: {kept}"
         return f"<Purged {format_count(len(self.scopes), 'scope')}{': ' if details else ''}{details}>"

@@ -18,7 +18,7 @@ from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .admission import Admit
-from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
+from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged
 from .contracts import AnyProvider, Backend, Importer, Task, Vectors
 from .drift import DriftGuard
 from .events import Event
@@ -295,8 +295,9 @@ class Cache(Requests, Observable):
         texts are returned, with their cards.
 
         Raises:
-            EraseIncomplete: some tiers failed, cannot delete, or cannot list their keys, which ``where`` needs; or the
-                keys of a scope are not known. The error names these tiers and scopes.
+            EraseIncomplete: some tiers failed, cannot delete, or cannot list their keys, which ``where`` needs; or
+                read-only tiers have some of the vectors; or the keys of a scope are not known. The error names these
+                tiers and scopes.
         """
         return run_blocking(self._forget(self._chain.ports.blocking, texts, task, where))
 
@@ -321,7 +322,8 @@ class Cache(Requests, Observable):
 
         Raises:
             ValueError: no part was given, or ``unused`` was given and the cache has no provider.
-            EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
+            EraseIncomplete: some tiers failed, cannot list or cannot delete, or read-only tiers have some of the
+                entries. The error names these tiers.
         """
         port = self._chain.ports.blocking
         return run_blocking(self._purge(port, scope, model, version, namespace, where, unused, dry_run))
@@ -360,15 +362,6 @@ class Cache(Requests, Observable):
             TierError: a tier failed or cannot list; the message names the tier.
         """
         return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
-
-    def check(self) -> list[TierCheck]:
-        """Return whether each tier answers, and whether it stores, returns and deletes a probe.
-
-        A probe is not listed, counted or kept, and evicts nothing in this process. A tier whose ``write`` is
-        ``"none"`` and a tier that cannot delete get no probe.
-        """
-        self._check_open()
-        return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
 
     def check_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
         """Return whether the provider, and the fallback if there is one, can be called.
@@ -531,11 +524,6 @@ class Cache(Requests, Observable):
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """Async twin of :meth:`list_metadata`."""
         return await self._list_metadata(self._chain.ports.get_loop_port(), task)
-
-    async def acheck(self) -> list[TierCheck]:
-        """Async twin of :meth:`check`."""
-        self._check_open()
-        return await self._chain.upkeep.check(self._chain.ports.get_loop_port())
 
     async def acheck_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
         """Async twin of :meth:`check_providers`."""

@@ -144,6 +144,8 @@ class FrameBackend(Protocol):
         """Store every item and replace existing values.
 
         After ``ttl`` seconds, the backend may remove the items. If ``ttl`` is None, the items do not expire.
+
+        A backend that declares ``read_only`` does not need this method.
         """
         ...
 

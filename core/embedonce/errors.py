@@ -211,9 +211,13 @@ class EraseIncomplete(EmbedonceError):
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     ``scopes`` maps each scope whose keys ``forget`` cannot make to the reason. ``purge`` can remove such a scope.
     ``unable`` has the names of those of ``tiers`` that cannot list or cannot delete keys at all. Calling the method
-    again does not help there: their entries stay until they expire or are evicted. After ``purge``, ``matched``
-    maps the scopes that matched to their space cards, and ``removed`` has the number of removed entries of each tier
-    that worked, as ``Purged`` has them. After ``forget(where=…)``, ``left`` has the cards that it would have returned.
+    again does not help there: their entries stay until they expire or are evicted, and in a read-only tier for good.
+    After ``purge``, ``matched`` maps the scopes that matched to their space cards, and ``removed`` has the number of
+    removed entries of each tier that worked, as ``Purged`` has them. After ``forget(where=…)``, ``left`` has the cards
+    that it would have returned.
+
+    ``kept`` has the read-only tiers among ``tiers`` that have some of the entries, with their number by scope. The
+    reason of such a tier says how its store is made again without these entries.
     """
 
     def __init__(
@@ -222,11 +226,13 @@ class EraseIncomplete(EmbedonceError):
         tiers: Mapping[str, str] | None = None,
         scopes: Mapping[str, str] | None = None,
         unable: Iterable[str] = (),
+        kept: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         super().__init__(message)
         self.tiers = dict(tiers or {})
         self.scopes = dict(scopes or {})
         self.unable = frozenset(unable)
+        self.kept = dict(kept or {})
         self.matched: dict[str, Mapping[str, Any] | None] = {}
         self.removed: dict[str, int] = {}
         self.left: dict[str, Mapping[str, Any]] = {}

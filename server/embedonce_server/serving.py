@@ -120,7 +120,7 @@ def serve(
 def list_warnings(config: Config, workers: int, open_addresses: Sequence[str]) -> list[str]:
     """Return what is probably a mistake in how the server is started, one message each."""
     found = []
-    if workers > 1 and all(tier.scope in ("process", "single") for tier in config.tiers):
+    if workers > 1 and all(tier.scope in ("process", "single") or tier.is_read_only for tier in config.tiers):
         found.append(
             f"no tier is shared by the {workers} workers, so each worker computes every text itself; add a disk tier "
             "or a network tier"

@@ -1,4 +1,4 @@
-"""The Ray example is killed half-way with its whole cluster. The next run computes only the rest."""
+"""The Ray examples are killed half-way with their whole cluster. The next run computes only the rest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import pytest
 from servers import wait_until
 
 import embedonce
+from embedonce_backends.bundle import BundleBackend
 from embedonce_providers.ngram import NgramProvider
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "ray" / "embed_corpus.py"
+FOLDER = Path(__file__).parents[2] / "examples" / "ray"
+SCRIPT = FOLDER / "embed_corpus.py"
 LINES = [f"passage {i} of the corpus, of which no other is the same" for i in range(2000)]
 
 pytestmark = [
@@ -52,6 +54,18 @@ def has_variable(environ: Path, job: str) -> bool:
         return False  # the process has ended
 
 
+def make_environment(job: Path) -> dict[str, str]:
+    """Return the environment variables of a job."""
+    return {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": "/tmp",
+        # Ray would restart a worker that a busy machine has not started within a minute.
+        "RAY_worker_register_timeout_seconds": "300",
+        "EMBEDONCE_TEST_JOB": str(job),
+    }
+
+
 @pytest.mark.usefixtures("patient_disk")
 def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
@@ -60,14 +74,7 @@ def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
     config.write_text(SCRIPT.with_name("embedonce.toml").read_text())
     store = tmp_path / "vectors.cache"
     command = [sys.executable, str(SCRIPT), str(corpus), "--config", str(config), "--out", str(tmp_path / "vectors")]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_TMPDIR": "/tmp",
-        # Ray would restart a worker that a busy machine has not started within a minute.
-        "RAY_worker_register_timeout_seconds": "300",
-        "EMBEDONCE_TEST_JOB": str(tmp_path),
-    }
+    environment = make_environment(tmp_path)
 
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(
@@ -106,3 +113,41 @@ def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
     assert sorted(table["text"].to_pylist()) == sorted([*LINES, LINES[7]])
     expected = NgramProvider().embed(table["text"].to_pylist(), "document")
     assert (np.array(table["embedding"].to_pylist(), np.float32) == expected).all()
+
+
+def list_parts(folder: Path) -> list[BundleBackend]:
+    """Return the bundles that tasks have written."""
+    return [BundleBackend(path=path.parent) for path in folder.glob("*/manifest.json")]
+
+
+def test_a_job_that_joins_by_keys_computes_each_distinct_text_once_although_it_is_killed(tmp_path: Path) -> None:
+    texts = [*LINES, *LINES[::5]]
+    (tmp_path / "corpus").mkdir()
+    for number in range(4):
+        table = pyarrow.table({"id": list(range(number, len(texts), 4)), "text": texts[number::4]})
+        pyarrow.parquet.write_table(table, tmp_path / "corpus" / f"{number}.parquet")
+    out = tmp_path / "out"
+    parts = out / "parts"
+    command = [sys.executable, str(FOLDER / "embed_missing.py"), str(tmp_path / "corpus"), "--out", str(out)]
+    command += ["--digits", "1", "--partitions", "4"]  # 16 tasks
+    environment = make_environment(tmp_path)
+
+    with (tmp_path / "log").open("wb") as log:
+        # The job has 6 s left when the kill comes, because it has two workers.
+        job = subprocess.Popen([*command, "--pause", "1"], env=environment, stdout=log, stderr=log)
+        try:
+            wait_until(lambda: job.poll() is not None or len(list_parts(parts)) >= 3, "some are stored", seconds=300)
+            assert job.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            kill_all_processes(environment["EMBEDONCE_TEST_JOB"])
+            job.wait()
+    stored = sum(part.count("eo1.") for part in list_parts(parts)) - len(list_parts(parts))  # each has a space card
+    assert 0 < stored < len(LINES)
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert f"{len(LINES) - stored} texts computed; {len(LINES):,} entries in 1 part" in again.stdout, again.stdout
+    assert not parts.exists()
+    tiers = [{"type": "bundle", "path": str(out / "bundle")}]
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": tiers}) as cache:
+        found = cache.lookup(texts)
+        assert (found.vectors == NgramProvider().embed(texts, "document")).all()

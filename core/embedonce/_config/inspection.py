@@ -110,7 +110,7 @@ def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield the problems that can be found in a plugin's class without creating an instance of it."""
     from embedonce._plugins.options import merge_options, options_of  # needed only in this function
 
-    from .tables import ImportTable, TierTable
+    from .tables import ImportTable, TierTable, is_read_only
 
     if kind == "normalizer":
         return
@@ -121,6 +121,8 @@ def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
         "importer": ("check", "close"),
     }
     missing = [name for name in methods[kind] if not callable(getattr(cls, name, None))]
+    if kind == "backend" and is_read_only(cls):
+        missing = [name for name in missing if name != "set_many"]
     if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):
         missing.insert(0, "(embed or aembed)")
     if kind == "importer" and not (callable(getattr(cls, "lookup", None)) or callable(getattr(cls, "scan", None))):

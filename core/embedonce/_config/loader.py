@@ -23,7 +23,6 @@ from .reader import FoundPlugin, Reader, Table, is_any_inside, make_provider_con
 from .resolved import Config, ImportConfig, ProviderConfig, ServeConfig, TierConfig
 from .serving import has_served_models, read_serve
 from .tables import (
-    NOT_IN_PROCESS,
     OWN_TABLES,
     TIER_NAME,
     CacheTable,
@@ -34,7 +33,7 @@ from .tables import (
     PluginsTable,
     ProviderTable,
     TierTable,
-    read_scope,
+    find_unsupported,
 )
 
 TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "imports", "embed", "serve")
@@ -273,9 +272,7 @@ class _Loader:
         return name
 
     def _check_supported(self, table: Table, cls: type[Any]) -> None:
-        if read_scope(cls) != "process":
-            return
-        for option, reason in NOT_IN_PROCESS.items():
+        for option, reason in find_unsupported(cls).items():
             if table.values.get(option) is not None:
                 message = f'the tier does not support {reason}; remove "{option}"'
                 self._reader.add_option_problem(table, option, message, key=True)

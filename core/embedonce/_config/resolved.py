@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from embedonce._engine.imports import DEFAULT_TIMEOUT, DEFAULT_VERIFY
 from embedonce.keys import KeyPolicy
 
-from .tables import ServeTable, read_scope
+from .tables import ServeTable, is_read_only, read_scope
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,6 +75,11 @@ class TierConfig(Plugged):
     def scope(self) -> str | None:
         """The scope that the backend's class declares; None if the backend declares it only when it is made."""
         return read_scope(self.cls)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the backend's class declares that its stores are read-only, so that nothing is written to them."""
+        return is_read_only(self.cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,6 @@ from embedonce.keys import NORMALIZERS
 
 from .inspection import installed
 from .tables import (
-    NOT_IN_PROCESS,
     TIER_NAME,
     CacheTable,
     EmbedTable,
@@ -33,7 +32,7 @@ from .tables import (
     ServeTable,
     TenantTable,
     TierTable,
-    read_scope,
+    find_unsupported,
 )
 
 TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
@@ -179,8 +178,8 @@ class _Schema:
             options = merge_options(cls, own, {"type", *more})
         except PluginError:  # `embedonce plugins` reports the error
             return None
-        if kind == "backend" and read_scope(cls) == "process":
-            options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
+        unsupported = find_unsupported(cls) if kind == "backend" else {}
+        options = {key: option for key, option in options.items() if key not in unsupported}
         table = self._describe_table(f"{role}.{name}", options, more)
         properties = {"type": self._describe_type_option(kind, name), **table["properties"]}
         if role == "tier":

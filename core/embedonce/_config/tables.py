@@ -34,6 +34,13 @@ NOT_IN_PROCESS: Mapping[str, str] = {
 }
 """Options that a tier inside this process does not support, and the reason."""
 
+NOT_READ_ONLY: Mapping[str, str] = {
+    "ttl": "a ttl, because its store is read-only and nothing is written to it",
+    "write": "write, because its store is read-only and nothing is written to it",
+    "lease": "a lease, because its store is read-only and nothing is written to it",
+}
+"""Options that a read-only tier does not support, and the reason."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTable:
@@ -286,6 +293,18 @@ def read_scope(cls: type[Any]) -> str | None:
     """Return the scope that a backend class declares; None if the backend declares it only when it is made."""
     capabilities = getattr(cls, "capabilities", None)
     return capabilities.scope if isinstance(capabilities, Capabilities) else None
+
+
+def is_read_only(cls: type[Any]) -> bool:
+    """Return whether a backend class declares that its stores are read-only."""
+    capabilities = getattr(cls, "capabilities", None)
+    return isinstance(capabilities, Capabilities) and capabilities.read_only
+
+
+def find_unsupported(cls: type[Any]) -> Mapping[str, str]:
+    """Return the options of ``[[tiers]]`` that tiers of a backend class do not support, and the reasons."""
+    in_process = NOT_IN_PROCESS if read_scope(cls) == "process" else {}
+    return {**in_process, **(NOT_READ_ONLY if is_read_only(cls) else {})}
 
 
 OWN_TABLES: Mapping[str, type[Any]] = {

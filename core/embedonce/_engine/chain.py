@@ -140,6 +140,7 @@ def _find_problems(
                 None,
                 f'tier {name!r}: its backend declares the capability "{capability}" but has no method "{method}"',
             )
+    yield from _find_read_only_problems(name, tier, caps)
     if any(name == other for other, _ in earlier):
         yield "name", f"two tiers are named {name!r}; give each a unique name with name="
     if name == "provider":
@@ -170,6 +171,27 @@ def _find_problems(
         if value is not None and not is_off and (isinstance(value, str) or not 0 < value < float("inf")):
             or_off = ' or "off"' if option == "lease" else ""
             yield option, f'tier {name!r}: "{option}" must be a finite number of seconds above 0{or_off}, got {value!r}'
+
+
+def _find_read_only_problems(name: str, tier: Tier, caps: Capabilities) -> Iterator[tuple[str | None, str]]:
+    if not caps.read_only:
+        if not callable(getattr(tier.backend, "set_many", None)):
+            yield (
+                None,
+                f'tier {name!r}: its backend has no method "set_many"; a backend without it must declare the '
+                'capability "read_only"',
+            )
+        return
+    for capability in ("delete", "add"):
+        if getattr(caps, capability):
+            yield None, f'tier {name!r}: its backend declares both "read_only" and "{capability}"; it can have only one'
+    for option in ("write", "ttl", "lease"):
+        if getattr(tier, option) not in (None, "off"):
+            yield (
+                option,
+                f'tier {name!r}: "{option}" is not supported, because its store is read-only and nothing is written to '
+                f'it; remove "{option}"',
+            )
 
 
 def _find_lease_problems(
@@ -244,8 +266,22 @@ _SLOWNESS = {"process": 0, "single": 1, "host": 1, "network": 2}
 _WHERE = {"process": "in this process", "single": "on this host", "host": "on this host", "network": "on the network"}
 
 
-def find_chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
-    """Return warnings about probable mistakes in a chain that works. Each warning names a tier."""
+def find_longest_ttl(chain: Sequence[tuple[str, Tier]]) -> float | None:
+    """Return the longest time to live of entries in tiers without a ``ttl`` of their own; None if there is no limit.
+
+    Such a tier may hold entries that were promoted from a tier with a ``ttl``. It may also hold entries of a read-only
+    tier. This chain has not written those, so their expiry dates may be any.
+    """
+    if any(tier.backend.capabilities.read_only for _, tier in chain):
+        return None
+    return max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
+
+
+def find_chain_warnings(chain: Sequence[tuple[str, Tier]], *, replays: bool = False) -> list[ChainWarning]:
+    """Return warnings about probable mistakes in a chain that works. Each warning names a tier.
+
+    With ``replays``, nothing is computed, so no tier needs to store anything.
+    """
     found = []
     for place, (name, tier) in enumerate(chain):
         scope = tier.backend.capabilities.scope
@@ -259,7 +295,16 @@ def find_chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]
                     f"({_WHERE[slower[1]]}), so every hit in {name!r} waits for {slower[0]!r} first; move {name!r} up",
                 )
             )
-    unlimited = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
+    read_only = [name for name, tier in chain if tier.backend.capabilities.read_only]
+    if read_only and not replays and not any(_can_store(tier) for _, tier in chain):
+        found.append(
+            ChainWarning(
+                read_only[0],
+                f"tier {read_only[0]!r} is read-only and no other tier stores vectors, so every text that it lacks is "
+                'computed again each time; add another tier, or set mode = "replay" to compute nothing',
+            )
+        )
+    unlimited = [name for name, tier in chain if _can_grow(tier)]
     if len(unlimited) > 1:
         found.append(
             ChainWarning(
@@ -269,6 +314,16 @@ def find_chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]
             )
         )
     return found
+
+
+def _can_store(tier: Tier) -> bool:
+    return not tier.backend.capabilities.read_only and tier.write != "none"
+
+
+def _can_grow(tier: Tier) -> bool:
+    """Return whether a tier grows without limit."""
+    caps = tier.backend.capabilities
+    return caps.bounded is False and tier.ttl is None and not caps.read_only
 
 
 def log_once(warnings: Iterable[ChainWarning]) -> None:

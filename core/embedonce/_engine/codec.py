@@ -42,7 +42,8 @@ class Codec:
         An entry that expires later has expired already: the clock was set back after the entry was written.
         """
         self._holds = capabilities.holds
-        self._is_trusted = capabilities.scope == "process"
+        # If this chain writes to a tier in this process, it has checked the tier's entries already.
+        self._is_trusted = capabilities.scope == "process" and not capabilities.read_only
         self._keeps_previews = capabilities.text_preview
         self._encryption = encryption
         self._clock = clock

@@ -209,7 +209,8 @@ class HotPath:
         if chain.tiers and not chain.listeners and not self._closed:
             first = chain.tiers[0]
             caps = first.capabilities
-            if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
+            is_ours = caps.scope == "process" and not caps.read_only  # so its entries need no check
+            if is_ours and caps.holds == "entries" and caps.get and not caps.blocking:
                 with self._lock:
                     routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
                 hits = {

@@ -38,9 +38,11 @@ async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -
     Raises:
         TierError: the tier failed, does not return what was written, or does not delete it.
     """
+    caps = tier.capabilities
+    if caps.read_only:
+        return None, ""
     if tier.writer.mode == "none":
         return None, READ_ONLY
-    caps = tier.capabilities
     if not caps.delete:
         return None, NOT_DELETABLE
     if caps.scope == "process" and caps.bounded is not False and not await _is_empty(port, tier):
@@ -63,8 +65,7 @@ async def probe_writes(port: Port, tier: LiveTier, clock: Callable[[], float]) -
 async def _is_empty(port: Port, tier: LiveTier) -> bool:
     if not tier.capabilities.count:
         return False
-    count: int = await tier.calls.call_strictly(port, lambda: tier.backend.count(KEY_PREFIX), listing=True)
-    return count == 0
+    return await tier.count(port, KEY_PREFIX) == 0
 
 
 async def _write(port: Port, tier: LiveTier, keys: Sequence[str], clock: Callable[[], float]) -> Sequence[str]:

@@ -162,7 +162,8 @@ class SavingsRecorder:
         errors: dict[str, str] = {}
         read: list[str] = []
         for tier in self._tiers:
-            if tier.capabilities.scope == "process" or not tier.capabilities.scan:
+            caps = tier.capabilities
+            if caps.scope == "process" or caps.read_only or not caps.scan:
                 continue
             try:
                 for key, record in (await _read_records(port, tier, first)).items():

@@ -12,7 +12,6 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import KeyPolicy, SpaceCard, Value
+from embedonce.keys import KeyPolicy, SpaceCard, card
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import (
     MAX_SECONDS,
@@ -51,7 +50,7 @@ from .fresh import compute_anew
 from .hot_path import HotPath
 from .ports import Port, run_blocking
 from .provider_checks import check_provider
-from .routes import LiveProvider, Route, copy_texts, describe_space
+from .routes import LiveProvider, Route, copy_texts, describe_space, require_texts
 from .running import RunningChain, close_part
 from .single_reads import read_one
 from .upkeep import FoundKeys
@@ -255,7 +254,7 @@ class Requests(HotPath):
     async def _begin_estimate(self, port: Port, texts: object, task: Task) -> Estimator:
         """Return an estimator for the provider's current vector space, before any text is read."""
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         if isinstance(self._source.provider, NoProvider):
             self._source.provider.embed([], task)  # raises the error
         route = await self._find_current_route(port, self._source, task)
@@ -284,7 +283,7 @@ class Requests(HotPath):
         ``first`` is the position of the first text in the caller's stream; errors name positions in that stream.
         """
         if not isinstance(texts, list):  # an iterator can be read only once, and the fallback may need the texts again
-            _require_texts(texts)
+            require_texts(texts)
             texts = copy_texts(texts, first)
         how = (texts, task, store, metadata, fresh, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
@@ -365,7 +364,7 @@ class Requests(HotPath):
     ) -> Answer:
         """Return an answer that has the keys of these texts but no vectors yet. Texts without a key have failed."""
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         texts = copy_texts(texts, first)
         route = self._get_route(source, task)
         keys, invalid = route.find_keys(texts, first)
@@ -409,7 +408,7 @@ class Requests(HotPath):
         self, port: Port, texts: Sequence[str], task: Task | None, where: Callable[[SpaceCard], bool] | None
     ) -> dict[str, SpaceCard]:
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         texts = copy_texts(texts)
         if where is not None:
             if task is not None:
@@ -470,8 +469,8 @@ class Requests(HotPath):
         if unused:
             if not self._list_sources():
                 raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
-            keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
-            keep |= self._chain.list_scopes_of_caches()
+            own = await self._find_own_cards(port, (await upkeep.read_all_cards(port)).values())
+            keep = own.keys() | self._chain.list_scopes_of_caches()
         return await upkeep.purge(port, scope=scope, wanted=wanted, where=where, keep=keep, dry_run=dry_run)
 
     # --- checking, listing and explaining -----------------------------------------------------
@@ -486,16 +485,19 @@ class Requests(HotPath):
         held = await self._chain.upkeep.contents(port)
         if not self._list_sources():
             return held
-        own = await self._find_own_scopes(port, [one.card for one in held if one.card is not None])
+        own = await self._find_own_cards(port, [one.card for one in held if one.card is not None])
         return [one if one.error is not None else replace(one, current=one.scope in own) for one in held]
 
-    async def _find_own_scopes(self, port: Port, cards: Iterable[Mapping[str, Value]]) -> set[str]:
-        """Return the scopes that the provider and the fallback use now, for every task that a space card names."""
+    async def _find_own_cards(self, port: Port, cards: Iterable[SpaceCard]) -> dict[str, SpaceCard]:
+        """Return the cards of the scopes that the provider and the fallback use now, for every task that a card names.
+
+        The cards are by scope.
+        """
         chain = self._chain
         stored = {task for card in cards if isinstance(task := card.get("task"), str) and task}
         with self._lock:
             known = {task for _, task in self._routes}
-        own: set[str] = set()
+        own: dict[str, SpaceCard] = {}
         for source in self._list_sources():
             for task in {*TASKS, *stored, *known}:
                 try:
@@ -504,7 +506,7 @@ class Requests(HotPath):
                 except Exception:  # noqa: BLE001  (the provider does not know the task)
                     continue
                 current = await chain.engine.find_current_route(port, route)
-                own.add(current.keyer.scope)
+                own[current.keyer.scope] = card(current.policy, current.space)
         return own
 
     async def _check_providers(self, port: Port, *, embed: bool) -> list[ProviderCheck]:
@@ -526,7 +528,7 @@ class Requests(HotPath):
 
     def _check_iter(self, texts: object, batch: int) -> None:
         self._check_open()
-        _require_texts(texts)
+        require_texts(texts)
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
 
@@ -571,14 +573,6 @@ def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
                 f"{other or 'unknown'} dimensions, so the fallback cannot replace the provider; set the same "
                 "dimensions for both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
             )
-
-
-def _require_texts(texts: object) -> None:
-    """Raise TypeError unless ``texts`` is a collection of texts. A single str is refused, although it is iterable."""
-    if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
-        raise TypeError(f"expected a list of texts, got {type(texts).__name__}")
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}; use embed() for one text")
 
 
 def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:

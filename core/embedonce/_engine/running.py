@@ -24,7 +24,7 @@ from embedonce.functions import NoProvider
 from embedonce.keys import KEY_PREFIX, KeyPolicy, Value, card
 from embedonce.vectors import NO_WORK, Dtype
 
-from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
+from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, find_longest_ttl, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
 from .import_checks import check_source
@@ -121,11 +121,10 @@ class RunningChain:
         self._broken_listeners: set[int] = set()
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
-        self.warnings = tuple(find_chain_warnings(chain))
+        self.warnings = tuple(find_chain_warnings(chain, replays=self.replays))
         log_once(self.warnings)
         lease = choose_lease(chain, allow_default=not self.replays)
-        # A tier without a TTL may hold entries of a tier that has one.
-        longest_ttl = max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
+        longest_ttl = find_longest_ttl(chain)
         self.ports = Ports()
         self.ledger = Ledger([name for name, _ in chain])
         self.in_flight = InFlight(max_queued)

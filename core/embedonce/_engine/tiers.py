@@ -157,6 +157,38 @@ class LiveTier:
         keys: list[str] = await self.calls.call_strictly(port, lambda: list(self.backend.scan(prefix)), listing=True)
         return keys
 
+    async def count(self, port: Port, prefix: str) -> int:
+        """Return how many keys start with ``prefix``. A backend that cannot count lists these keys.
+
+        Raises:
+            TierUnable: the backend has neither ``count`` nor ``scan``.
+            TierError: it failed.
+        """
+        if not self.capabilities.count:
+            return len(await self.scan(port, prefix))
+        number: int = await self.calls.call_strictly(port, lambda: self.backend.count(prefix), listing=True)
+        return number
+
+    async def find_stored(self, port: Port, keys: Sequence[str]) -> list[str]:
+        """Return those of some keys that the tier has, without counting hits or misses.
+
+        Raises:
+            TierError: the backend failed.
+        """
+        found: list[str] = []
+        for chunk in self.calls.split_into_chunks(keys):
+            found += await self.calls.call_strictly(port, partial(self.backend.get_many, chunk))
+        return found
+
+    async def verify(self, port: Port) -> str:
+        """Check the whole store, without a timeout, and return in a few words what is intact.
+
+        Raises:
+            TierError: something is damaged.
+        """
+        words: str = await self.calls.call_strictly(port, self.backend.verify, listing=True)
+        return words
+
     async def describe(self, port: Port) -> str:
         """Return the backend's own description of how it stores vectors, or an empty string."""
         if not hasattr(self.backend, "describe"):

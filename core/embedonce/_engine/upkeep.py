@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from embedonce._reprs import shorten
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
 from embedonce.keys import (
     CARD_PREFIX,
     FINGERPRINT,
     KEY_PREFIX,
-    SERVED_MODEL,
-    SETTINGS,
     KeyPolicy,
     SpaceCard,
     make_digests,
@@ -25,20 +22,22 @@ from embedonce.keys import (
 )
 from embedonce.vectors import Dtype, Metadata, open_frame
 
+from .card_words import MOST_NAMED, compare_cards
 from .flights import Erasure, InFlight
 from .leases import lease_keys
 from .measuring import group_by_scope, measure
 from .ports import Port
 from .probing import probe_writes
+from .read_only import EntriesKept, count_entries, describe_unused, refuse_to_forget, refuse_to_purge
 from .routes import Route
 from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier, TierUnable
 
-MOST_NAMED = 5
-"""Maximum number of settings that one reason for a miss names, and of scopes that one error message names."""
-
 ENTRIES_PER_READ = 1024
 """Maximum number of entries in memory at the same time while a whole tier is read."""
+
+
+FindOwnCards: TypeAlias = Callable[[Port, Iterable[SpaceCard]], Awaitable[Mapping[str, SpaceCard]]]
 
 
 class FoundKeys(NamedTuple):
@@ -79,12 +78,15 @@ class Upkeep:
         """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
 
         Raises:
-            EraseIncomplete: a tier failed or cannot delete, or keys could not be found. The error names the tiers and
-                scopes.
+            EraseIncomplete: a tier failed or cannot delete, a read-only tier has one of the keys, or keys could not be
+                found. The error names the tiers and scopes.
         """
 
         async def erase(tier: LiveTier) -> None:
-            await tier.erase(port, found.keys if tier.lease is None else [*found.keys, *lease_keys(found.keys)])
+            if tier.capabilities.read_only:
+                await refuse_to_forget(port, tier, found.keys)
+            else:
+                await tier.erase(port, found.keys if tier.lease is None else [*found.keys, *lease_keys(found.keys)])
             if tier.name in found.failed:
                 raise found.failed[tier.name]
 
@@ -160,7 +162,8 @@ class Upkeep:
         entries.
 
         Raises:
-            EraseIncomplete: a tier failed, or a tier cannot list or delete keys. The error names each such tier.
+            EraseIncomplete: a tier failed, a tier cannot list or delete keys, or a read-only tier has some of the
+                entries. The error names each such tier.
         """
         failed: dict[str, TierError] = {}
         kept = () if keep is None else keep
@@ -179,10 +182,15 @@ class Upkeep:
                 scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
         removed: dict[str, int] = {}
         if dry_run:
+            left: dict[str, dict[str, int]] = {}
             for tier in self._tiers:
                 if tier.name not in failed:
-                    removed[tier.name] = len(await self._list_keys(port, tier, scopes))
-            purged = Purged(scopes, removed)
+                    counts = await count_entries(port, tier, scopes)
+                    if not tier.capabilities.read_only:
+                        removed[tier.name] = sum(counts.values())
+                    elif counts:
+                        left[tier.name] = counts
+            purged = Purged(scopes, removed, left)
             with _attach(purged):
                 _raise_if_incomplete(failed, "purge --dry-run")
             return purged
@@ -190,6 +198,9 @@ class Upkeep:
         async def erase(tier: LiveTier) -> None:
             if tier.name in failed:
                 raise failed[tier.name]
+            if tier.capabilities.read_only:
+                await refuse_to_purge(port, tier, scopes)
+                return
             keys = await self._list_keys(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
@@ -236,11 +247,13 @@ class Upkeep:
 
     async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, SpaceCard]:
         """Return the space cards that a tier stores, and the space cards of this cache, by scope."""
+        return {**self._cards, **await self._read_stored_cards(port, tier)}
+
+    async def _read_stored_cards(self, port: Port, tier: LiveTier) -> dict[str, SpaceCard]:
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
         decoded = tier.decode(values, dtype="int8", dimensions=None)
-        stored = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
-        return {**self._cards, **stored}
+        return {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
 
     async def contents(self, port: Port) -> list[Held]:
         """Count the entries of each tier by scope; a tier that cannot be listed has one row with the reason."""
@@ -282,28 +295,48 @@ class Upkeep:
                 raise TierError(f"tier {tier.name!r}: {_describe(error)}", tier.name) from error
         return [metadata for metadata in found.values() if metadata is not None]
 
-    async def check(self, port: Port) -> list[TierCheck]:
-        """Check that each tier answers, can decrypt its space cards, and stores, returns and deletes a probe."""
+    async def check(self, port: Port, find_own_cards: FindOwnCards, *, verify: bool) -> list[TierCheck]:
+        """Check that each tier answers, can decrypt its space cards, and stores, returns and deletes a probe.
+
+        ``find_own_cards`` gets the cards that a read-only tier stores, and returns the cards of all scopes that the
+        cache uses, by scope. With ``verify``, stores that can check themselves are read as a whole.
+        """
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
             detail, ok = "", False
             writes: bool | None = None
+            verified: bool | None = None
             is_read = False
+            is_read_only = tier.capabilities.read_only
             try:
                 await self._read_available(port, tier, [PROBE_KEY])
                 is_read = True
                 detail = await self._find_key_mismatch(port, tier)
                 if not detail:
                     writes, remark = await probe_writes(port, tier, self._clock)
-                    detail = "; ".join(filter(None, (await tier.describe(port), remark)))
+                    unused = await self._describe_unused(port, tier, find_own_cards) if is_read_only else ""
+                    detail = "; ".join(filter(None, (await tier.describe(port), remark, unused)))
                     ok = True
             except TierError as error:
                 detail = _describe(error)
-                writes = False if is_read else None
+                writes = False if is_read and not is_read_only else None
+            seconds = time.perf_counter() - start
+            if verify and is_read and hasattr(tier.backend, "verify"):
+                try:
+                    detail = "; ".join(filter(None, (detail, await tier.verify(port))))
+                    verified = True
+                except TierError as error:
+                    detail, ok, verified = _describe(error), False, False
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
-            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail, writes))
+            checks.append(TierCheck(tier.name, kind, ok, seconds, detail, writes, is_read_only, verified))
         return checks
+
+    async def _describe_unused(self, port: Port, tier: LiveTier, find_own_cards: FindOwnCards) -> str:
+        """Return what a read-only tier holds, if the cache uses nothing of it; otherwise ""."""
+        stored = await self._read_stored_cards(port, tier) if tier.capabilities.scan else {}
+        own = await find_own_cards(port, stored.values())
+        return await describe_unused(port, tier, stored, own) if own else ""
 
     async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
         """Read some keys. If the tier is reachable but busy, or has lost a node, return fewer values or none."""
@@ -319,19 +352,24 @@ class Upkeep:
     async def _find_key_mismatch(self, port: Port, tier: LiveTier) -> str:
         """Return a message if the tier cannot decrypt some of the space cards that it stores, else "".
 
-        All cards are checked if the tier is encrypted and can list what it stores. Otherwise, only the cards of this
-        cache are checked.
+        All cards are checked if the tier is encrypted or read-only and can list what it stores. Otherwise, only the
+        cards of this cache are checked.
         """
-        if tier.capabilities.scope == "process":
+        caps = tier.capabilities
+        if caps.scope == "process" and not caps.read_only:
             return ""
-        can_list = tier.codec.is_encrypted and tier.capabilities.scan
+        can_list = (tier.codec.is_encrypted or caps.read_only) and caps.scan
         cards = await tier.scan(port, CARD_PREFIX) if can_list else [CARD_PREFIX + scope for scope in list(self._cards)]
         values = await self._read_available(port, tier, cards) if cards else {}
         if not tier.codec.is_encrypted:
             sealed = sum(open_frame(value) is not None for value in values.values())
             return f"{sealed} of {len(values)} scopes are encrypted, but the tier has no key" if sealed else ""
-        corrupt = tier.decode(values, dtype="int8", dimensions=None).corrupt
-        return f"{len(corrupt)} of {len(values)} scopes are encrypted with a different key" if corrupt else ""
+        decoded = tier.decode(values, dtype="int8", dimensions=None)
+        if decoded.corrupt:
+            return f"{len(decoded.corrupt)} of {len(values)} scopes are encrypted with a different key"
+        # Other tiers may have entries from before encryption was turned on, which are replaced one by one.
+        plain = len(decoded.missed) if caps.read_only else 0
+        return f"{plain} of {len(values)} scopes are not encrypted, but the tier has a key" if plain else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
         """Migrate the layout of every store that can be migrated. For each tier, return what was done.
@@ -418,7 +456,7 @@ class Upkeep:
             return []  # the outcome of this tier already has the error
         reasons = []
         for name, card in sorted(cards.items()):
-            differences = _compare_cards(own_card, card)
+            differences = compare_cards(own_card, card)
             is_other_task = name in self._cards and card.get("task") != own_card.get("task")
             if name != scope and 0 < len(differences) <= 2 and not is_other_task:
                 reasons.append(f"tier {tier.name!r} holds entries with {', '.join(differences)}")
@@ -429,20 +467,6 @@ def _matches(card: SpaceCard | None, wanted: Mapping[str, str], where: Callable[
     if card is None:
         return not wanted and where is None
     return all(card.get(part) == value for part, value in wanted.items()) and (where is None or where(card))
-
-
-def _compare_cards(own: SpaceCard, other: SpaceCard) -> list[str]:
-    """Return a phrase for each part in which another scope's card differs from the own card."""
-    parts = [part for part in own if part not in (SERVED_MODEL, SETTINGS, FINGERPRINT) and other.get(part) != own[part]]
-    # Another program may have written the other card, so its values may be long.
-    differences = [f"{part} {shorten(other.get(part))} instead of {own[part]!r}" for part in parts]
-    mine, theirs = own.get(SETTINGS), other.get(SETTINGS)
-    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-        more = f" and {len(names) - MOST_NAMED} more settings" if len(names) > MOST_NAMED else ""
-        if names:
-            differences.append(f"another {', '.join(names[:MOST_NAMED])}{more}")
-    return differences
 
 
 def _describe(error: TierError) -> str:
@@ -468,14 +492,19 @@ def _raise_if_incomplete(
     if failed or unknown:
         tiers = {name: _describe(error) for name, error in failed.items()}
         unable = [name for name, error in failed.items() if isinstance(error, TierUnable)]
+        kept = {name: error.scopes for name, error in failed.items() if isinstance(error, EntriesKept)}
         causes = [f"tier {name!r}: {cause}" for name, cause in tiers.items()]
         causes += [f"scope {scope}: {cause}" for scope, cause in list(unknown.items())[:MOST_NAMED]]
         if len(unknown) > MOST_NAMED:
             causes.append(f"{len(unknown) - MOST_NAMED} more scopes")
         advice = [
             *(["Call it again once these tiers are reachable"] if len(unable) < len(failed) else ()),
-            *(["Entries of tiers that cannot list or delete stay until they expire or are evicted"] if unable else ()),
+            *(
+                ["Entries of tiers that cannot list or delete stay until they expire or are evicted"]
+                if len(unable) > len(kept)
+                else ()
+            ),
             *(["The keys of these scopes are not known; remove the scopes with purge(scope=…)"] if unknown else ()),
         ]
-        message = f"{operation} is incomplete ({'; '.join(causes)}). {'. '.join(advice)}"
-        raise EraseIncomplete(message, tiers, unknown, unable)
+        message = ". ".join([f"{operation} is incomplete ({'; '.join(causes)})", *advice])
+        raise EraseIncomplete(message, tiers, unknown, unable, kept)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
+from embedonce.contracts import Capabilities
 from embedonce.errors import PartialAnswer, TierBusy
 from embedonce.events import Event, Stored
 from embedonce.keys import CARD_PREFIX, SERVED_MODEL, Value
@@ -36,6 +37,14 @@ DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {
 
 draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""
+
+
+def _choose_mode(tier: Tier, caps: Capabilities, lease: float | None) -> WriteMode:
+    if caps.read_only:
+        return "none"
+    # While this process holds the lease of a text, other processes wait for the text's vector. So a tier with leases is
+    # always written inline.
+    return "inline" if lease is not None else tier.write or DEFAULT_WRITE_MODES[caps.scope]
 
 
 class WriteResult(NamedTuple):
@@ -72,11 +81,7 @@ class TierWriter:
     ) -> None:
         self.name = calls.name
         self.ttl = tier.ttl
-        # While this process holds the lease of a text, other processes wait for the text's vector. So a tier with
-        # leases is always written inline.
-        self.mode: WriteMode = (
-            "inline" if lease is not None else tier.write or DEFAULT_WRITE_MODES[calls.capabilities.scope]
-        )
+        self.mode = _choose_mode(tier, calls.capabilities, lease)
         self._calls = calls
         self._codec = codec
         self._counters = counters

@@ -371,7 +371,9 @@ def _describe_stored(config: Config, is_temporary: bool = True) -> str:
         return (
             'Replay mode does not call the provider. To store the missing vectors, run once with mode = "read-through".'
         )
-    if all(tier.scope == "process" for tier in config.tiers):
+    from .opened import list_persistent_tiers
+
+    if not list_persistent_tiers(config):
         return "The computed vectors are lost, because no tier outlives this process. Add a disk tier to keep them."
     if is_temporary:
         return "The computed vectors are stored. Run the same command again to continue."

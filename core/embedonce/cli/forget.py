@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedonce._engine.read_only import exclude_texts
 from embedonce._messages import format_count
 from embedonce.errors import EraseIncomplete, SpaceError
 
@@ -27,6 +30,7 @@ from .output import FAILED, Refused, describe_os_error, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
+    from embedonce.config import Config
 
     from .embedding.sources import Reader
 
@@ -47,7 +51,8 @@ for `embedonce embed`. If the content of the file or of standard input ends with
 the text with this line end and for the text without it.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
-reach the memory tier of another process. The exit code is 1 if a tier was not reached.
+reach the memory tier of another process. The exit code is 1 if a tier was not reached. It is also 1 if a read-only tier
+has vectors of the texts; the message has the command that makes its store again without them.
 """
 
 WINDOW = 1024
@@ -85,6 +90,7 @@ def forget(
         erasing = _Erasing(cache)
         for window in windows:
             erasing.erase(window)
+        erasing.explain_kept(loaded, file)
         _report(erasing, broken, as_json=json)
     if erasing.failed or broken:
         raise typer.Exit(FAILED)
@@ -102,6 +108,8 @@ class _Erasing:
         """Scopes that the configuration does not use. They may still have vectors of the texts."""
         self.texts = 0
         self.failed: dict[str, str] = {}
+        self.kept: dict[str, Counter[str]] = {}
+        """By read-only tier, the number of vectors of the texts that it has in each scope."""
 
     @property
     def reached(self) -> list[str]:
@@ -110,6 +118,7 @@ class _Erasing:
     def erase(self, texts: list[str]) -> None:
         self.texts += len(texts)
         known = []
+        kept: dict[str, Counter[str]] = {}
         for task in self.tasks:
             try:
                 self._cache.forget(texts, task)
@@ -117,8 +126,19 @@ class _Erasing:
                 continue
             except EraseIncomplete as error:
                 self.failed |= error.tiers
+                for tier, scopes in error.kept.items():  # several tasks may have the same scope, and so the same keys
+                    kept[tier] = kept.get(tier, Counter()) | Counter(scopes)
             known.append(task)
         self.tasks = known
+        for tier, counts in kept.items():
+            self.kept.setdefault(tier, Counter()).update(counts)
+
+    def explain_kept(self, loaded: Config, file: Path | None) -> None:
+        """Say for each read-only tier with vectors of the texts how its store is made again without them."""
+        from .opened import explain_kept
+
+        excluded = exclude_texts() if file is None else exclude_texts(shlex.quote(str(file)))
+        self.failed |= explain_kept(loaded, self.kept, lambda scopes: excluded)
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,7 @@ def _report(erasing: _Erasing, broken: int, *, as_json: bool) -> None:
                 "tasks": erasing.tasks,
                 "tiers": erasing.reached,
                 "failed": erasing.failed,
+                "kept": erasing.kept,
                 "unreadable": broken,
                 "other_scopes": sorted(erasing.others),
                 "ok": not erasing.failed and not broken,

@@ -19,7 +19,8 @@ from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_st
 from .output import FAILED, Refused, emit, format_bytes, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
-    from embedonce.answers import Held, ImporterCheck, ProviderCheck
+    from embedonce.answers import Held, ImporterCheck, ProviderCheck, TierCheck
+    from embedonce.config import Config
     from embedonce.plugins import InstalledPlugin
     from embedonce.savings import SavingsRecord
 
@@ -34,10 +35,13 @@ embedonce check --provider
 
 embedonce check --config production.toml --json
 
-A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer, if one of these steps
-fails, if the provider's API key is missing, or if an importer cannot read its source. The provider is called only with
---provider, because a call may cost money. Warnings about the chain and about broken plugins do not change the exit
-code.
+A probe is written to each tier, read, and deleted. A bundle gets no probe, because it is read-only. Instead, all of its
+files are read and compared with their checksums, which takes about as long as copying them. A message says how large
+they are. --quick skips this step.
+
+The exit code is 1 if a tier does not answer, if one of these steps fails, if the provider's API key is missing, or if
+an importer cannot read its source. The provider is called only with --provider, because a call may cost money. Warnings
+about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
 Examples:
@@ -101,6 +105,7 @@ def check(
     provider: Annotated[
         bool, typer.Option("--provider", help="Also embed one constant text, which may cost money.")
     ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read all files of read-only tiers.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Check the configuration, the provider's API key, the tiers (they store what is written) and the importers."""
@@ -113,7 +118,9 @@ def check(
     )
     with _silence_chain_log(), open_cache(loaded) as cache:
         space = cache.provider.space("document").described()
-        checks = cache.check()
+        if not quick:
+            _announce_verification(loaded)
+        checks = cache.check(verify=not quick)
         providers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_providers(embed=provider)]
         importers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_importers()]
         problems = warnings(loaded, cache.warnings)
@@ -140,8 +147,7 @@ def check(
             show(_format_provider_check(one))
         titles = ("tier", "type", "answers", "writes", "ms", "detail")
         rows = [
-            [c.tier, c.type, c.ok or c.writes is not None, c.writes, f"{c.seconds * 1000:.1f}", c.detail]
-            for c in checks
+            [c.tier, c.type, _has_answered(c), _describe_writes(c), f"{c.seconds * 1000:.1f}", c.detail] for c in checks
         ]
         show(make_table({title: "right" if title == "ms" else "left" for title in titles}, rows))
         if importers:
@@ -154,9 +160,11 @@ def check(
     for one in failed_providers:
         say(f"error: provider {one.provider!r} cannot be called: {one.detail}")
     unwritten = [check.tier for check in checks if check.writes is False]
+    damaged = [check.tier for check in checks if check.verified is False]
     for verb, tiers in (
-        ("did not answer", [tier for tier in failed_tiers if tier not in unwritten]),
+        ("did not answer", [tier for tier in failed_tiers if tier not in (*unwritten, *damaged)]),
         ("failed to store, return or delete a probe", unwritten),
+        ("cannot be read completely", damaged),
     ):
         if tiers:
             say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
@@ -164,6 +172,25 @@ def check(
         say(f"error: importer {failed.importer!r} cannot read its source: {failed.detail}")
     if not is_ok:
         raise typer.Exit(FAILED)
+
+
+def _announce_verification(loaded: Config) -> None:
+    """Say which stores are going to be read as a whole, and how large they are, because this may take minutes."""
+    from .opened import list_folders, measure_folder
+
+    folders = list_folders(loaded)
+    for tier in loaded.tiers:
+        if hasattr(tier.cls, "verify"):
+            size = f" ({format_bytes(measure_folder(folders[tier.name]))})" if tier.name in folders else ""
+            say(f"verifying tier {tier.name!r}{size} …")
+
+
+def _has_answered(check: TierCheck) -> bool:
+    return check.ok or check.writes is not None or check.verified is not None
+
+
+def _describe_writes(check: TierCheck) -> bool | str | None:
+    return "read-only" if check.read_only else check.writes
 
 
 def _make_importers_table(importers: Sequence[ImporterCheck]) -> Any:

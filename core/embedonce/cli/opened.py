@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embedonce._engine.read_only import describe_kept
 from embedonce._plugins.options import options_of
 from embedonce.errors import ConfigError, Problem, TierError
 
@@ -15,7 +17,7 @@ from .output import Failed, say
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
-    from embedonce.config import Config
+    from embedonce.config import Config, TierConfig
 
 FOLDER_OPTIONS = ("path", "folder")
 """Names of options that hold the folder of a store, even if the folder does not exist yet."""
@@ -91,7 +93,11 @@ def open_for_upkeep(source: str | None) -> Iterator[tuple[Config, Cache]]:
 
 def list_persistent_tiers(loaded: Config) -> list[str]:
     """Return the names of the tiers that keep entries after this process has ended, and that are written to."""
-    return [tier.name for tier in loaded.tiers if tier.scope != "process" and tier.write != "none"]
+    return [tier.name for tier in loaded.tiers if tier.scope != "process" and _is_written(tier)]
+
+
+def _is_written(tier: TierConfig) -> bool:
+    return tier.write != "none" and not tier.is_read_only
 
 
 def list_folders(loaded: Config) -> dict[str, str]:
@@ -103,6 +109,28 @@ def list_folders(loaded: Config) -> dict[str, str]:
             if option.is_path and value is not None and (name in FOLDER_OPTIONS or os.path.isdir(value)):
                 folders.setdefault(tier.name, str(value))
     return folders
+
+
+def explain_kept(
+    loaded: Config, kept: Mapping[str, Mapping[str, int]], exclude: Callable[[Mapping[str, int]], str]
+) -> dict[str, str]:
+    """Return, by read-only tier, why it keeps entries, and the command that makes its store without them.
+
+    ``kept`` has the number of these entries by tier and scope. ``exclude`` returns the options of ``embedonce export``
+    that leave them out.
+    """
+    folders = list_folders(loaded)
+    return {
+        tier.name: describe_kept(
+            tier.name,
+            tier.cls,
+            kept[tier.name],
+            exclude(kept[tier.name]),
+            **({"folder": shlex.quote(folders[tier.name])} if tier.name in folders else {}),
+        )
+        for tier in loaded.tiers
+        if tier.name in kept
+    }
 
 
 def measure_folder(folder: str) -> int:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedonce._engine.read_only import exclude_scopes
 from embedonce._messages import format_count
+from embedonce.errors import EraseIncomplete
 
 from .inspect import CARD
 from .options import ConfigOption, JsonOption, decode_argument
-from .output import Refused, emit, format_value, say, write
+from .output import FAILED, Refused, emit, format_value, say, write
 
 if TYPE_CHECKING:
     from embedonce.answers import Purged
@@ -32,7 +34,8 @@ embedonce purge --unused --dry-run
 If you give several options, only scopes that match all of them are removed. `embedonce stats` lists the scopes.
 With --unused, the scopes of other namespaces, versions and models are removed, even if another program uses them.
 This command cannot reach the memory tier of another process. The entries in that memory remain until they expire or
-until that process ends.
+until that process ends. The exit code is 1 if a tier was not reached, or if a read-only tier has some of the entries.
+Then a message has the command that makes the store of this tier again without them.
 """
 
 
@@ -73,7 +76,9 @@ def purge(
     json: JsonOption = False,
 ) -> None:
     """Remove all vectors of a model, a version, a namespace or a scope from every tier."""
-    from .opened import load_config, open_cache
+    from embedonce.answers import Purged
+
+    from .opened import explain_kept, load_config, open_cache
 
     if all(value is None for value in (scope, model, version, namespace)) and not unused:
         raise Refused("say what to purge: add --scope, --model, --version or --namespace, or --unused")
@@ -97,12 +102,21 @@ def purge(
             if preview.scopes and not _confirm_purge(preview):
                 say("nothing was removed")
                 raise typer.Exit
-        purged = purge_selected(dry_run=dry_run)
+        failed: dict[str, str] = {}
+        try:
+            purged = purge_selected(dry_run=dry_run)
+        except EraseIncomplete as error:
+            purged = Purged(error.matched, error.removed, error.kept)
+            failed = error.tiers | explain_kept(loaded, error.kept, exclude_scopes)
     if json:
-        emit(asdict(purged) | {"dry_run": dry_run})
+        emit(asdict(purged) | {"dry_run": dry_run, "failed": failed})
     else:
         for line in describe_purge(purged, "would be removed" if dry_run else "removed"):
             write(line)
+    for tier, reason in failed.items():
+        say(f"error: tier {tier!r} may still have entries: {reason}")
+    if failed:
+        raise typer.Exit(FAILED)
 
 
 def _confirm_purge(preview: Purged) -> bool:
@@ -123,5 +137,7 @@ def describe_purge(purged: Purged, verb: str) -> Iterator[str]:
         yield f"{scope}: {', '.join(parts) or 'unknown (its space card is missing)'}"
     for tier, entries in purged.removed.items():
         yield f"{format_count(entries, 'entry', 'entries')} {verb} from {tier}"
+    for tier, scopes in purged.kept.items():
+        yield f"{format_count(sum(scopes.values()), 'entry', 'entries')} kept in {tier}, which is read-only"
     if not purged.scopes:
         yield "nothing matches"

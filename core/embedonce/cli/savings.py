@@ -120,8 +120,8 @@ def _report_tiers(found: FoundSavings) -> None:
         raise typer.Exit(FAILED)
     if not found.tiers:
         raise Failed(
-            "no tier of this configuration can keep records. A memory tier ends with its process, and memcached cannot "
-            "list its keys. Add a disk, Redis or Postgres tier"
+            "no tier of this configuration can keep records. A memory tier ends with its process, memcached cannot "
+            "list its keys, and nothing is written to a read-only tier. Add a disk, Redis or Postgres tier"
         )
 
 

@@ -55,17 +55,27 @@ class _Incomplete:
     tiers: dict[str, str] = field(default_factory=dict)
     unable: set[str] = field(default_factory=set)
     """Those of ``tiers`` that cannot list or delete their keys, so that asking again does not help."""
+    kept: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    """By read-only tier, the number of entries that it keeps of each scope."""
     models: dict[str, str] = field(default_factory=dict)
     workers: dict[str, str] = field(default_factory=dict)
     scopes: dict[str, str] = field(default_factory=dict)
 
-    def add_tiers(self, tiers: Mapping[str, str], unable: Collection[str]) -> None:
-        """Add tiers. A tier that has also failed in another way may work the next time."""
+    def add_tiers(
+        self, tiers: Mapping[str, str], unable: Collection[str], kept: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Add tiers. A tier that has also failed in another way may work the next time.
+
+        The reason of a read-only tier has a number of entries, so the reason with the largest number is used.
+        """
         for name, reason in tiers.items():
-            if name not in self.tiers or (name in self.unable and name not in unable):
+            is_more = name in kept and sum(kept[name].values()) > sum(self.kept.get(name, {}).values())
+            if name not in self.tiers or (name in self.unable and (name not in unable or is_more)):
                 self.tiers[name] = reason
                 self.unable.discard(name)
                 self.unable |= {name} & set(unable)
+                self.kept.pop(name, None)
+                self.kept |= {name: kept[name]} if name in kept else {}
 
     def add_worker(self, answer: SiblingAnswer) -> None:
         """Add what another worker could not erase."""
@@ -76,7 +86,9 @@ class _Incomplete:
             self.workers[str(answer.worker)] = answer.error
             return
         where = f" (worker {answer.worker})"
-        self.add_tiers({name: reason + where for name, reason in error["tiers"].items()}, error["unable"])
+        # All workers read the same store of a read-only tier.
+        tiers = {name: reason + ("" if name in error["kept"] else where) for name, reason in error["tiers"].items()}
+        self.add_tiers(tiers, error["unable"], error["kept"])
         self.models = {**{name: reason + where for name, reason in error["models"].items()}, **self.models}
         self.scopes = {**error["scopes"], **self.scopes}
 
@@ -102,10 +114,15 @@ class _Incomplete:
         advice: list[str] = []
         if self.can_pass:
             advice.append("send the request again once the tiers, models and workers work")
-        if self.unable:
+        if unlisted := self.unable - self.kept.keys():
             advice.append(
-                f"sending it again does not help for {_list_names(self.unable)}, which cannot list or delete keys; "
+                f"sending it again does not help for {_list_names(unlisted)}, which cannot list or delete keys; "
                 "error.tiers says what was removed there, and the rest stays until it expires or is evicted"
+            )
+        if self.kept:
+            advice.append(
+                f"sending it again does not help for {_list_names(self.kept)}, which cannot be changed; error.tiers "
+                "says how its store is made again without the entries"
             )
         if self.scopes:
             advice.append("error.scopes says why scopes are left; /admin/purge can remove a scope")
@@ -117,6 +134,7 @@ class _Incomplete:
             retry_after=1 if self.can_pass else None,
             tiers=self.tiers,
             unable=sorted(self.unable),
+            kept=self.kept,
             models=self.models,
             workers=self.workers,
             scopes=self.scopes,
@@ -288,7 +306,7 @@ async def _forget(call: Call, erasure: _Erasure) -> _Incomplete:
         # Lists of keys cover the spaces of all caches, so problems with caches matter only where there are no lists.
         if error.tiers:
             incomplete.models |= problems
-        incomplete.add_tiers(_explain_tiers(error, incomplete.tiers), error.unable)
+        incomplete.add_tiers(_explain_tiers(error, incomplete.tiers), error.unable, error.kept)
         incomplete.scopes |= error.scopes
     call.generation.recent.clear()  # the bodies have texts
     for scope, card in left.items() if erasure.names_others else ():
@@ -308,7 +326,7 @@ async def _forget_in_caches(erasure: _Erasure) -> tuple[_Incomplete, dict[str, s
         try:
             await model.get_cache(namespace, variation).aforget(erasure.texts, erasure.task)
         except EraseIncomplete as error:
-            incomplete.add_tiers(_explain_tiers(error, error.tiers), error.unable)
+            incomplete.add_tiers(_explain_tiers(error, error.tiers), error.unable, error.kept)
             if not error.tiers:
                 problems[model.name] = str(error)
         except SpaceError:  # the model does not know the task
@@ -335,8 +353,9 @@ def _open_spaces(erasure: _Erasure) -> Iterator[tuple[Model, Variation, str]]:
 def _explain_tiers(error: EraseIncomplete, failed: Collection[str]) -> dict[str, str]:
     """Return the reasons for the tiers of an error. ``failed`` has those where nothing could be removed by its key."""
     done = "; the texts were removed only from spaces that this worker knows or that the configuration names"
+    unlisted = error.unable - error.kept.keys()
     return {
-        name: f"{reason}{'; nothing was removed' if name in failed else done}" if name in error.unable else reason
+        name: f"{reason}{'; nothing was removed' if name in failed else done}" if name in unlisted else reason
         for name, reason in error.tiers.items()
     }
 
@@ -382,6 +401,7 @@ async def purge(call: Call) -> dict[str, Any]:
         "dry_run": is_dry,
         "scopes": scopes,
         "removed": removed,
+        "kept": own[-1][0].kept,
         "unable": incomplete.tiers,
         "workers": _list_workers(call.service, answers),
     }
@@ -437,8 +457,8 @@ async def _purge(
         purged = await _purge_scopes(service, parts, where, is_dry)
     except EraseIncomplete as error:
         incomplete = _Incomplete()
-        incomplete.add_tiers(_explain_tiers(error, error.tiers), error.unable)
-        return Purged(error.matched, error.removed), incomplete
+        incomplete.add_tiers(_explain_tiers(error, error.tiers), error.unable, error.kept)
+        return Purged(error.matched, error.removed, error.kept), incomplete
     return purged, _Incomplete()
 
 
@@ -465,7 +485,8 @@ async def _refuse_shared_scopes(service: Service, model: Model, known: ServedSco
     owners: dict[str, list[str]] = {}
     for scope, card in shared.scopes.items():
         held = await _count(service, {"scope": scope}, None)
-        if card is not None and any(held.removed.values()):  # a process also knows cards of scopes without entries
+        # A process also knows the cards of scopes without entries.
+        if card is not None and (held.kept or any(held.removed.values())):
             owners[scope] = known.list_owners(model, card)
     if owners:
         raise ApiError(
@@ -482,7 +503,7 @@ async def _count(service: Service, parts: Mapping[str, str], where: Callable[[Sp
     try:
         return await _purge_scopes(service, parts, where, is_dry=True)
     except EraseIncomplete as error:  # the purge itself has the same error
-        return Purged(error.matched, error.removed)
+        return Purged(error.matched, error.removed, error.kept)
 
 
 def _list_private_tiers(generation: Generation) -> Collection[str]:
