@@ -19,6 +19,7 @@ BEGIN = "<!-- From here on this page is written by docs/generate_conformance.py:
 
 TITLES = {
     "BROKEN_BACKENDS": "Broken backends",
+    "BROKEN_READ_ONLY_BACKENDS": "Broken read-only backends",
     "BROKEN_PROVIDERS": "Broken providers",
     "BROKEN_IMPORTERS": "Broken importers",
     "BROKEN_NORMALIZERS": "Broken normalisation steps",

@@ -39,8 +39,8 @@ A probe is written to each tier, read, and deleted. A bundle gets no probe, beca
 files are read and compared with their checksums, which takes about as long as copying them. A message says how large
 they are. --quick skips this step.
 
-The exit code is 1 if a tier does not answer, if one of these steps fails, if the provider's API key is missing, or if an
-importer cannot read its source. The provider is called only with --provider, because a call may cost money. Warnings
+The exit code is 1 if a tier does not answer, if one of these steps fails, if the provider's API key is missing, or if
+an importer cannot read its source. The provider is called only with --provider, because a call may cost money. Warnings
 about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """

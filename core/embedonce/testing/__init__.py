@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .contracts.importer import ImporterContract
     from .contracts.normalizer import NormalizerContract
     from .contracts.provider import ProviderContract
+    from .contracts.read_only import ReadOnlyContract
     from .servers.gemini import GeminiServer
     from .servers.openai import OpenAIServer
 
@@ -40,6 +41,7 @@ __all__ = [
     "OpenAIServer",
     "ProviderContract",
     "ProviderFault",
+    "ReadOnlyContract",
     "Recipe",
 ]
 

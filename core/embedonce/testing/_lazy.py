@@ -12,6 +12,7 @@ MODULES = {
     "NormalizerContract": "contracts.normalizer",
     "OpenAIServer": "servers.openai",
     "ProviderContract": "contracts.provider",
+    "ReadOnlyContract": "contracts.read_only",
 }
 
 

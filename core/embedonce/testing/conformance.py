@@ -36,6 +36,10 @@ from .contracts.whole import Contract
 DIMENSIONS = 384
 """Number of dimensions of the vectors that are used for timing."""
 BATCH = 256
+READ_ONLY_REFUSED = (
+    "this backend is read-only, so its tests need a function that makes stores for it; write a test file with "
+    "embedonce.testing.ReadOnlyContract (see docs/testing.md)"
+)
 MAX_SECONDS_PER_OPERATION = 3.0
 """Seconds after which the timing of one operation stops."""
 
@@ -84,6 +88,8 @@ class Conformance:
         self._parents: list[Path] = []
         """Folders that did not exist, so this run created them to put its stores into. ``__exit__`` removes each of
         these folders if it is empty by then."""
+        if target.kind == "backend" and _is_read_only(target.plugin):
+            raise InvalidTarget(READ_ONLY_REFUSED)
         if target.kind != "normalizer":
             target.read(self._add_missing_paths(target.fill_placeholders(new="0", server=server)))
 
@@ -192,6 +198,8 @@ class Conformance:
                 one = made[0]
                 if not isinstance(getattr(one, "capabilities", None), Capabilities):
                     raise InvalidTarget("a backend must declare its capabilities: capabilities = Capabilities(...)")
+                if _is_read_only(one):
+                    raise InvalidTarget(READ_ONLY_REFUSED)
                 if one.capabilities.scope == "process":
                     return
                 value = self._make_values(one, 1)[key(1)]
@@ -339,6 +347,12 @@ class Conformance:
             for batch in sorted({1, min(32, self._most, provider.limits.max_batch)}):
                 texts = [f"A text to be embedded, number {n} of {batch}." for n in range(batch)]
                 yield _measure("embed" if blocking else "aembed", batch, rounds, partial(embed, texts))
+
+
+def _is_read_only(backend: Any) -> bool:
+    """Return whether a backend, or all backends of a class, are read-only."""
+    capabilities = getattr(backend, "capabilities", None)
+    return isinstance(capabilities, Capabilities) and capabilities.read_only
 
 
 def _is_importable(step: Any) -> bool:

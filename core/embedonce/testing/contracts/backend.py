@@ -14,24 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
-from itertools import count
+from itertools import count, islice
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from embedonce.contracts import EXTRAS, Backend, Capabilities, StoredSize, deadline
+from embedonce.contracts import Backend, deadline
 from embedonce.errors import PartialAnswer
 from embedonce.keys import CARD_PREFIX
 from embedonce.testing.proxy import FaultProxy, NetworkFault
 
 from .child import WRITE_BATCH
 from .dict_model import compare_with_dict
+from .stored import OTHER_SCOPE, MakeItems, StoredContract, check_capabilities, check_methods, measure_store
 from .support import (
     CALL_TIMEOUT,
-    Recipe,
     call_with_timeout,
     kill_while_writing,
     read_while_loop_is_blocked,
@@ -40,24 +40,19 @@ from .support import (
     run_in_threads,
     run_with_twin,
 )
-from .values import SCOPE, Values, key, make_values, require_partition, require_samples
-from .whole import Contract, register_standard_tests
+from .values import SCOPE, key, require_partition
+from .whole import register_standard_tests
 
 T = TypeVar("T")
 
-OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
-LONG_LISTING = 1100
-"""Number of keys in the test of a long listing."""
-LAST_DATE = 1e11
-"""A Unix time far in the future. The present time in milliseconds is larger."""
 MIN_READS = 5
 """Minimum number of reads that a test makes while other threads or processes are writing."""
 RECOVERY_CALLS = 10
 """Number of calls after which a client must have dropped the dead connections of its pool."""
 
 
-class BackendContract(Contract):
+class BackendContract(StoredContract):
     """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest.
 
     The other methods are optional: tests that need a missing method are skipped. The exception is :meth:`reopen`,
@@ -66,27 +61,9 @@ class BackendContract(Contract):
     No test opens the store of a backend with the scope ``single`` twice at the same time.
     """
 
-    dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
-    """The test vectors have these numbers of dimensions. Only a backend that holds entries gets vectors."""
-    examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries in each test; None means the number in hypothesis's profile. If
-    :meth:`make` is slow, set a low number."""
-    key = staticmethod(key)
-
     def make(self) -> Backend:
         """Return a new, empty backend that nothing else uses. The caller closes the backend."""
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
-
-    def reopen(self, backend: Any) -> Backend:
-        """Return another client of the store of ``backend``, even if ``backend`` is already closed.
-
-        If the scope is ``single``, ``backend`` is always closed.
-        """
-        raise NotImplementedError
-
-    def recipe(self, backend: Any) -> Recipe | None:
-        """Return a recipe for a client of the same store in another process, or None if that is impossible."""
-        return None
 
     def advance(self, seconds: float) -> None:
         """Let ``seconds`` pass on the clock that the backend uses for TTLs."""
@@ -117,31 +94,16 @@ class BackendContract(Contract):
     def test_capabilities_are_declared_and_stay(self) -> None:
         with self._open() as backend:
             declared = backend.capabilities
-            assert isinstance(declared, Capabilities), (
-                f"capabilities must be a Capabilities(...), got {type(declared).__name__}"
+            check_capabilities(declared)
+            assert not declared.read_only, (
+                "a backend that declares read_only has a contract of its own: subclass ReadOnlyContract"
             )
-            assert declared.holds in ("frames", "entries", "either"), (
-                f'capabilities.holds must be "frames", "entries" or "either", got {declared.holds!r}'
-            )
-            assert declared.scope in ("process", "single", "host", "network"), (
-                f'capabilities.scope must be "process", "single", "host" or "network", got {declared.scope!r}'
-            )
-            for name in ("max_batch", "max_value_bytes"):
-                limit = getattr(declared, name)
-                assert limit is None or (type(limit) is int and limit >= 1), (
-                    f"capabilities.{name} must be None or an int of at least 1, got {limit!r}"
-                )
             backend.set_many({key(0): self._make_values(backend).sample(0)}, None)
             assert backend.capabilities == declared, "capabilities must not change while the backend is in use"
 
     def test_declared_extras_are_there(self) -> None:
         with self._open() as backend:
-            for capability, method in EXTRAS.items():
-                if getattr(backend.capabilities, capability):
-                    found = callable(getattr(backend, method, None))
-                    assert found, f'the capability "{capability}" requires the method {method}'
-            for method in ("get_many", "set_many", "close"):
-                assert callable(getattr(backend, method, None)), f"a backend must have the method {method}"
+            check_methods(backend, ("get_many", "set_many", "close"))
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -149,15 +111,14 @@ class BackendContract(Contract):
         with self._open() as backend:
             backend.set_many({}, None)
             assert dict(backend.get_many([])) == {}, "get_many([]) must return an empty mapping"
+            if backend.capabilities.get:
+                assert backend.get(key(1)) is None, "get must return None for a missing key"
+            if backend.capabilities.scan:
+                assert list(backend.scan("eo1.")) == [], "scan of an empty store must return no keys"
             if backend.capabilities.delete:
                 backend.delete_many([])
             if backend.capabilities.add:
                 assert set(backend.add_many({}, None)) == set(), "add_many({}) must return no keys"
-
-    def test_one_entry_comes_back(self) -> None:
-        with self._open() as backend:
-            self._store(backend, [1])
-            self._require_stored(backend, {key(1): 1})
 
     def test_a_miss_is_absent(self) -> None:
         with self._open() as backend:
@@ -169,29 +130,11 @@ class BackendContract(Contract):
             assert set(found) == {key(1), key(3)}, "get_many must return the keys that are stored, and no other keys"
             self._require_stored(backend, {key(1): 1, key(3): 3})
 
-    def test_a_key_asked_twice_comes_once(self) -> None:
-        with self._open() as backend:
-            self._store(backend, [1, 2, 3])
-            for asked in ([1, 1, 2, 3], [9, 9, 1, 2], [2, 1, 2, 1, 9], [3, 3, 3]):
-                there = {key(number): number for number in asked if number != 9}
-                self._require_equal(backend, backend.get_many([key(number) for number in asked]), there)
-
-    def test_only_what_was_asked_comes_back(self) -> None:
-        with self._open() as backend:
-            self._store(backend, range(20))
-            self._require_equal(backend, backend.get_many([key(3)]), {key(3): 3})
-
     def test_any_sequence_and_any_mapping_will_do(self) -> None:
         with self._open() as backend:
             values = self._make_values(backend)
             backend.set_many(MappingProxyType({key(1): values.sample(1)}), None)
             self._require_equal(backend, backend.get_many((key(1), key(2))), {key(1): 1})
-
-    def test_a_full_batch_comes_back(self) -> None:
-        with self._open() as backend:
-            size = self._get_batch_size(backend)
-            self._store(backend, range(size))
-            self._require_stored(backend, {key(number): number for number in range(size)})
 
     def test_one_more_than_a_full_batch_is_right_or_refused(self) -> None:
         with self._open() as backend:
@@ -226,16 +169,6 @@ class BackendContract(Contract):
             self._require_stored(backend, {key(1): 11, key(2): 2, key(3): 13})
 
     # --- values -------------------------------------------------------------------------------
-
-    def test_special_values_come_back_exactly(self) -> None:
-        with self._open() as backend:
-            values = self._make_values(backend)
-            special = values.make_edge_values(backend.capabilities.max_value_bytes)
-            for number, value in enumerate(special.values()):
-                backend.set_many({key(number): value}, None)
-            for number, (name, value) in enumerate(special.items()):
-                found = backend.get_many([key(number)]).get(key(number))
-                assert values.is_equal(found, value), f"{name}: get_many did not return the stored value"
 
     def test_any_value_comes_back_exactly(self) -> None:
         with self._open() as backend:
@@ -276,16 +209,6 @@ class BackendContract(Contract):
                 "a value above max_value_bytes must be stored whole, refused or skipped, never truncated"
             )
 
-    def test_a_space_card_comes_back(self) -> None:
-        with self._open() as backend:
-            if backend.capabilities.holds == "frames":
-                pytest.skip("requires a backend that takes entries; a backend of frames stores a space card as a frame")
-            values = self._make_values(backend)
-            card = values.sample(1)._replace(vector=values.sample(1).vector[:0].copy(), metadata={"model": "m"})
-            backend.set_many({CARD_PREFIX + SCOPE: card}, None)
-            found = backend.get_many([CARD_PREFIX + SCOPE]).get(CARD_PREFIX + SCOPE)
-            assert values.is_equal(found, card), "an entry with an empty vector, as in a space card, was not stored"
-
     def test_what_is_handed_in_is_left_alone(self) -> None:
         with self._open() as backend:
             values = self._make_values(backend)
@@ -299,29 +222,6 @@ class BackendContract(Contract):
             asked = [key(1), key(2), key(3)]
             self._require_equal(backend, backend.get_many(asked), {key(1): 1, key(2): 2})
             assert asked == [key(1), key(2), key(3)], "get_many changed the list of keys that it was given"
-
-    def test_what_is_handed_out_cannot_change_the_store(self) -> None:
-        with self._open() as backend:
-            self._store(backend, [1, 2])
-            found: Any = backend.get_many([key(1), key(2)])
-            if backend.capabilities.holds == "entries":
-                vector = found[key(1)].vector
-                assert not vector.flags.writeable, "the vector of an entry that get_many returns must be read-only"
-                with suppress(ValueError):
-                    vector.setflags(write=True)
-                    vector[:] = 0.0
-            with suppress(Exception):
-                found.clear()
-            self._require_stored(backend, {key(1): 1, key(2): 2})
-
-    def test_get_agrees_with_get_many(self) -> None:
-        with self._open() as backend:
-            self._skip_without(backend, "get")
-            values = self._make_values(backend)
-            assert backend.get(key(1)) is None, "get must return None for a missing key"
-            self._store(backend, [1])
-            assert values.is_equal(backend.get(key(1)), values.sample(1)), "get did not return the stored value"
-            assert backend.get(key(2)) is None, "get must return None for a missing key"
 
     # --- delete, scan, count ------------------------------------------------------------------
 
@@ -359,50 +259,6 @@ class BackendContract(Contract):
             backend.delete_many([key(1)])
             backend.set_many({key(1): self._make_values(backend).sample(11)}, None)
             self._require_stored(backend, {key(1): 11})
-
-    def test_scan_finds_what_starts_with_the_prefix(self) -> None:
-        with self._open() as backend:
-            self._skip_without(backend, "scan")
-            assert list(backend.scan("eo1.")) == [], "scan of an empty store must return no keys"
-            ours = {key(number) for number in range(40)}
-            theirs = {key(number, OTHER_SCOPE) for number in range(10)}
-            # A prefix is not a pattern, so its dot must match only a dot.
-            decoys = {f"eo1.{SCOPE}a{'0' * 63}", f"eo1a{SCOPE}.{'0' * 64}", CARD_PREFIX + SCOPE}
-            values = self._make_values(backend)
-            backend.set_many({name: values.sample(0) for name in ours | theirs | decoys}, None)
-            expected = {
-                f"eo1.{SCOPE}.": ours,
-                f"eo1.{OTHER_SCOPE}.": theirs,
-                CARD_PREFIX: {CARD_PREFIX + SCOPE},
-                key(7): {key(7)},
-                "eo1.none": set(),
-                "": ours | theirs | decoys,
-            }
-            for prefix, names in expected.items():
-                listed = list(backend.scan(prefix))
-                odd = {type(name).__name__ for name in listed if not isinstance(name, str)}
-                assert not odd, f"scan must yield keys as str, got {', '.join(sorted(odd))}"
-                found = set(listed)
-                assert found == names, (
-                    f"scan({prefix!r}) yielded {len(found - names)} wrong keys and missed {len(names - found)}"
-                    f" of the {len(names)} keys that are stored"
-                )
-                assert len(listed) == len(found), f"scan({prefix!r}) yielded keys twice: {len(listed) - len(found)}"
-
-    def test_a_long_scan_leaves_nothing_out(self) -> None:
-        # Many stores list at most 1000 keys per page, so this listing needs a second page.
-        with self._open() as backend:
-            self._skip_without(backend, "scan")
-            names, values = [key(number) for number in range(LONG_LISTING)], self._make_values(backend)
-            for start in range(0, LONG_LISTING, self._get_batch_size(backend)):
-                batch = names[start : start + self._get_batch_size(backend)]
-                backend.set_many(dict.fromkeys(batch, values.sample(0)), None)
-            found = list(backend.scan(f"eo1.{SCOPE}."))
-            assert set(found) == set(names), f"scan yielded {len(set(found))} of {LONG_LISTING} keys"
-            assert len(found) == LONG_LISTING, f"of {LONG_LISTING} keys, scan yielded {len(found) - LONG_LISTING} twice"
-            if backend.capabilities.count:
-                counted = backend.count(f"eo1.{SCOPE}.")
-                assert counted == LONG_LISTING, f"count returned {counted}, but {LONG_LISTING} keys are stored"
 
     def test_scan_goes_on_while_keys_are_deleted(self) -> None:
         with self._open() as backend:
@@ -443,18 +299,18 @@ class BackendContract(Contract):
             if not hasattr(backend, "measure"):
                 pytest.skip('requires the optional method "measure"')
             values, prefix = self._make_values(backend), f"eo1.{SCOPE}."
-            empty = _measure(backend, prefix)
+            empty = measure_store(backend, prefix)
             assert (empty.bytes or 0, empty.oldest, empty.newest) == (0, None, None), (
                 f"measure of an empty store must have no bytes and no dates, got {empty}"
             )
             backend.set_many({key(number): values.sample(number) for number in range(4)}, None)
-            size = _measure(backend, prefix)
+            size = measure_store(backend, prefix)
             backend.set_many({key(number, OTHER_SCOPE): values.sample(number) for number in range(20)}, None)
-            assert _measure(backend, prefix) == size, (
+            assert measure_store(backend, prefix) == size, (
                 "keys that do not start with the prefix changed what measure returns"
             )
             backend.set_many({key(number): values.sample(number) for number in range(4, 8)}, None)
-            larger = _measure(backend, prefix)
+            larger = measure_store(backend, prefix)
             if size.bytes is not None:
                 assert larger.bytes is not None
                 assert 0 < size.bytes < larger.bytes, (
@@ -632,12 +488,6 @@ class BackendContract(Contract):
             self._require_stored(backend, {key(1): 3})
 
     # --- close, reopen, fork and other processes ----------------------------------------------
-
-    def test_close_twice_does_nothing(self) -> None:
-        backend: Any = self.make()
-        self._store(backend, [1])
-        backend.close()
-        backend.close()
 
     def test_use_after_close_raises(self) -> None:
         backend: Any = self.make()
@@ -1106,6 +956,19 @@ class BackendContract(Contract):
 
     # --- helpers ------------------------------------------------------------------------------
 
+    @contextmanager
+    def _open_with(self, make_items: MakeItems, *, singly: bool = False) -> Iterator[Any]:
+        with self._open() as backend:
+            items = make_items(backend.capabilities)
+            size = 1 if singly else self._get_batch_size(backend)
+            for start in range(0, len(items), size):
+                backend.set_many(dict(islice(items.items(), start, start + size)), None)
+            yield backend
+
+    def _list_decoys(self) -> set[str]:
+        # A prefix is not a pattern, so its dot must match only a dot.
+        return {f"eo1.{SCOPE}a{'0' * 63}", f"eo1a{SCOPE}.{'0' * 64}"}
+
     def _open(self) -> AbstractContextManager[Any]:
         return closing(self.make())
 
@@ -1120,21 +983,6 @@ class BackendContract(Contract):
             self._require_stored(client, {key(1): 1, key(2): 2})
             yield proxy, client
             proxy.heal()
-
-    def _require_error(self, call: Callable[[], object], what: str) -> None:
-        """Require that a call raises. The call has a deadline, but only backends that declare ``deadline`` obey it."""
-
-        def call_with_deadline() -> None:
-            with deadline(2.0):
-                call()
-
-        try:
-            call_with_timeout(call_with_deadline, what)
-        except AssertionError:
-            raise
-        except Exception:
-            return
-        raise AssertionError(f"{what} must raise an error, but it returned normally")
 
     def _require_recovery(self, client: Any) -> None:
         """Require that a client works again, after a few calls that may still use dead connections."""
@@ -1184,51 +1032,14 @@ class BackendContract(Contract):
                 time.sleep(0.05)
         self._require_stored(backend, {key(number): number for number in range(100)})
 
-    def _overrides(self, hook: str) -> bool:
-        return getattr(type(self), hook) is not getattr(BackendContract, hook)
-
-    def _make_settings(self) -> settings:
-        slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-        chosen = settings(deadline=None, suppress_health_check=slow, database=None, stateful_step_count=30)
-        return chosen if self.examples is None else settings(chosen, max_examples=self.examples)
-
-    def _skip_without(self, backend: Any, *capabilities: str) -> None:
-        for capability in capabilities:
-            if not getattr(backend.capabilities, capability):
-                pytest.skip(f'requires the capability "{capability}"')
-
     def _skip_without_clock(self, backend: Any) -> None:
         self._skip_without(backend, "ttl")
         if not self._overrides("advance"):
             pytest.skip("requires advance(), which lets time pass for the backend")
 
-    def _skip_without_lasting(self, backend: Any) -> None:
-        scope = backend.capabilities.scope
-        if scope == "process":
-            pytest.skip('requires the scope "single", "host" or "network"; the scope "process" shares nothing')
-        assert self._overrides("reopen"), f'the scope "{scope}" requires reopen(), which returns another client'
-
-    def _skip_without_sharing(self, backend: Any) -> None:
-        self._skip_without_lasting(backend)
-        if backend.capabilities.scope == "single":
-            pytest.skip('requires the scope "host" or "network"; the scope "single" allows one process at a time')
-
     def _skip_without_compact(self, backend: Any) -> None:
         if not hasattr(backend, "compact"):
             pytest.skip('requires the optional method "compact"')
-
-    def _get_recipe_or_skip(self, backend: Any) -> Recipe:
-        recipe = self.recipe(backend)
-        if recipe is None:
-            pytest.skip("requires recipe(), with which another process makes a client of the same store")
-        return recipe
-
-    def _make_values(self, backend: Any) -> Values:
-        return make_values(backend.capabilities.holds, self.dimensions)
-
-    def _get_batch_size(self, backend: Any) -> int:
-        limit: int | None = backend.capabilities.max_batch
-        return min(1000 if limit is None else limit, 5000)
 
     def _get_max_value_bytes(self, backend: Any) -> int:
         largest: int | None = backend.capabilities.max_value_bytes
@@ -1241,14 +1052,6 @@ class BackendContract(Contract):
         values = self._make_values(backend)
         backend.set_many({key(number): values.sample(number) for number in numbers}, None)
 
-    def _require_stored(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that the backend returns all samples of ``expected``, which maps keys to the seeds of samples."""
-        self._require_equal(backend, backend.get_many(list(expected)), expected)
-
-    def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
-        """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
-        require_samples(self._make_values(backend), found, expected)
-
 
 def _compact(backend: Any) -> None:
     """Call ``compact``, and check that it returns one sentence."""
@@ -1256,21 +1059,6 @@ def _compact(backend: Any) -> None:
     assert isinstance(done, str), f"compact must return a str, got {type(done).__name__}"
     assert done.strip(), "compact must return one sentence that says how large the store is and was, not an empty str"
     assert "\n" not in done, "compact must return one line"
-
-
-def _measure(backend: Any, prefix: str) -> StoredSize:
-    """Call ``measure``, and check the types and the dates of its result."""
-    size = backend.measure(prefix)
-    assert isinstance(size, StoredSize), f"measure must return a StoredSize, got {type(size).__name__}"
-    for name in ("bytes", "dimensions"):
-        number = getattr(size, name)
-        assert number is None or type(number) is int, f"StoredSize.{name} must be None or an int, got {number!r}"
-    dates = [date for date in (size.oldest, size.newest) if date is not None]
-    assert all(isinstance(date, int | float) and 0 < date < LAST_DATE for date in dates), (
-        f"the dates of measure must be Unix times in seconds, got {size.oldest!r} and {size.newest!r}"
-    )
-    assert dates == sorted(dates), "measure returned an oldest date that is later than the newest"
-    return size
 
 
 register_standard_tests(BackendContract)

@@ -25,8 +25,8 @@ class Contract:
         replaced = _find_replaced_tests(type(self))
         assert not replaced, f"standard tests were replaced or removed: {', '.join(replaced)}"
         assert self.standard_tests, (
-            "this class is not a contract: subclass BackendContract, ProviderContract, ImporterContract or "
-            "NormalizerContract"
+            "this class is not a contract: subclass BackendContract, ReadOnlyContract, ProviderContract, "
+            "ImporterContract or NormalizerContract"
         )
 
 

@@ -1,0 +1,57 @@
+"""A read-only backend in a dict, for tests of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from embedonce.contracts import Capabilities
+from embedonce.errors import TierError
+
+
+class ReadOnlyDict:
+    """Reads values from a dict. Like a bundle, it says that it belongs to the host, and it can count."""
+
+    def __init__(self, items: Mapping[str, Any], **capabilities: Any) -> None:
+        declared = {"holds": "either", "scan": True, "count": True, "bounded": True, "read_only": True, **capabilities}
+        self.capabilities = Capabilities(**declared)
+        self.items = dict(items)
+        self.damaged = False
+        self.verified = 0
+        self.closed = False
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, Any]:
+        self._check_open()
+        return {key: self.items[key] for key in keys if key in self.items}
+
+    def get(self, key: str) -> Any:
+        return self.get_many([key]).get(key)
+
+    def scan(self, prefix: str) -> Iterator[str]:
+        self._check_open()
+        return iter(sorted(key for key in self.items if key.startswith(prefix)))
+
+    def count(self, prefix: str) -> int:
+        return sum(1 for _ in self.scan(prefix))
+
+    def verify(self) -> str:
+        self._check_open()
+        self.verified += 1
+        if self.damaged:
+            raise TierError("a value is damaged; make the store again")
+        return f"{len(self.items)} values are intact"
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the store is closed")
+
+
+class WritableLater(ReadOnlyDict):
+    """A read-only backend for which embedonce export can write a new store."""
+
+    @staticmethod
+    def create_writer(path: Any, *, replace: bool) -> Any:
+        raise NotImplementedError
