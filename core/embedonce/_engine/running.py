@@ -27,6 +27,7 @@ from embedonce.vectors import NO_WORK, Dtype
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
+from .governing import GovernedChain, choose_governor
 from .import_checks import check_source
 from .imports import Import, ImportOptionError, check_imports, choose_name
 from .leases import Leases
@@ -42,6 +43,7 @@ from .upkeep import Upkeep
 from .writing import TierWriter, draining_writers
 
 if TYPE_CHECKING:
+    from .call import Answer
     from .importing import LiveImporter
 
 log = logging.getLogger("embedonce")
@@ -105,7 +107,6 @@ class RunningChain:
         self.policy = policy
         self.steps = steps
         self.dtype: Dtype = dtype
-        self.replays = mode == "replay"
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
@@ -123,6 +124,11 @@ class RunningChain:
         chain = compose_chain(tiers, keyed=policy.secret is not None)
         self.warnings = tuple(find_chain_warnings(chain))
         log_once(self.warnings)
+        governor = choose_governor()
+        self.governed = None if governor is None else GovernedChain(governor, chain)
+        """What the governor of a test session has changed; None without a governor."""
+        chain = chain if self.governed is None else self.governed.tiers
+        self.replays = mode == "replay" or self.is_replayed
         lease = choose_lease(chain, allow_default=not self.replays)
         # A tier without a TTL may hold entries of a tier that has one.
         longest_ttl = max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
@@ -175,6 +181,22 @@ class RunningChain:
             self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
         )
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether a governor replays the answers of calls."""
+        return self.governed is not None and self.governed.replays
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a governor is told the answer of each call."""
+        return self.governed is not None and not self.governed.replays
+
+    def report_answer(self, answer: Answer) -> None:
+        """Tell the governor, if there is one, what a call has answered."""
+        if self.governed is not None:
+            route = answer.route
+            self.governed.report(answer, self.cards.get(route.keyer.scope) or card(route.policy, route.space))
+
     def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
         """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
 
@@ -183,6 +205,9 @@ class RunningChain:
             ImportRefused: a source has vectors of other tasks.
         """
         checked = check_imports(imports)
+        if self.governed is not None and self.governed.replays:
+            self.governed.replaced += [one.importer for one in checked]
+            return
         if not checked:
             return
         # Most caches have no importers, so these modules are not imported with the package.
@@ -384,6 +409,8 @@ class RunningChain:
             close_part(tier.backend)
         for importer in self.importers:
             close_part(importer)
+        for part in self.governed.replaced if self.governed is not None else ():
+            close_part(part)
         owner._close_providers()
         self.ports.close()
 
