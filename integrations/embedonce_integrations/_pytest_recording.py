@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,29 @@ class Recording:
             recorded.new[key] = value
         self._unwritten.append((path, key, dtype, value))
 
-    def hand_over(self, file: Path) -> None:
+    def hand_over(self, file: Path, left_out: Iterable[str]) -> None:
         """Append what was added since the last call to a file, which :meth:`read_file` of another process reads.
 
-        It is called after each test, so that a process that crashes loses nothing of the tests before.
+        It is called after each test, so that a process that crashes loses nothing of the tests before. ``left_out``
+        says why the process did not run all tests that it could run.
         """
         with self._lock:
             unwritten, self._unwritten = self._unwritten, []
-        if unwritten:
+        lines = [*({"left_out": reason} for reason in left_out), *(_describe(*one) for one in unwritten)]
+        if lines:
             with file.open("a", encoding="ascii") as stream:
-                stream.writelines(json.dumps(_describe(*one)) + "\n" for one in unwritten)
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def read_file(self, file: Path) -> None:
-        """Add what another process has handed over."""
+    def read_file(self, file: Path) -> set[str]:
+        """Add what another process has handed over, and return why it did not run all tests."""
+        left_out: set[str] = set()
         others: dict[Path, Recorded] = {}
-        for path, key, dtype, value in _read_lines(file):
+        for line in _read_whole_lines(file):
+            told = json.loads(line)
+            if "left_out" in told:
+                left_out.add(told["left_out"])
+                continue
+            path, key, dtype, value = _read_value(told)
             other = others.setdefault(path, Recorded())
             if key.startswith(CARD_PREFIX):
                 if value is not None:
@@ -109,6 +117,7 @@ class Recording:
         with self._lock:
             for path, other in others.items():
                 self.bundles.setdefault(path, Recorded()).add(other)
+        return left_out
 
 
 def _seal(key: str, entry: Entry, encryption: Encryption | None) -> Value:
@@ -137,15 +146,13 @@ def _describe(path: Path, key: str, dtype: str, value: Value | None) -> Mapping[
     return {"bundle": str(path), "key": key, "dtype": dtype, "frame": text}
 
 
-def _read_lines(file: Path) -> Iterator[tuple[Path, str, str, Value | None]]:
-    for line in _read_whole_lines(file):
-        told = json.loads(line)
-        key, value = told["key"], None
-        if told["frame"] is not None:
-            value = base64.b64decode(told["frame"])
-            if is_plain_frame(value):
-                value = decode_frame(key, value, now=0.0, dtype=told["dtype"], dimensions=None)
-        yield Path(told["bundle"]), key, told["dtype"], value
+def _read_value(told: Mapping[str, Any]) -> tuple[Path, str, str, Value | None]:
+    key, value = told["key"], None
+    if told["frame"] is not None:
+        frame = base64.b64decode(told["frame"])
+        is_plain = is_plain_frame(frame)
+        value = decode_frame(key, frame, now=0.0, dtype=told["dtype"], dimensions=None) if is_plain else frame
+    return Path(told["bundle"]), key, told["dtype"], value
 
 
 def _read_whole_lines(file: Path) -> Iterable[str]:

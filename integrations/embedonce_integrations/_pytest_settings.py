@@ -6,8 +6,9 @@ import os
 import tomllib
 from pathlib import Path
 
-import embedonce
 import pytest
+
+import embedonce
 from embedonce import Cache
 from embedonce.config import read_bundle
 from embedonce.errors import ConfigError

@@ -21,7 +21,7 @@ VARIABLE = "EMBEDONCE_MODE"
 MODES = ("record", "replay", "off")
 
 MARKER = (
-    'embedonce(*, path=None, mode=None): record and replay the vectors of these tests in the bundle `path`, relative '
+    "embedonce(*, path=None, mode=None): record and replay the vectors of these tests in the bundle `path`, relative "
     'to the file of the test; with mode="off", caches that these tests make work as usual'
 )
 
