@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from embedonce.encryption import Encryption
 from embedonce.keys import CARD_PREFIX
@@ -17,6 +20,9 @@ from embedonce.vectors import Entry, decode_frame, encode_frames, freeze, is_pla
 
 Value = Entry | bytes
 """An entry, or an encrypted frame."""
+
+MIN_COSINE = 0.99
+"""Cosine below which two vectors of one text are vectors of different models."""
 
 PRECISION = {"int8": 0, "float16": 1, "float32": 2}
 
@@ -54,19 +60,27 @@ class Recording:
 
     def __init__(self) -> None:
         self.bundles: dict[Path, Recorded] = {}
+        self.conflicts: Counter[str] = Counter()
+        """Per test, the number of texts that got a vector that is unlike the recorded one."""
         self._unwritten: list[tuple[Path, str, str, Value | None]] = []
         """The bundle, the key, the precision and the value of what was added since the last call of :meth:`hand_over`.
         """
+        self._unwritten_conflicts: Counter[str] = Counter()
         self._lock = threading.RLock()
 
-    def take(self, path: Path, answered: Answered, bundle: Any) -> None:
+    def take(self, path: Path, test: str, answered: Answered, bundle: Any) -> None:
         """Record the answer of a call. ``bundle`` is the backend of the existing bundle, or None."""
         with self._lock:
             recorded = self.bundles.setdefault(path, Recorded())
+            held = {} if bundle is None else bundle.get_many(list(answered.entries))
+            conflicts = sum(
+                _is_other_vector(recorded.new.get(key) or held.get(key), entry)
+                for key, entry in answered.entries.items()
+            )
+            if conflicts:
+                self.conflicts[test] += conflicts
+                self._unwritten_conflicts[test] += conflicts
             entries = {key: entry for key, entry in answered.entries.items() if recorded.accepts(key, entry.dtype)}
-            if not entries:
-                return
-            held = {} if bundle is None else bundle.get_many(list(entries))
             for key, entry in entries.items():
                 has_it = _is_enough(key, held.get(key), entry, answered.encryption)
                 self._add(path, recorded, key, entry.dtype, None if has_it else _seal(key, entry, answered.encryption))
@@ -90,7 +104,12 @@ class Recording:
         """
         with self._lock:
             unwritten, self._unwritten = self._unwritten, []
-        lines = [*({"left_out": reason} for reason in left_out), *(_describe(*one) for one in unwritten)]
+            conflicts, self._unwritten_conflicts = self._unwritten_conflicts, Counter()
+        lines = [
+            *({"left_out": reason} for reason in left_out),
+            *({"conflicts": count, "test": test} for test, count in conflicts.items()),
+            *(_describe(*one) for one in unwritten),
+        ]
         if lines:
             with file.open("a", encoding="ascii") as stream:
                 stream.writelines(json.dumps(line) + "\n" for line in lines)
@@ -103,6 +122,9 @@ class Recording:
             told = json.loads(line)
             if "left_out" in told:
                 left_out.add(told["left_out"])
+                continue
+            if "conflicts" in told:
+                self.conflicts[told["test"]] += told["conflicts"]
                 continue
             path, key, dtype, value = _read_value(told)
             other = others.setdefault(path, Recorded())
@@ -138,6 +160,16 @@ def _is_enough(key: str, held: Any, entry: Entry, encryption: Encryption | None)
     plain = encryption.decrypt({key: held})[0]
     found = decode_frame(key, plain.get(key, b""), now=0.0, dtype=entry.dtype, dimensions=entry.vector.size)
     return found is not None
+
+
+def _is_other_vector(held: Any, entry: Entry) -> bool:
+    """Return whether an entry is the vector of another model. The same model may return slightly different vectors."""
+    if not isinstance(held, Entry):
+        return False
+    if held.vector.size != entry.vector.size:
+        return True
+    norms = float(np.linalg.norm(held.vector) * np.linalg.norm(entry.vector))
+    return float(held.vector @ entry.vector) < MIN_COSINE * norms
 
 
 def _describe(path: Path, key: str, dtype: str, value: Value | None) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import embedonce
 from embedonce.errors import ConfigError, PluginError, ReplayMiss, StoreExists
 from embedonce.plugins import backend
 from embedonce.testing.governing import Answered, Governor, govern_chains
@@ -85,7 +86,8 @@ class EmbeddingSession:
         """Record what a call was answered, for the bundle of the test that runs now."""
         path = self._targets[-1] if self._targets else self.default
         if path is not None:
-            self._recording.take(path, answered, self.store.open(path))
+            test = "a fixture or an import" if self._item is None else self._item.nodeid
+            self._recording.take(path, test, answered, self.store.open(path))
 
     def explain_misses(self, answered: Answered, /) -> ReplayMiss:
         """Return an error that names the test, the positions of the missing texts, and what to do."""
@@ -163,15 +165,17 @@ class EmbeddingSession:
             pytest.fail(problem, pytrace=False)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, Any]:
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
         """Fail a test that needed a missing text, even if the code under test has handled the error."""
-        report: pytest.TestReport = yield
         misses, self._misses = self._misses, []
+        if misses and call.excinfo is not None and call.excinfo.errisinstance(ReplayMiss):
+            _cut_traceback(call.excinfo.value)
+        report: pytest.TestReport = yield
         if misses:
             text = "\n\n".join(misses)
             if not report.failed:
                 report.outcome = "failed"
-                report.longrepr = f"The code under test has handled this error:\n\n{text}"
+                report.longrepr = f"{text}\n\nThe test went on, because the code under test has handled this error."
                 if hasattr(report, "wasxfail"):
                     del report.wasxfail
             elif any(miss.partition("\n")[0] not in report.longreprtext for miss in misses):
@@ -280,8 +284,26 @@ class EmbeddingSession:
                 terminalreporter.line(f"embedonce: recording in {self.show(path)} failed: {result}", red=True)
             elif result.texts or result.removed:
                 terminalreporter.line(_describe_written(self.show(path), result, self._kept_because))
+        for test, count in sorted(self._recording.conflicts.items()):
+            terminalreporter.line(
+                f"embedonce: {test} got other vectors for {count:,} text{'s' * (count != 1)} than the recorded ones. "
+                'Describe different models as different vector spaces, or mark a test of a fake with mode="off"',
+                yellow=True,
+            )
         if not self.replays and not any(isinstance(w, str) or w.texts or w.removed for _, w in self._written):
             terminalreporter.line("embedonce: no test needed a vector, so nothing was recorded")
+
+
+def _cut_traceback(error: BaseException) -> None:
+    """End the traceback of an error at the line that called embedonce. What embedonce did then explains nothing."""
+    package = os.path.dirname(embedonce.__file__) + os.sep
+    entry, last = error.__traceback__, error.__traceback__
+    while entry is not None:
+        if not entry.tb_frame.f_code.co_filename.startswith(package):
+            last = entry
+        entry = entry.tb_next
+    if last is not None:
+        last.tb_next = None
 
 
 def _describe_written(shown: str, written: WrittenBundle, kept_because: str | None) -> str:
