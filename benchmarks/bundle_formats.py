@@ -7,8 +7,8 @@
 "open" is the time from a path to a store that can be read, in a new process that has imported its library. "batch"
 reads 1,024 random keys into one matrix, and "single" reads one key. All stores read the same keys in turn, repeat by
 repeat, after everything has been read once; the table shows the fastest repeat, because other work on the machine can
-only make a repeat slower. The memory is that of one of four processes that have each read all batches: its share of the
-memory (PSS), and the memory that only it has, without what the process had before it opened the store (Linux).
+only make a repeat slower. The memory is that of one of several processes that have each read all batches: its share of
+the memory (PSS), and the memory that only it has, without what the process had before it opened the store (Linux).
 
 The second table shows which programs open the files: the time to count the rows and to compute the mean length of the
 vectors, in a new process. To add a format, add a store to :data:`format_stores.STORES`.
@@ -40,7 +40,6 @@ BATCH = 1024
 BLOCK = 16_384
 """Number of rows that are written at a time."""
 SINGLES = 200
-PROCESSES = 4
 MAX_SECONDS = 1.0
 """A store whose batch takes longer is read only three times."""
 SCOPE = "0123456789abcdef"
@@ -312,7 +311,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     found = measure(stores, keys, options)
     for store in stores:
         alone = [measure_processes(type(store), folder, options.rows, 2, 1)[0] for _ in range(options.openings)]
-        together = measure_processes(type(store), folder, options.rows, options.batches, PROCESSES)
+        together = measure_processes(type(store), folder, options.rows, options.batches, options.processes)
         found[store.name] |= {
             "open": min(each["open"] for each in alone) * 1e3,
             "first": min(each["first"] for each in alone) * 1e3,
@@ -322,7 +321,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     payload = options.rows * options.dimensions * 4
     read = min(len(keys), BATCH) * options.batches * options.dimensions * 4 / 1e6
     print(f"### {options.rows:,} vectors of {options.dimensions} dimensions, {payload / 1e6:,.0f} MB\n")
-    print(f"Each of {PROCESSES} processes has read {options.batches} batches, {read:,.0f} MB of vectors.\n")
+    print(f"Each of {options.processes} processes has read {options.batches} batches, {read:,.0f} MB of vectors.\n")
     print(
         "| | MB | written, s | open, ms | first key, ms | batch, µs per text | times the floor | median | single, µs ",
         end="",
@@ -348,14 +347,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--batches", type=int, default=20, help="number of different batches")
     parser.add_argument("--openings", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=4, help="number of processes that read at once")
     parser.add_argument("--only", nargs="*", help="stores whose names have one of these words")
     parser.add_argument("--folder", type=Path, help="folder for the stores; without it, a temporary one")
     parser.add_argument("--keep", action="store_true", help="keep the stores in the folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--open-with", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rows < 1 or options.repeats < 1 or options.batches < 1 or options.openings < 1:
-        parser.error("--rows, --repeats, --batches and --openings must be at least 1")
+    if min(options.rows, options.repeats, options.batches, options.openings, options.processes) < 1:
+        parser.error("--rows, --repeats, --batches, --openings and --processes must be at least 1")
     stores = {cls.__name__: cls for cls in STORES}
     if options.child:
         run_child(stores[options.child](options.folder), options.rows, options.batches)

@@ -13,8 +13,8 @@ table shows the fastest repeat, because other work on the machine can only make 
 keys of the texts. "open" is the time from a path, and from a configuration, to the first vector, in a new process that
 has imported embedonce and numpy; a library that only one store needs is part of its time.
 
-The memory is that of one of four processes that read all batches through their caches at once: its share of the memory
-(PSS), and the memory that only it has, without what it had before it opened the store (Linux).
+The memory is that of one of several processes that read all batches through their caches at once: its share of the
+memory (PSS), and the memory that only it has, without what it had before it opened the store (Linux).
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ BATCH = 2000
 BLOCK = 8192
 """Number of texts that are stored at a time."""
 SINGLES = 100
-PROCESSES = 4
 MAX_BYTES = 2**40
 """Size limit of the tiers that have one, so that none of them evicts."""
 
@@ -373,10 +372,11 @@ def print_hits(stores: Sequence[Store], found: dict[str, dict[str, float]], titl
 
 def print_opening(stores: Sequence[Store], options: argparse.Namespace) -> None:
     together = {
-        store.name: run_children(store, "cache", options.entries, options.batches, PROCESSES) for store in stores
+        store.name: run_children(store, "cache", options.entries, options.batches, options.processes)
+        for store in stores
     }
-    print(f"\n### Opening, and {PROCESSES} processes at once\n")
-    print("| | MB | bytes per entry | open alone, ms | open in a cache, ms | 4 at once, ms | PSS, MB | private, MB |")
+    print(f"\n### Opening, and {options.processes} processes at once\n")
+    print("| | MB | bytes per entry | open alone, ms | open in a cache, ms | at once, ms | PSS, MB | private, MB |")
     print("| --- |" + " ---: |" * 7)
     for store in stores:
         size = store.count_bytes()
@@ -472,7 +472,7 @@ def write_random_bundle(bundle: Bundle, entries: int) -> None:
     chance = np.random.default_rng(0)
     scope = make_keys(["a text"], bundle.dimensions)[0][:21]
     step = np.uint64(2**64 // entries)
-    with BundleBackend.create_writer(bundle.path) as writer:
+    with BundleBackend.create_writer(bundle.path, replace=False) as writer:
         for start in range(0, entries, BLOCK):
             count = min(BLOCK, entries - start)
             rests = chance.bytes(24 * count).hex()
@@ -523,14 +523,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--batches", type=int, default=5, help="number of different batches")
     parser.add_argument("--openings", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=4, help="number of processes that read at once")
     parser.add_argument("--opening", type=int, help="number of entries of a bundle that is only opened")
     parser.add_argument("--folder", type=Path, help="folder for the stores, which are kept and used again")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--query", help=argparse.SUPPRESS)
     parser.add_argument("--open", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if min(options.entries, options.repeats, options.batches, options.openings) < 1:
-        parser.error("--entries, --repeats, --batches and --openings must be at least 1")
+    if min(options.entries, options.repeats, options.batches, options.openings, options.processes) < 1:
+        parser.error("--entries, --repeats, --batches, --openings and --processes must be at least 1")
     if options.child:
         name, way = options.child
         cls = next(cls for cls in STORES if cls.__name__ == name)
