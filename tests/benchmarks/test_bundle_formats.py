@@ -27,6 +27,7 @@ def test_stores_are_measured_and_other_programs_read_the_files(tmp_path: Path) -
         "Arrow, mapped",
         "Arrow",
     }
+    assert set(figures) == names
     for cells in figures.values():
         assert all(float(cell) >= 0 for cell in cells)
     assert [len(cells) for cells in figures.values()] == [10, 10, 10, 3]
