@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -100,11 +102,12 @@ def _explain_missing(folder: Path) -> str:
 
 UNFINISHED: Final = ".unfinished"
 """End of the names of files that a writer has not finished. It renames them when they are complete."""
+_UNFINISHED_NAME: Final = re.compile(rf"([0-9a-f]{{16}}|{re.escape(MANIFEST)}){re.escape(UNFINISHED)}")
 
 
 def is_own_file(name: str) -> bool:
     """Return whether a writer of bundles has made a file with this name, other than the manifest."""
-    return PART_NAME.fullmatch(name) is not None or name.endswith(UNFINISHED)
+    return PART_NAME.fullmatch(name) is not None or _UNFINISHED_NAME.fullmatch(name) is not None
 
 
 def _make_card(card: Mapping[str, object] | None, frame: bytes | None) -> Entry | bytes:
@@ -121,6 +124,6 @@ def _group_parts(parts: Sequence[Part]) -> dict[str, ScopeParts]:
 
 def _make_scope(parts: Sequence[Part]) -> ScopeParts:
     ordered = sorted(parts, key=lambda part: part.record.first)
-    is_disjoint = all(a.record.last < b.record.first for a, b in zip(ordered[:-1], ordered[1:], strict=True))
+    is_disjoint = all(a.record.last < b.record.first for a, b in pairwise(ordered))
     firsts, lasts = (np.array([getattr(part, name) for part in parts], np.uint64) for name in ("first", "last"))
     return ScopeParts(parts, firsts, lasts, is_disjoint)

@@ -198,7 +198,10 @@ class Part:
         return self._text.size > 0
 
     def read_texts(self, rows: NDArray[np.intp]) -> list[bytes | None]:
-        """Return the metadata as JSON, or the frames, of some rows. None: the row is damaged; b"": it has no metadata."""
+        """Return the metadata of some rows as JSON, or their frames.
+
+        The result has None for a damaged row, and ``b""`` for a row without metadata.
+        """
         starts, ends = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist()
         at, size = self._text.at, self._text.size
         return [
@@ -232,7 +235,7 @@ class Part:
         return self._bisect(wanted, 0), self._bisect(wanted, 1)
 
     def _bisect(self, prefix: bytes, is_end: int) -> int:
-        """Return the first row whose key is at least ``prefix``; for the end, whose key is beyond those that start so."""
+        """Return the first row whose key is at least ``prefix``. With ``is_end``, skip the keys that start with it."""
         low, high = 0, self.rows
         while low < high:
             middle = (low + high) // 2

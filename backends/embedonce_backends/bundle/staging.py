@@ -65,7 +65,7 @@ class _Column:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder, suffix=UNFINISHED, buffering=0)
+            self._file = tempfile.TemporaryFile(dir=self._folder, suffix=UNFINISHED, buffering=0)  # noqa: SIM115
         view = memoryview(self._tail)
         while view:
             view = view[self._file.write(view) :]
@@ -129,7 +129,7 @@ class _Stage:
         path = self._folder / f"{secrets.token_hex(8)}{UNFINISHED}"
         try:
             with path.open("xb+", buffering=0) as file:
-                # pyarrow writes to a path, because it would copy all values of a column to write to an object of Python.
+                # pyarrow writes to a path. To write to an object of Python, it would copy all values of a column.
                 with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
                     writer.write_batch(batch)
                 digest = xxh3_128()

@@ -1,4 +1,4 @@
-"""Writing a bundle. The manifest is replaced last, in one step, so a killed export leaves the previous bundle or none."""
+"""Writing a bundle. The manifest is replaced last, so a killed export leaves the previous bundle, or none."""
 
 from __future__ import annotations
 
@@ -121,8 +121,10 @@ class BundleWriter:
         os.replace(unfinished, self.path / MANIFEST)
         sync_folder(self.path)
         self._is_open = False
-        self._remove_own_files(manifest.files)
-        self._unlock()
+        try:
+            self._remove_own_files(manifest.files)
+        finally:
+            self._unlock()
         return WrittenStore(
             entries=manifest.entries,
             parts=len(manifest.parts),
@@ -137,10 +139,12 @@ class BundleWriter:
         for stage in self._stages.values():
             stage.close()
         self._stages = {}
-        self._remove_own_files(self._kept)
-        if self._has_made_folder and not any(self.path.iterdir()):
-            self.path.rmdir()
-        self._unlock()
+        try:
+            self._remove_own_files(self._kept)
+            if self._has_made_folder and not any(self.path.iterdir()):
+                self.path.rmdir()
+        finally:
+            self._unlock()
 
     def _check_open(self) -> None:
         if not self._is_open:
