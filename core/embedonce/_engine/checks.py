@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from embedonce.vectors import (
     MAX_TOKENS,
     Block,
     Columns,
+    Cost,
     Decoded,
     Dtype,
     Entries,
@@ -280,3 +281,22 @@ def _add_rounded(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None
         decoded.missed.append(key)
     else:
         decoded.entries[key] = entry._replace(vector=vector, dtype=dtype)
+
+
+def check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
+    """Return one cost per text. An unknown cost has two parts that are None.
+
+    Raises:
+        ValueError: there is not one item per text, or an item is neither a cost nor None.
+    """
+    if costs is None:
+        return [Cost()] * count
+    if len(costs) != count:
+        raise ValueError(f"costs must have one item per text: got {len(costs)} for {format_count(count, 'text')}")
+    for i, cost in enumerate(costs):
+        if cost is not None and not (isinstance(cost, tuple) and len(cost) == 2 and is_valid_cost(*cost)):
+            raise ValueError(
+                f"costs: item {i} must be None or a Cost(tokens, seconds). Tokens are None or an int from 0 to "
+                f"{MAX_TOKENS:,}, seconds are None or a number from 0 to {MAX_SECONDS:,.0f}"
+            )
+    return [Cost() if cost is None else Cost(*cost) for cost in costs]

@@ -27,6 +27,7 @@ from embedonce.vectors import NO_WORK, Dtype
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, find_longest_ttl, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
+from .governing import GovernedChain, choose_governor
 from .import_checks import check_source
 from .imports import Import, ImportOptionError, check_imports, choose_name
 from .leases import Leases
@@ -42,6 +43,7 @@ from .upkeep import Upkeep
 from .writing import TierWriter, draining_writers
 
 if TYPE_CHECKING:
+    from .call import Answer
     from .importing import LiveImporter
 
 log = logging.getLogger("embedonce")
@@ -107,7 +109,6 @@ class RunningChain:
         self.policy = policy
         self.steps = steps
         self.dtype: Dtype = dtype
-        self.replays = mode == "replay"
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
@@ -123,8 +124,13 @@ class RunningChain:
         self._broken_listeners: set[int] = set()
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
-        self.warnings = tuple(find_chain_warnings(chain, replays=self.replays))
+        self.warnings = tuple(find_chain_warnings(chain, replays=mode == "replay"))
         log_once(self.warnings)
+        governor = choose_governor()
+        self.governed = None if governor is None else GovernedChain(governor, chain)
+        """What the governor of a test session has changed; None without a governor."""
+        chain = chain if self.governed is None else self.governed.tiers
+        self.replays = mode == "replay" or self.is_replayed
         lease = choose_lease(chain, allow_default=not self.replays)
         longest_ttl = find_longest_ttl(chain)
         self.ports = Ports()
@@ -193,6 +199,22 @@ class RunningChain:
         [(name, tier)] = compose_chain([backend], keyed=self.policy.secret is not None)
         return self._make_tier(tier, name, lease=None, longest_ttl=None)
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether a governor replays the answers of calls."""
+        return self.governed is not None and self.governed.replays
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a governor is told the answer of each call."""
+        return self.governed is not None and not self.governed.replays
+
+    def report_answer(self, answer: Answer) -> None:
+        """Tell the governor, if there is one, what a call has answered."""
+        if self.governed is not None:
+            route = answer.route
+            self.governed.report(answer, self.cards.get(route.keyer.scope) or card(route.policy, route.space))
+
     def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
         """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
 
@@ -201,6 +223,9 @@ class RunningChain:
             ImportRefused: a source has vectors of other tasks.
         """
         checked = check_imports(imports)
+        if self.governed is not None and self.governed.replays:
+            self.governed.replaced += [one.importer for one in checked]
+            return
         if not checked:
             return
         # Most caches have no importers, so these modules are not imported with the package.
@@ -402,6 +427,8 @@ class RunningChain:
             close_part(tier.backend)
         for importer in self.importers:
             close_part(importer)
+        for part in self.governed.replaced if self.governed is not None else ():
+            close_part(part)
         owner._close_providers()
         self.ports.close()
 
