@@ -12,6 +12,7 @@ from embedonce._plugins.options import Option, options_of
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy
+from embedonce.store_writers import BUNDLE
 
 from .documents import (
     UNUSABLE,
@@ -304,6 +305,13 @@ class _Loader:
         if given is None:
             return None
         label = self._reader.format_label(where)
+        if given.get("type") == BUNDLE:
+            message = (
+                f"{label}: a bundle is not asked by an importer, because it has the keys of embedonce; use a tier: "
+                f'{self._document.table("tiers", array=True)} type = "{BUNDLE}", path = "FOLDER"'
+            )
+            self._reader.add_problem((*where, "type"), message)
+            return None
         names = ("imports", str(where[1]))
         table = Table(where, label, names, given, is_overridable=False)
         found = self._reader.read_plugin(table, loading.importer, options_of(ImportTable))

@@ -36,6 +36,9 @@ class Codec:
         longest_ttl: float | None,
         clock: Callable[[], float],
     ) -> None:
+        self.longest_ttl = longest_ttl
+        """Maximum number of seconds from the writing of an entry with an expiry date until it expires; None if there is
+        no limit."""
         self.longest_life = _add_tolerance(longest_ttl)
         """Maximum number of seconds from now until an entry with an expiry date expires.
 

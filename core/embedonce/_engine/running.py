@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from embedonce._messages import format_count
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from .importing import LiveImporter
 
 log = logging.getLogger("embedonce")
+
+T = TypeVar("T")
 
 Mode: TypeAlias = Literal["read-through", "replay"]
 
@@ -129,18 +131,11 @@ class RunningChain:
         self.ledger = Ledger([name for name, _ in chain])
         self.in_flight = InFlight(max_queued)
         self.tiers = [
-            LiveTier(
+            self._make_tier(
                 tier,
                 name,
                 lease=lease.seconds if lease is not None and lease.tier == name else None,
                 longest_ttl=longest_ttl,
-                in_flight=self.in_flight,
-                ports=self.ports,
-                ledger=self.ledger,
-                cards=self.cards,
-                emit=self.emit,
-                has_listeners=lambda: bool(self.listeners or self.write_listeners),
-                clock=clock,
             )
             for name, tier in chain
         ]
@@ -173,6 +168,30 @@ class RunningChain:
         self.upkeep = Upkeep(
             self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
         )
+
+    def _make_tier(self, tier: Tier, name: str, *, lease: float | None, longest_ttl: float | None) -> LiveTier:
+        return LiveTier(
+            tier,
+            name,
+            lease=lease,
+            longest_ttl=longest_ttl,
+            in_flight=self.in_flight,
+            ports=self.ports,
+            ledger=self.ledger,
+            cards=self.cards,
+            emit=self.emit,
+            has_listeners=lambda: bool(self.listeners or self.write_listeners),
+            clock=self.clock,
+        )
+
+    def make_outside_tier(self, backend: Tier | Backend) -> LiveTier:
+        """Return a tier that is not in the chain, for a copy or an export. The caller closes its backend.
+
+        Raises:
+            ConfigError: it cannot be a tier.
+        """
+        [(name, tier)] = compose_chain([backend], keyed=self.policy.secret is not None)
+        return self._make_tier(tier, name, lease=None, longest_ttl=None)
 
     def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
         """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
@@ -249,9 +268,9 @@ class RunningChain:
         """Store the card and the price of a route's vector space."""
         scope, described = route.keyer.scope, card(route.policy, route.space)
         self.ledger.add_space(scope, described, route.source.price)
-        self._add_card(scope, described)
+        self.add_card(scope, described)
 
-    def _add_card(self, scope: str, card: dict[str, Value]) -> None:
+    def add_card(self, scope: str, card: dict[str, Value]) -> None:
         """Keep the space card of a scope, as long as a cache, a queued write or an in-process tier uses the scope."""
         if scope in self.cards:
             return
@@ -385,6 +404,10 @@ class RunningChain:
             close_part(importer)
         owner._close_providers()
         self.ports.close()
+
+    async def run_off_loop(self, call: Callable[[], T]) -> T:
+        """Return the result of a blocking call, which is made in a thread so that the running loop goes on."""
+        return await self.ports.get_loop_port().call(call, None, self.ports.workers, inline=False, quick=False)
 
     async def close_twins(self, port: Port) -> None:
         """Close the native async clients of the running loop."""
