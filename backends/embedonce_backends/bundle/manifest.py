@@ -24,7 +24,7 @@ VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 256 * 2**20
 """Maximum size of a manifest. A space card has at most 64 KiB."""
 MAX_PART_ROWS: Final = 2**31 - 1
-MAX_DIMENSIONS: Final = 2**24
+MAX_DIMENSIONS: Final = 2**22
 
 _SCOPE = rf"[0-9a-f]{{{SCOPE_DIGITS}}}"
 _KEY = rf"^{re.escape(KEY_PREFIX)}{_SCOPE}\.[0-9a-f]{{64}}$"

@@ -21,7 +21,7 @@ from xxhash import xxh3_128
 
 from embedonce.vectors import Entry, encode_frames
 
-from .manifest import PartRecord
+from .manifest import MAX_DIMENSIONS, PartRecord
 from .opened import UNFINISHED
 from .rows import (
     ENCRYPTED_SCHEMA,
@@ -36,10 +36,8 @@ from .rows import (
 MAX_BUFFER_BYTES: Final = 2**20
 """Bytes of a column that are kept in memory before they are written to its file."""
 CHUNK_BYTES: Final = 2**24
-CHUNK_ROWS: Final = 2048
-"""Number of entries whose columns are made at once."""
-MAX_FRAME_BYTES: Final = 2**28
-MAX_DIMENSIONS: Final = 2**24
+MAX_FRAME_BYTES: Final = 2**26
+"""Maximum size of an encrypted frame. With it, a part stays below 2 GiB, whatever its last frames are."""
 _METADATA_LENGTH_AT: Final = 20
 """Position in a frame of the length of its metadata, a u32."""
 
@@ -192,14 +190,9 @@ class PlainStage(_Stage):
             ValueError: an entry is invalid; the message names its key.
             TypeError: the metadata of an entry is not JSON.
         """
-        keys = list(items)
-        for start in range(0, len(keys), CHUNK_ROWS):
-            chunk = keys[start : start + CHUNK_ROWS]
-            self._add_chunk(chunk, [items[key] for key in chunk])
-
-    def _add_chunk(self, keys: Sequence[str], entries: Sequence[Entry]) -> None:
+        keys, entries = list(items), list(items.values())
         # A frame is made of each entry, because this checks and rounds the entry as every other tier does.
-        frames = encode_frames(dict(zip(keys, entries, strict=True)))
+        frames = encode_frames(items)
         layout = self._layout
         scale_bytes = 4 if layout.has_scale else 0
         payload = layout.vector_bytes + scale_bytes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from embedonce.errors import ConfigError, StoreExists
 from embedonce.keys import CARD_PREFIX
@@ -26,6 +26,9 @@ except ImportError:  # Windows
 
 MAX_PART_BYTES: Final = 2_000_000_000
 """Size at which a part is finished. Arrow's texts have offsets of 32 bits, so a part must stay below 2 GiB."""
+CHUNK_ITEMS: Final = 2048
+CHUNK_BYTES: Final = 2**24
+"""Number and size of the items whose columns are made at once."""
 _CARD_KEY: Final = re.compile(rf"{re.escape(CARD_PREFIX)}[0-9a-f]{{{SCOPE_DIGITS}}}")
 
 _Kind = tuple[Dtype, int] | None
@@ -160,14 +163,15 @@ class BundleWriter:
 
     def _add_groups(self, groups: Mapping[_Kind, Mapping[str, Entry | bytes]]) -> None:
         for kind, items in groups.items():
-            stage = self._stages.get(kind)
-            if stage is None:
-                stage = self._stages[kind] = (
-                    EncryptedStage(self.path) if kind is None else PlainStage(self.path, Layout(*kind))
-                )
-            stage.add(items)  # type: ignore[arg-type]
-            if stage.size >= MAX_PART_BYTES:
-                self._finish_stage(kind)
+            for chunk in _split_items(items):
+                stage = self._stages.get(kind)
+                if stage is None:
+                    stage = self._stages[kind] = (
+                        EncryptedStage(self.path) if kind is None else PlainStage(self.path, Layout(*kind))
+                    )
+                stage.add(chunk)
+                if stage.size >= MAX_PART_BYTES:
+                    self._finish_stage(kind)
 
     def _finish_stages(self) -> None:
         for kind in list(self._stages):
@@ -187,6 +191,20 @@ class BundleWriter:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _split_items(items: Mapping[str, Entry | bytes]) -> Iterator[dict[str, Any]]:
+    """Split items into the ones whose columns are made at once."""
+    chunk: dict[str, Entry | bytes] = {}
+    size = 0
+    for key, value in items.items():
+        chunk[key] = value
+        size += len(value) if isinstance(value, bytes) else value.vector.nbytes
+        if len(chunk) >= CHUNK_ITEMS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = {}, 0
+    if chunk:
+        yield chunk
 
 
 def _make_folder(path: Path) -> bool:

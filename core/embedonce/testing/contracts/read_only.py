@@ -464,9 +464,9 @@ class ReadOnlyContract(StoredContract):
         return make_values(_get_tested_form(caps), self.dimensions)
 
     def _make_card(self, caps: Capabilities) -> Any:
-        # A store may keep only the date and the metadata of a card, because a card has no vector that cost anything.
+        # A store may keep only the metadata of a card, because a card has no vector that was made or cost anything.
         card = super()._make_card(caps)
-        return card._replace(tokens=None, seconds=None) if isinstance(card, Entry) else card
+        return card._replace(created=0.0, tokens=None, seconds=None) if isinstance(card, Entry) else card
 
 
 def _get_tested_form(caps: Capabilities) -> str:
