@@ -371,10 +371,8 @@ def print_hits(stores: Sequence[Store], found: dict[str, dict[str, float]], titl
 
 
 def print_opening(stores: Sequence[Store], options: argparse.Namespace) -> None:
-    together = {
-        store.name: run_children(store, "cache", options.entries, options.batches, options.processes)
-        for store in stores
-    }
+    how = (options.entries, options.batches, options.processes)
+    together = {store.name: run_children(store, "cache" if store.is_tier else "raw", *how) for store in stores}
     print(f"\n### Opening, and {options.processes} processes at once\n")
     print("| | MB | bytes per entry | open alone, ms | open in a cache, ms | at once, ms | PSS, MB | private, MB |")
     print("| --- |" + " ---: |" * 7)
