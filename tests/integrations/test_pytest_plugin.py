@@ -125,8 +125,8 @@ def test_a_missing_text_fails_its_test_with_its_position_and_the_command_to_run(
     done.assert_outcomes(passed=1, failed=1)
     shown = done.stdout.str()
     assert (
-        "E           embedonce.errors.ReplayMiss: tests/test_search.py::test_documents: the text at position 2 of its call "
-        "is not in the bundle tests/embeddings.\n"
+        "E           embedonce.errors.ReplayMiss: tests/test_search.py::test_documents: the text at position 2 of its "
+        "call is not in the bundle tests/embeddings.\n"
         "E           The bundle has 4 other texts of the same vector space, so this text is new or has changed.\n"
         "E           Record what the tests need: pytest --embedonce=record tests/test_search.py::test_documents\n"
         "\n"
