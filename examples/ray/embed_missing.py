@@ -104,12 +104,12 @@ class EmbedShard:
         fetched = self.cache.fetch(texts)
         entries = self.store.get_many(keys)
         self.store.delete_many(keys)
-        scope = self.policy.scope(fetched.space)
         about = Entry(freeze(()), time.time(), metadata=card(self.policy, fetched.space))
-        with BundleWriter(target, replace=True) as writer:
-            writer.add({CARD_PREFIX + scope: about})
-            writer.add({key: entries[key] for key in keys if key in entries})
-            writer.commit()
+        if entries:
+            with BundleWriter(target, replace=True) as writer:
+                writer.add({CARD_PREFIX + self.policy.scope(fetched.space): about})
+                writer.add({key: entries[key] for key in keys if key in entries})
+                writer.commit()
         for error in fetched.failed.values():
             raise error  # the other texts are stored
         return fetched.computed.texts
@@ -126,7 +126,8 @@ def compact(out: Path) -> None:
             for entries in merge(sources):
                 writer.add(entries)
             writer.commit()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def merge(sources: list[BundleBackend]) -> Iterator[Mapping[str, Entry | bytes]]:
