@@ -76,9 +76,12 @@ def test_no_flipped_bit_gives_another_vector(tmp_path: Path, dtype: Dtype | None
         for place in places:
             file.seek(place)
             file.write(bytes([original[place] ^ (1 << chosen.randrange(8))]))
+            error: ConfigError | None = None
             try:
                 backend = backend if is_open else open_bundle(tmp_path / "b")
-            except ConfigError as error:
+            except ConfigError as raised:
+                error = raised
+            if error is not None:
                 refused += 1
                 assert str(part) in str(error)
                 assert "copy the bundle again" in str(error)
@@ -109,9 +112,11 @@ def test_no_overwritten_stretch_gives_another_vector(data: st.DataObject) -> Non
         try:
             backend = open_bundle(folder)
         except ConfigError as error:
-            assert "is damaged" in str(error)
+            message = str(error)
+        else:
+            check_answers(backend, items, has_frames=False)
             return
-        check_answers(backend, items, has_frames=False)
+        assert "is damaged" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -138,7 +143,7 @@ def test_an_intact_row_of_another_part_replaces_a_damaged_one(tmp_path: Path) ->
     manifest, other = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
     damaged = bytearray(find_part(tmp_path / "a").read_bytes())
     damaged[damaged.index(list(items)[3].encode()) + 70] ^= 1
-    damaged[damaged.index(list(items)[0].encode()) + 70] ^= 1
+    damaged[damaged.index(next(iter(items)).encode()) + 70] ^= 1
     find_part(tmp_path / "a").write_bytes(damaged)
     shutil.copy(find_part(tmp_path / "b"), tmp_path / "a")
     manifest["parts"] += other["parts"]
@@ -189,7 +194,7 @@ def test_a_part_of_another_form_is_refused(tmp_path: Path) -> None:
         with pa.ipc.new_file(part, other.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
             writer.write_table(other)
         change_manifest(tmp_path / "b", lambda found: found["parts"][0].update(bytes=part.stat().st_size))
-        with pytest.raises(ConfigError, match="is damaged: (its columns|it has|a column is compressed)"):
+        with pytest.raises(ConfigError, match=r"is damaged: (its columns|it has|a column is compressed)"):
             open_bundle(tmp_path / "b")
 
 
@@ -242,8 +247,9 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 PART = "0123456789abcdef-" + "0" * 32 + ".arrow"
 WRONG_FIELDS: list[tuple[str, Any]] = [
-    *(("file", name) for name in ("../x.arrow", "/etc/passwd", "a/b.arrow", "", ".", "..", "manifest.json", f"{PART}\n")),
-    *(("file", name) for name in (f"../{PART}", f"./{PART}", f"{PART}/", PART.replace("/", "\\"), "x\0.arrow", 7, None)),
+    *(("file", name) for name in ("../x.arrow", "/etc/passwd", "a/b.arrow", "", ".", "..", "manifest.json")),
+    *(("file", name) for name in (f"{PART}\n", "x\0.arrow", 7, None)),
+    *(("file", name) for name in (f"../{PART}", f"./{PART}", f"{PART}/")),
     *(("rows", rows) for rows in (0, -1, 13, 2**31, 2**63, 10**30, 12.0, "12", True, None, 1e400)),
     *(("bytes", size) for size in (0, -1, 1, 2**62, 10**30, "1", None)),
     *(("dimensions", number) for number in (0, -4, 3, 5, 2**31, 2**64, "4", None)),
