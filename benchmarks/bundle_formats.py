@@ -92,7 +92,7 @@ def run_child(store: Store, rows: int, batches: int) -> None:
     start = time.perf_counter()
     store.get(work[0][0])
     first = time.perf_counter() - start
-    for batch in work:
+    for batch in work if batches > 1 else ():  # with one batch, only the opening is measured
         store.get_many(batch)
     print(json.dumps({"open": opened, "first": first}), flush=True)
     sys.stdin.readline()  # the parent writes it when all processes have read everything
@@ -310,7 +310,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             written[store.path] = write_store(store, keys, options.dimensions)
     found = measure(stores, keys, options)
     for store in stores:
-        alone = [measure_processes(type(store), folder, options.rows, 2, 1)[0] for _ in range(options.openings)]
+        alone = [measure_processes(type(store), folder, options.rows, 1, 1)[0] for _ in range(options.openings)]
         together = measure_processes(type(store), folder, options.rows, options.batches, options.processes)
         found[store.name] |= {
             "open": min(each["open"] for each in alone) * 1e3,
@@ -344,8 +344,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--dimensions", type=int, default=384)
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--batches", type=int, default=20, help="number of different batches")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--batches", type=int, default=10, help="number of different batches")
     parser.add_argument("--openings", type=int, default=7)
     parser.add_argument("--processes", type=int, default=4, help="number of processes that read at once")
     parser.add_argument("--only", nargs="*", help="stores whose names have one of these words")

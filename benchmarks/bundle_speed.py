@@ -9,9 +9,10 @@ of `examples/plugins/lmdb`, get the same vectors.
 
 "raw" reads 2,000 random keys from the store alone, and "cache" reads the vectors of 2,000 texts into one matrix with
 `Cache.embed_batch`. All stores read the same keys in turn, repeat by repeat, after everything has been read once. The
-table shows the fastest repeat, because other work on the machine can only make a repeat slower. The caches remember the
-keys of the texts. "open" is the time from a path, and from a configuration, to the first vector, in a new process that
-has imported embedonce and numpy; a library that only one store needs is part of its time.
+table shows the fastest repeat, because other work on the machine can only make a repeat slower. There are only two
+batches, so that the caches remember the keys of all texts. "open" is the time until the first vector is there, from the
+store alone and from a new cache, in a new process that has imported embedonce and numpy. A library that only one store
+needs is part of its time.
 
 The memory is that of one of several processes that read all batches through their caches at once: its share of the
 memory (PSS), and the memory that only it has, without what it had before it opened the store (Linux).
@@ -33,10 +34,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+
+import embedonce
+from embedonce_providers.ngram import NgramProvider
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "plugins" / "lmdb" / "src"))
 
@@ -84,7 +89,7 @@ class Store:
 
     def fill(self, entries: int) -> None:
         """Store the entries. The store does not exist yet."""
-        self.open()
+        self.open("read-through")
         for texts, vectors in make_blocks(entries, self.dimensions):
             self.cache.put(texts, vectors)
         self.close()
@@ -92,10 +97,10 @@ class Store:
     def make_backend(self) -> Any:
         raise NotImplementedError
 
-    def open(self) -> None:
-        """Open the store as a tier. The same backend is used as the raw store."""
+    def open(self, mode: Literal["read-through", "replay"] = "replay") -> None:
+        """Open the store as a tier. The same backend is used as the raw store. In a replay, nothing is computed."""
         self.open_raw()
-        self.cache = make_cache(self.raw, self.dimensions)
+        self.cache = embedonce.Cache(NgramProvider(dimensions=self.dimensions), [self.raw], mode=mode)
 
     def open_raw(self) -> None:
         self.raw = self.make_backend()
@@ -117,19 +122,10 @@ class Store:
         return sum(min(file.stat().st_size, file.stat().st_blocks * 512) for file in files)
 
 
-def make_cache(backend: Any, dimensions: int) -> Any:
-    import embedonce
-    from embedonce_providers.ngram import NgramProvider
-
-    return embedonce.Cache(NgramProvider(dimensions=dimensions), [backend])
-
-
 def make_keys(texts: list[str], dimensions: int) -> list[str]:
     """Return the stored keys of texts."""
-    from embedonce.keys import Keyer, KeyPolicy
-    from embedonce_providers.ngram import NgramProvider
-
-    return Keyer(KeyPolicy(), NgramProvider(dimensions=dimensions).space("document")).keys(texts)
+    with embedonce.Cache(NgramProvider(dimensions=dimensions)) as cache:
+        return cache.keys(texts)
 
 
 class Disk(Store):
@@ -203,7 +199,7 @@ class Lmdb(Store):
                 with handle.begin(write=True) as transaction, transaction.cursor() as cursor:
                     cursor.putmulti(pairs, append=True)
 
-    def open(self) -> None:
+    def open(self, mode: Literal["read-through", "replay"] = "replay") -> None:
         self.open_raw()
 
     def make_backend(self) -> Any:
@@ -266,9 +262,6 @@ def read_memory() -> dict[str, int]:
 
 def run_child(store: Store, way: str, entries: int, batches: int) -> None:
     """Open the store, and print how long the first vector took. Then read everything, and print the memory."""
-    import embedonce  # noqa: F401
-    from embedonce_providers.ngram import NgramProvider  # noqa: F401
-
     work = choose_batches(entries, batches)
     key = make_keys(work[0][:1], store.dimensions)[0]
     gc.collect()
@@ -322,29 +315,37 @@ def measure(stores: Sequence[Store], options: argparse.Namespace) -> dict[str, d
     """Return µs per text of the raw store and of the cache, for batches and single texts, by name of store."""
     work = choose_batches(options.entries, options.batches)
     keys = [make_keys(texts, options.dimensions) for texts in work]
-    calls: dict[tuple[str, str], Callable[[int, slice], object]] = {}
     expected = None
     for store in stores:
         store.open()
-        calls[store.name, "raw"] = lambda at, _, s=store: s.get_many(keys[at])  # type: ignore[misc]
-        calls[store.name, "raw single"] = lambda at, few, s=store: [s.get(key) for key in keys[at][few]]  # type: ignore[misc]
-        if not store.is_tier:
-            continue
-        for texts in work:
+        for texts in work if store.is_tier else ():
             matrix = store.cache.embed_batch(texts)
-        expected = matrix if expected is None else expected
-        assert np.array_equal(matrix, expected), f"{store.name} has other vectors"
-        calls[store.name, "cache"] = lambda at, _, s=store: s.cache.embed_batch(work[at])  # type: ignore[misc]
-        calls[store.name, "cache single"] = lambda at, few, s=store: [s.cache.embed(t) for t in work[at][few]]  # type: ignore[misc]
+        if store.is_tier:
+            expected = matrix if expected is None else expected
+            assert np.array_equal(matrix, expected), f"{store.name} has other vectors"
+    few = slice(0, SINGLES)
+    ways: dict[str, Callable[[Store, int], object]] = {
+        "raw": lambda store, at: store.get_many(keys[at]),
+        "cache": lambda store, at: store.cache.embed_batch(work[at]),
+        "raw single": lambda store, at: [store.get(key) for key in keys[at][few]],
+        "cache single": lambda store, at: [store.cache.embed(text) for text in work[at][few]],
+    }
+    # The stores take turns within each way, because a store's second call in a row would find its vectors in the
+    # processor's caches.
+    calls = {
+        (store.name, way): partial(call, store)
+        for way, call in ways.items()
+        for store in stores
+        if store.is_tier or way.startswith("raw")
+    }
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     for repeat in range(options.repeats + options.batches):
         at = repeat % options.batches
-        few = slice(0, SINGLES)
         for name, call in calls.items():
             gc.collect()
             gc.disable()
             start = time.perf_counter()
-            call(at, few)
+            call(at)
             seconds = time.perf_counter() - start
             gc.enable()
             if repeat >= options.batches:  # the calls before were the first ones
@@ -371,10 +372,8 @@ def print_hits(stores: Sequence[Store], found: dict[str, dict[str, float]], titl
 
 
 def print_opening(stores: Sequence[Store], options: argparse.Namespace) -> None:
-    together = {
-        store.name: run_children(store, "cache", options.entries, options.batches, options.processes)
-        for store in stores
-    }
+    how = (options.entries, options.batches, options.processes)
+    together = {store.name: run_children(store, "cache" if store.is_tier else "raw", *how) for store in stores}
     print(f"\n### Opening, and {options.processes} processes at once\n")
     print("| | MB | bytes per entry | open alone, ms | open in a cache, ms | at once, ms | PSS, MB | private, MB |")
     print("| --- |" + " ---: |" * 7)
@@ -400,8 +399,7 @@ def query_with_polars(bundle: Path, key: str) -> None:
 
     lines = []
     files = str(bundle / "*.arrow")
-    vector = polars.col("vector").cast(polars.List(polars.Float32))
-    lengths = vector.list.eval(polars.element().pow(2)).list.sum().sqrt()
+    lengths = (polars.col("vector") * polars.col("vector")).arr.sum().sqrt()
     for name, query in {
         "count": lambda: polars.scan_ipc(files).select(polars.len()),
         "mean length of the vectors": lambda: polars.scan_ipc(files).select(lengths.mean()),
@@ -448,8 +446,6 @@ def measure_opening(options: argparse.Namespace, folder: Path) -> None:
 
 def open_bundle(bundle: Bundle, key: str) -> None:
     """Open the bundle in this process, and print how long each step took."""
-    import embedonce  # noqa: F401
-
     times = [time.perf_counter()]
     import embedonce_backends.bundle  # noqa: F401
 
@@ -521,7 +517,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--batches", type=int, default=5, help="number of different batches")
+    parser.add_argument("--batches", type=int, default=2, help="number of different batches")
     parser.add_argument("--openings", type=int, default=7)
     parser.add_argument("--processes", type=int, default=4, help="number of processes that read at once")
     parser.add_argument("--opening", type=int, help="number of entries of a bundle that is only opened")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedonce.encryption import Encryption
+from embedonce.governing import Answered
 from embedonce.keys import CARD_PREFIX, KEY_PREFIX
-from embedonce.testing.governing import Answered
 from embedonce.vectors import Entry, decode_frame
 
 MAX_POSITIONS = 10

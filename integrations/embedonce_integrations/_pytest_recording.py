@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from embedonce.encryption import Encryption
+from embedonce.governing import Answered
 from embedonce.keys import CARD_PREFIX
-from embedonce.testing.governing import Answered
 from embedonce.vectors import Entry, decode_frame, encode_frames, freeze, is_plain_frame
 
 Value = Entry | bytes

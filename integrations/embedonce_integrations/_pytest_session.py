@@ -14,8 +14,8 @@ import pytest
 
 import embedonce
 from embedonce.errors import ConfigError, PluginError, ReplayMiss, StoreExists
+from embedonce.governing import Answered, Governor, govern_chains
 from embedonce.plugins import backend
-from embedonce.testing.governing import Answered, Governor, govern_chains
 
 from ._pytest_misses import describe_misses, summarise_misses
 from ._pytest_recording import Recorded, Recording

@@ -145,7 +145,7 @@ def test_a_hanging_tier_ends_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     fill(near)
     tiers = [Tier(near, name="near"), Tier(far, name="far", timeout=0.01, write="none")]
     with Cache(CountingProvider(), tiers) as cache:
-        with pytest.raises(TransferStopped, match=r"^tier 'far' did not answer for 0\.\d s$") as caught:
+        with pytest.raises(TransferStopped, match=r"^tier 'far' did not answer for \d+\.\d s$") as caught:
             cache.copy("near", "far")
         released.set()
         assert caught.value.result.copied == 0

@@ -244,6 +244,17 @@ def are_as_stored(
     return not dates or (now < min(dates) and max(dates) - now <= longest_life)  # type: ignore[type-var,operator]
 
 
+def is_usable_entry(entry: Entry, now: float, dtype: Dtype, dimensions: int) -> bool:
+    """Return whether one entry of a backend can be used as it is: it is valid, has the dtype, and has not expired."""
+    return (
+        _is_valid_entry(entry, dimensions)
+        and entry.dtype == dtype
+        and (entry.expires is None or entry.expires > now)
+        # Searching bytes takes a third of the time of all(), which is a function in Python.
+        and 0 not in np.isfinite(entry.vector).tobytes()
+    )
+
+
 def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
     if type(entry) is not Entry or entry.dtype not in _FINENESS:
         return False
