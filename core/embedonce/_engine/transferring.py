@@ -109,8 +109,8 @@ class Transfer:
         for tier in tiers:
             if not tier.capabilities.scan and self._selection.texts is None:
                 raise TransferRefused(
-                    f"tier {tier.name!r} cannot list its keys, so the texts must be named: use texts= in Python, or "
-                    "--texts on the command line"
+                    f"tier {tier.name!r} cannot list its keys, so the texts must be named; use texts= in Python and "
+                    "--texts on the command line, or choose another source"
                 )
         cards = await self._read_cards(port, tiers)
         sources = [
