@@ -1,12 +1,16 @@
-"""A read-only backend in a dict, for tests of the engine."""
+"""Read-only stores for tests: a backend in a dict, and bundles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from embedonce import Cache
 from embedonce.contracts import Capabilities
 from embedonce.errors import TierError
+from embedonce.testing import DictBackend
+from embedonce.vectors import decode_frames
 
 
 class ReadOnlyDict:
@@ -55,3 +59,20 @@ class WritableLater(ReadOnlyDict):
     @staticmethod
     def create_writer(path: Any, *, replace: bool) -> Any:
         raise NotImplementedError
+
+
+def export_to_bundle(folder: Path, provider: Any, texts: Sequence[str], **options: Any) -> None:
+    """Write a bundle with the vectors of some texts."""
+    from embedonce_backends.bundle import BundleBackend
+
+    backend = DictBackend(scope="host")
+    with Cache(provider, [backend], **options) as cache:
+        cache.embed_batch(list(texts))
+        frames = backend.get_many([key for key in backend.scan("eo1.") if not key.startswith("eo1.savings")])
+    entries = decode_frames(frames, now=0.0, dtype="float32", dimensions=None).entries.as_dict()
+    writer = BundleBackend.create_writer(folder, replace=False)
+    try:
+        writer.add({key: entries[key] for key in sorted(entries)})
+        writer.commit()
+    finally:
+        writer.close()

@@ -273,7 +273,9 @@ class Page:
 
     def _make_environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        return {**os.environ, "PATH": path}
+        # The tests of this project load no plugins of pytest, and one page shows the plugin of embedonce.
+        plugins = ",".join(filter(None, [os.environ.get("PYTEST_PLUGINS"), "embedonce_integrations.pytest"]))
+        return {**os.environ, "PATH": path, "PYTEST_PLUGINS": plugins}
 
     def _run_command(self, command: str, shown: str | None) -> str:
         done = subprocess.run(

@@ -2,7 +2,7 @@
 
 from ._engine.chain import Tier
 from ._engine.imports import Import
-from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
+from .answers import Copied, Estimate, Explanation, Exported, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .cache import Cache
 from .config import open
 from .contracts import Capabilities, Embedded, Limits
@@ -22,11 +22,14 @@ from .errors import (
     ReplayMiss,
     SourceError,
     SpaceError,
+    StoreExists,
     TextError,
     TextRefused,
     TierBusy,
     TierError,
     TierTimeout,
+    TransferRefused,
+    TransferStopped,
 )
 from .events import Stats
 from .hookspecs import hookimpl
@@ -40,6 +43,7 @@ __all__ = [
     "CacheClosed",
     "Capabilities",
     "ConfigError",
+    "Copied",
     "Cost",
     "DriftError",
     "DriftGuard",
@@ -49,6 +53,7 @@ __all__ = [
     "EraseIncomplete",
     "Estimate",
     "Explanation",
+    "Exported",
     "Fetched",
     "Held",
     "Import",
@@ -67,6 +72,7 @@ __all__ = [
     "SourceError",
     "SpaceError",
     "Stats",
+    "StoreExists",
     "TextError",
     "TextRefused",
     "Tier",
@@ -74,6 +80,8 @@ __all__ = [
     "TierCheck",
     "TierError",
     "TierTimeout",
+    "TransferRefused",
+    "TransferStopped",
     "Vector",
     "VectorSpace",
     "hookimpl",

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
 from ._messages import format_count, quote_toml_key, strip_credentials
 from ._reprs import format_counts, make_html_table, shorten
 from .errors import Incomplete
-from .keys import Value, VectorSpace
+from .keys import SpaceCard, Value, VectorSpace
 from .prices import Price, format_money
 from .vectors import NO_WORK, Matrix, Metadata, Vector, Work, matrix
 
@@ -325,3 +326,81 @@ class Purged:
         if kept := format_counts({tier: sum(scopes.values()) for tier, scopes in self.kept.items()}, " in "):
             details = f"{details}{'; ' if details else ''}kept: {kept}"
         return f"<Purged {format_count(len(self.scopes), 'scope')}{': ' if details else ''}{details}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """The result of ``copy``, counted in entries. With ``dry_run``, nothing was stored, and ``copied`` would be."""
+
+    source: str
+    """Name of the tier that was read."""
+    target: str
+    """Name of the tier that was written to."""
+    scopes: Mapping[str, SpaceCard | None]
+    """The scopes of the entries that were found, with their space cards."""
+    copied: int = 0
+    already_there: int = 0
+    """Entries that the target had already."""
+    expired: int = 0
+    """Entries whose life in the source is over."""
+    corrupt: int = 0
+    """Entries that are damaged in the source, or that its keys cannot decrypt, or that a newer version has written."""
+    too_large: int = 0
+    """Entries that are too large for the target."""
+    decrypted: bool = False
+    """Whether the source is encrypted and the target is not, so that the copies can be read without a key."""
+    unused: Set[str] = frozenset()
+    """Those of ``scopes`` that neither the provider nor the fallback uses now. Empty without a provider."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Scopes in which the texts of ``texts=`` could not be found, because their keys are not known, with the reasons.
+    """
+
+    @property
+    def found(self) -> int:
+        """Number of entries that the source has of those that were wanted."""
+        return self.copied + self.already_there + self.expired + self.corrupt + self.too_large
+
+    def __repr__(self) -> str:
+        more = format_counts({name: getattr(self, name) for name in ("already_there", *_LEFT_OUT, "too_large")}, " ")
+        copied = format_count(self.copied, "entry", "entries")
+        return f"<Copied {copied} from {self.source} to {self.target}{': ' if more else ''}{more}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """The result of ``export``. If ``entries`` is 0, nothing was found, and no bundle was written.
+
+    With ``dry_run``, no bundle was written either.
+    """
+
+    path: Path
+    sources: Sequence[str]
+    """Names of the tiers that were read."""
+    scopes: Mapping[str, SpaceCard | None]
+    """The scopes of the entries that were found, with their space cards."""
+    entries: int = 0
+    expired: int = 0
+    """Entries whose life is over in every tier."""
+    corrupt: int = 0
+    """Entries that are damaged, or that the tiers' keys cannot decrypt, or that a newer version has written."""
+    encrypted: bool = False
+    """Whether the bundle has encrypted frames."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """As in :class:`Copied`."""
+    parts: int = 0
+    """Number of files with entries."""
+    bytes: int = 0
+    """Size of all files in bytes."""
+
+    @property
+    def found(self) -> int:
+        """Number of entries that the tiers have of those that were wanted."""
+        return self.entries + self.expired + self.corrupt
+
+    def __repr__(self) -> str:
+        more = format_counts({name: getattr(self, name) for name in _LEFT_OUT}, " ")
+        entries = format_count(self.entries, "entry", "entries")
+        return f"<Exported {entries} to {str(self.path)!r}{': ' if more else ''}{more}>"
+
+
+_LEFT_OUT = ("expired", "corrupt")

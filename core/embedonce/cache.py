@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._arguments import check_options, check_parts, find_normalizer, read_coalesce, read_price
 from ._engine.ahead import read_windows, read_windows_async
@@ -17,6 +17,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
+from ._transfers import TransferMethods
 from .admission import Admit
 from .answers import Estimate, Explanation, Fetched, Held, ProviderCheck, Purged
 from .contracts import AnyProvider, Backend, Importer, Task, Vectors
@@ -31,10 +32,8 @@ from .vectors import Cost, Dtype, Matrix, Metadata, Vector
 if TYPE_CHECKING:
     from typing import Self
 
-T = TypeVar("T")
 
-
-class Cache(Requests, Observable):
+class Cache(Requests, Observable, TransferMethods):
     """Embeds each text once: reads vectors from a chain of tiers, and asks the provider for the rest.
 
     Every method that does I/O has an async twin, whose name starts with ``a``. Blocking and async methods share
@@ -518,7 +517,7 @@ class Cache(Requests, Observable):
     async def asavings(self, since: float = 0.0) -> FoundSavings:
         """Async twin of :meth:`savings`."""
         self._check_open()
-        await self._off_loop(self._chain.recorder.record)
+        await self._chain.run_off_loop(self._chain.recorder.record)
         return await self._chain.recorder.read(self._chain.ports.get_loop_port(), since)
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
@@ -541,16 +540,12 @@ class Cache(Requests, Observable):
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """Async twin of :meth:`flush`. It does not block the event loop."""
-        return await self._off_loop(lambda: self.flush(timeout))
+        return await self._chain.run_off_loop(lambda: self.flush(timeout))
 
     async def aclose(self) -> None:
         """Async twin of :meth:`close`. It does not block the event loop."""
         await self._chain.close_twins(self._chain.ports.get_loop_port())
-        await self._off_loop(self.close)
-
-    async def _off_loop(self, call: Callable[[], T]) -> T:
-        ports = self._chain.ports
-        return await ports.get_loop_port().call(call, None, ports.workers, inline=False, quick=False)
+        await self._chain.run_off_loop(self.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -585,4 +580,4 @@ class _CacheOfSameTiers(Cache):
             self._close_providers()
 
     async def aclose(self) -> None:
-        await self._off_loop(self.close)
+        await self._chain.run_off_loop(self.close)

@@ -24,6 +24,8 @@ from ._config.resolved import (
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ._engine.chain import ChainError
     from .answers import ChainWarning
     from .cache import Cache
@@ -49,6 +51,7 @@ __all__ = [
     "make_provider",
     "open",
     "read_allow_list",
+    "read_bundle",
     "schema",
     "secrets_in",
     "warnings",
@@ -126,6 +129,20 @@ def read_allow_list(source: Source = None) -> Sequence[str] | None:
     from ._config.loader import read_allow_list
 
     return read_allow_list(find_document(source))
+
+
+def read_bundle(source: Source = None) -> Path | None:
+    """Return the folder that ``bundle`` names, for a session of tests, even if other values have problems.
+
+    The result is None if the configuration has no ``bundle``.
+
+    Raises:
+        ConfigError: the file cannot be read, or the value has a problem.
+    """
+    from ._config.documents import find_document
+    from ._config.loader import read_bundle
+
+    return read_bundle(find_document(source))
 
 
 def schema() -> dict[str, Any]:

@@ -205,6 +205,23 @@ class PartialAnswer(TierError):
         self.failed = frozenset(failed)
 
 
+class TransferRefused(EmbedonceError, ValueError):
+    """Entries cannot be copied or exported as requested. Nothing was stored. The message says what to do."""
+
+
+class TransferStopped(TierError):
+    """A tier failed while entries were copied or exported; ``tier`` is its name.
+
+    Entries that were copied until then are stored, and the same call continues with the rest. Of an export, nothing is
+    left. ``result`` has the counts until then: a :class:`~embedonce.answers.Copied`, or an
+    :class:`~embedonce.answers.Exported`.
+    """
+
+    def __init__(self, message: str, tier: str, result: Any) -> None:
+        super().__init__(message, tier)
+        self.result = result
+
+
 class EraseIncomplete(EmbedonceError):
     """``forget`` or ``purge`` could not erase everything, but erased the requested entries from everywhere else.
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from .vectors import Entry
+
+BUNDLE: Final = "bundle"
+"""Name of the plugin whose backend reads the bundles that an export writes."""
 
 
 class StoreWriter(Protocol):

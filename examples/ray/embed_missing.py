@@ -27,8 +27,7 @@ import ray
 import ray.data
 
 from embedonce import Cache, config
-from embedonce.keys import CARD_PREFIX, card
-from embedonce.vectors import Entry, freeze
+from embedonce.vectors import Entry
 from embedonce_backends.bundle import BundleBackend, BundleWriter
 from embedonce_backends.memory import MemoryBackend
 
@@ -85,7 +84,6 @@ class EmbedShard:
     def __init__(self, file: Path, folder: Path, pause: float) -> None:
         self.store = MemoryBackend(max_entries=NO_LIMIT)
         self.cache = make_cache(file, self.store)
-        self.policy = config.load(file).key
         self.folder = folder
         self.pause = pause
 
@@ -102,14 +100,8 @@ class EmbedShard:
     def write_part(self, target: Path, keys: list[str], texts: list[str]) -> int:
         """Embed the texts and write them to the folder ``target``. A killed task leaves no part."""
         fetched = self.cache.fetch(texts)
-        entries = self.store.get_many(keys)
+        self.cache.export(target, replace=True)
         self.store.delete_many(keys)
-        scope = self.policy.scope(fetched.space)
-        about = Entry(freeze(()), time.time(), metadata=card(self.policy, fetched.space))
-        with BundleWriter(target, replace=True) as writer:
-            writer.add({CARD_PREFIX + scope: about})
-            writer.add({key: entries[key] for key in keys if key in entries})
-            writer.commit()
         for error in fetched.failed.values():
             raise error  # the other texts are stored
         return fetched.computed.texts
@@ -126,7 +118,8 @@ def compact(out: Path) -> None:
             for entries in merge(sources):
                 writer.add(entries)
             writer.commit()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def merge(sources: list[BundleBackend]) -> Iterator[Mapping[str, Entry | bytes]]:

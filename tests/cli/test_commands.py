@@ -140,7 +140,7 @@ def test_check_fails_if_a_tier_fails(command: Any, filled_folder: Path, monkeypa
         embedonce.TierCheck("memory", "memory", True, 0.0),
         embedonce.TierCheck("far", "redis", False, 0.2, "cut"),
     ]
-    monkeypatch.setattr(embedonce.Cache, "check", lambda cache: checks)
+    monkeypatch.setattr(embedonce.Cache, "check", lambda cache, verify: checks)
     done = command("check", "--json")
     assert (done.code, done.json["ok"]) == (1, False)
     assert done.err.endswith("error: 1 tier did not answer: far\n")

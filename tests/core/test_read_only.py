@@ -11,7 +11,7 @@ import pytest
 from read_only_stores import ReadOnlyDict, WritableLater
 
 from embedonce import Cache, EraseIncomplete, KeyPolicy, ReplayMiss, Tier, TierError
-from embedonce.contracts import Capabilities
+from embedonce.contracts import Capabilities, time_left
 from embedonce.encryption import Encryption
 from embedonce.errors import ConfigError
 from embedonce.testing import CountingProvider, DictBackend, ManualClock
@@ -406,6 +406,22 @@ def test_check_can_verify_the_whole_store(is_damaged: bool) -> None:
         "a value is damaged; make the store again" if is_damaged else f"{len(bundle.items)} values are intact"
     )
     assert check.writes is None
+
+
+def test_a_verification_has_no_timeout_and_can_be_interrupted() -> None:
+    class Interrupted(ReadOnlyDict):
+        """A store whose verification is interrupted by Ctrl-C. Its calls are made in the caller's thread."""
+
+        def verify(self) -> str:
+            assert time_left() is None
+            raise KeyboardInterrupt
+
+    bundle = Interrupted(export(), deadline=True)
+    with (
+        Cache(CountingProvider(), [Tier(bundle, name="bundle", timeout=0.001)]) as cache,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        cache.check(verify=True)
 
 
 def test_check_says_what_a_store_of_another_model_holds() -> None:

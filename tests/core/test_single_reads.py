@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from embedonce import Cache, Tier
 from embedonce.errors import CacheClosed, PartialAnswer, TextError, TierError
 from embedonce.testing import CountingProvider, DictBackend
+from embedonce.vectors import Entry, freeze
 
 MOODS = ("well", "well", "well", "error", "timeout", "partial", "corrupt", "text", "other dimensions")
 TIERS = ("first", "second")
@@ -36,9 +37,12 @@ class MoodyBackend(DictBackend):
             raise PartialAnswer({}, {key}) from ConnectionError()
         if value is None or self.mood == "well":
             return value
-        if self.mood == "other dimensions":
-            return value[:-4]
-        return "text" if self.mood == "text" else b"corrupt" + bytes(value[7:])
+        if self.mood == "text":
+            return "text"
+        if isinstance(value, Entry):
+            vector = value.vector[:-1] if self.mood == "other dimensions" else np.full_like(value.vector, np.nan)
+            return value._replace(vector=freeze(vector))
+        return value[:-4] if self.mood == "other dimensions" else b"corrupt" + bytes(value[7:])
 
     def get(self, key: str, /) -> Any:
         self.reads.append(1)
@@ -60,12 +64,12 @@ class MoodyBackend(DictBackend):
 class Pair:
     """Two caches of equal configuration. The second one always uses the plan."""
 
-    def __init__(self, on_error: Any, fallback: bool) -> None:
+    def __init__(self, on_error: Any, fallback: bool, holds: Any) -> None:
         self.now = 1e9
         self.caches, self.backends = [], []
         for _ in range(2):
             # The backends of servers have no ``get``.
-            kinds: list[dict[str, Any]] = [{"scope": "host"}, {"scope": "network", "get": False}]
+            kinds: list[dict[str, Any]] = [{"scope": "host", "holds": holds}, {"scope": "network", "get": False}]
             backends = [MoodyBackend(**kind, deadline=True, clock=lambda: self.now) for kind in kinds]
             tiers = [
                 Tier(backend, name=name, on_error=on_error, write="inline", lease="off", ttl=100.0)
@@ -120,10 +124,15 @@ steps = st.one_of(
 )
 
 
-@given(st.lists(steps, max_size=15), st.sampled_from(["skip", "raise"]), st.booleans())
+@given(
+    st.lists(steps, max_size=15),
+    st.sampled_from(["skip", "raise"]),
+    st.booleans(),
+    st.sampled_from(["frames", "entries", "either"]),
+)
 @settings(deadline=None, max_examples=150)
-def test_a_single_read_is_the_plan_in_less_time(plan: Any, on_error: Any, fallback: bool) -> None:
-    pair = Pair(on_error, fallback)
+def test_a_single_read_is_the_plan_in_less_time(plan: Any, on_error: Any, fallback: bool, holds: Any) -> None:
+    pair = Pair(on_error, fallback, holds)
     try:
         for step in [("embed", "a"), ("embed", "b"), *plan]:
             single, planned = pair.run(step)
@@ -138,8 +147,9 @@ def make_cache(*backends: DictBackend, **options: Any) -> Cache:
     return Cache(CountingProvider(), tiers, **options)
 
 
-def test_a_hit_in_a_slower_tier_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, store = DictBackend(holds="entries"), DictBackend(scope="network", deadline=True)
+@pytest.mark.parametrize("holds", ["frames", "entries", "either"])
+def test_a_hit_in_a_slower_tier_needs_no_plan(monkeypatch: pytest.MonkeyPatch, holds: Any) -> None:
+    memory, store = DictBackend(holds="entries"), DictBackend(scope="network", deadline=True, holds=holds)
     with make_cache(memory, store) as cache:
         expected = cache.embed_batch(["a", "b"])
         memory._store.clear()

@@ -15,6 +15,7 @@ from embedonce.testing import (
     ImporterContract,
     NormalizerContract,
     ProviderContract,
+    ReadOnlyContract,
     faults,
     proxy,
 )
@@ -45,6 +46,7 @@ def find_table_names(text: str) -> set[str]:
     ("title", "contract"),
     [
         ("What is checked of a backend", BackendContract),
+        ("What is checked of a read-only backend", ReadOnlyContract),
         ("Is my provider right?", ProviderContract),
         ("Is my importer right?", ImporterContract),
         ("Is my step right?", NormalizerContract),

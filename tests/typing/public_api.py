@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -18,6 +19,7 @@ from embedonce import (
     CacheClosed,
     Capabilities,
     ConfigError,
+    Copied,
     Cost,
     DriftError,
     DriftGuard,
@@ -27,6 +29,7 @@ from embedonce import (
     EraseIncomplete,
     Estimate,
     Explanation,
+    Exported,
     Fetched,
     Held,
     Import,
@@ -45,6 +48,7 @@ from embedonce import (
     SourceError,
     SpaceError,
     Stats,
+    StoreExists,
     TextError,
     TextRefused,
     Tier,
@@ -52,6 +56,8 @@ from embedonce import (
     TierCheck,
     TierError,
     TierTimeout,
+    TransferRefused,
+    TransferStopped,
     Vector,
     VectorSpace,
     hookimpl,
@@ -144,6 +150,8 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.aput(texts, [[1.0, 2.0]], metadata=None), None)
     assert_type(await cache.aforget(texts), dict[str, SpaceCard])
     assert_type(await cache.apurge(model="m", dry_run=True), Purged)
+    assert_type(await cache.acopy("disk", "redis", texts=texts, dry_run=True), Copied)
+    assert_type(await cache.aexport("bundle", except_scopes=["0123456789abcdef"], replace=True), Exported)
     assert_type(await cache.aexplain("text"), Explanation)
     assert_type(await cache.akeys(iter(texts), "query"), list[str])
     assert_type(await cache.acontents(), list[Held])
@@ -162,6 +170,9 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.forget(texts, task="query"), dict[str, SpaceCard])
     assert_type(cache.forget(texts, where=lambda card: card["namespace"] == "search"), dict[str, SpaceCard])
     assert_type(cache.purge(scope="0123456789abcdef", version="v1", namespace=""), Purged)
+    assert_type(cache.copy("disk", Tier(Shelf()), model="m", progress=print), Copied)
+    assert_type(cache.copy(Shelf(), "disk", where=lambda card: card["namespace"] == "search"), Copied)
+    assert_type(cache.export(Path("bundle"), "disk", except_texts=texts), Exported)
     assert_type(cache.explain("text", "query"), Explanation)
     assert_type(cache.normalize("text"), str)
     assert_type(cache.keys(texts), list[str])
@@ -287,6 +298,8 @@ def errors(cache: Cache) -> None:
         assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
+    except (TransferRefused, TransferStopped, StoreExists) as error:
+        wide = error
     except (ImportRefused, SourceError) as error:
         print(error)
     except (TierError, TierBusy, TierTimeout, CacheClosed, ConfigError, PluginError, SpaceError, Incomplete) as error:

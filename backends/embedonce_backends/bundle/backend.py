@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from embedonce.errors import CacheClosed, ConfigError
 from embedonce.options import Doc
 from embedonce.vectors import Entries, Entry
 
+from .manifest import Card
 from .opened import OpenedBundle, ScopeParts, open_bundle
 from .parts import ALL_ROWS, Part, make_block
 from .rows import (
@@ -112,12 +113,16 @@ class BundleBackend:
         prefix = _read_prefix(key)
         if scope is None or prefix is None:
             return None
+        needs_look = False
         for part in scope.parts:
-            if part.first <= prefix <= part.last:
-                entry = part.read_entry(key.encode(), prefix)
-                if entry is not None:
-                    return entry
-        return self.get_many([key]).get(key)  # a miss, a frame, or a row that is not plainly valid
+            row = part.find_prefix(prefix) if part.first <= prefix <= part.last else None
+            if row is None:
+                continue
+            entry = part.read_entry(key.encode(), row)
+            if entry is not None:
+                return entry
+            needs_look = True  # a frame, or a row that is not plainly valid
+        return self.get_many([key]).get(key) if needs_look else None
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, in ascending order."""
@@ -164,7 +169,7 @@ class BundleBackend:
         manifest = self._get_bundle().manifest
         size = sum(part.bytes for part in manifest.parts) / 2**20
         scopes = list(dict.fromkeys(part.scope for part in manifest.parts))
-        named = [_name_space(manifest.spaces[scope].card if scope in manifest.spaces else None) for scope in scopes]
+        named = [_name_space(manifest.spaces.get(scope)) for scope in scopes]
         spaces = ", ".join(f"{name} ({scope})" for name, scope in zip(named[:MAX_SPACES], scopes, strict=False))
         more = f" and {len(scopes) - MAX_SPACES} more" if len(scopes) > MAX_SPACES else ""
         parts = f"{len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)}"
@@ -193,8 +198,8 @@ class BundleBackend:
         return bundle
 
 
-def _name_space(card: Mapping[str, Any] | None) -> str:
-    model = None if card is None else card.get("model")
+def _name_space(card: Card | None) -> str:
+    model = card.get("model") if isinstance(card, Mapping) else None
     return model if isinstance(model, str) and model else "an unnamed space"
 
 

@@ -15,7 +15,16 @@ from embedonce.errors import ConfigError
 from embedonce.keys import CARD_PREFIX
 from embedonce.vectors import Entry, freeze
 
-from .manifest import CREATE_HINT, MANIFEST, MAX_MANIFEST_BYTES, PART_NAME, Manifest, parse_manifest, restore_hint
+from .manifest import (
+    CREATE_HINT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    PART_NAME,
+    Card,
+    Manifest,
+    parse_manifest,
+    restore_hint,
+)
 from .parts import Part
 
 MAX_ATTEMPTS: Final = 5
@@ -60,10 +69,7 @@ def open_bundle(folder: Path) -> OpenedBundle:
                     f"{folder} is damaged: its part {error.filename} is missing; {restore_hint(folder)}"
                 ) from None
             continue  # an export has replaced the bundle, and removed the parts of the previous one
-        cards = {
-            CARD_PREFIX + scope: _make_card(record.card, record.read_frame())
-            for scope, record in manifest.spaces.items()
-        }
+        cards = {CARD_PREFIX + scope: _make_card(card) for scope, card in manifest.spaces.items()}
         return OpenedBundle(manifest, parts, _group_parts(parts), cards)
     raise ConfigError(f"{folder} is being replaced again and again; try again when no export writes to it")
 
@@ -110,9 +116,9 @@ def is_own_file(name: str) -> bool:
     return PART_NAME.fullmatch(name) is not None or _UNFINISHED_NAME.fullmatch(name) is not None
 
 
-def _make_card(card: Mapping[str, object] | None, frame: bytes | None) -> Entry | bytes:
+def _make_card(card: Card) -> Entry | bytes:
     # The date at which a card was written tells nothing about the space, so a bundle does not keep it.
-    return Entry(freeze(()), 0.0, metadata=card) if frame is None else frame
+    return card if isinstance(card, bytes) else Entry(freeze(()), 0.0, metadata=card)
 
 
 def _group_parts(parts: Sequence[Part]) -> dict[str, ScopeParts]:

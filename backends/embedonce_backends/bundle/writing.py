@@ -14,7 +14,7 @@ from embedonce.keys import CARD_PREFIX
 from embedonce.store_writers import WrittenStore
 from embedonce.vectors import Dtype, Entry, is_valid_metadata
 
-from .manifest import MANIFEST, PartRecord, SpaceRecord, make_manifest, parse_manifest
+from .manifest import MANIFEST, Card, PartRecord, make_manifest, parse_manifest
 from .opened import UNFINISHED, is_own_file
 from .rows import ENTRY_KEY, SCOPE_DIGITS, Layout
 from .staging import EncryptedStage, PlainStage, sync_file, sync_folder
@@ -55,7 +55,7 @@ class BundleWriter:
         self._lock = _lock_folder(self.path)
         self._last = ""
         self._parts: list[PartRecord] = []
-        self._spaces: dict[str, SpaceRecord] = {}
+        self._spaces: dict[str, Card] = {}
         self._stages: dict[_Kind, PlainStage | EncryptedStage] = {}
         self._scope = ""
         self._kept: set[str] = set()
@@ -159,7 +159,7 @@ class BundleWriter:
         card = value.metadata if isinstance(value, Entry) else value
         if card is None or (not isinstance(card, bytes) and not is_valid_metadata(card)):
             raise ValueError(f"{key}: a space card needs metadata that is a JSON object of at most 64 KiB")
-        self._spaces[key.removeprefix(CARD_PREFIX)] = SpaceRecord.of(card)
+        self._spaces[key.removeprefix(CARD_PREFIX)] = card if isinstance(card, bytes) else dict(card)
 
     def _add_groups(self, groups: Mapping[_Kind, Mapping[str, Entry | bytes]]) -> None:
         for kind, items in groups.items():

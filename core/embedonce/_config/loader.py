@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from embedonce._messages import find_closest, join_words, quote, strip_credentials
@@ -12,6 +13,7 @@ from embedonce._plugins.options import Option, options_of
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy
+from embedonce.store_writers import BUNDLE
 
 from .documents import (
     UNUSABLE,
@@ -33,6 +35,7 @@ from .tables import (
     PluginsTable,
     ProviderTable,
     TierTable,
+    TopTable,
     find_unsupported,
 )
 
@@ -60,6 +63,15 @@ def read_allow_list(document: Document) -> Sequence[str] | None:
     return _Loader(document, own_provider=False).read_allow_list()
 
 
+def read_bundle(document: Document) -> Path | None:
+    """Return the value of ``bundle`` as a path, even if the tables have problems; None if it is not set.
+
+    Raises:
+        ConfigError: the value has a problem.
+    """
+    return _Loader(document, own_provider=False).read_bundle()
+
+
 class _Loader:
     def __init__(self, document: Document, *, own_provider: bool) -> None:
         self._document = document
@@ -76,11 +88,21 @@ class _Loader:
             raise ConfigError(problems)
         return allow
 
+    def read_bundle(self) -> Path | None:
+        bundle: Path | None = self._reader.read_top(TopTable).get("bundle")
+        problems = [
+            problem for where, problem in self._reader.list_unusable() if where[0] == "bundle"
+        ] + self._reader.problems
+        if problems:
+            raise ConfigError(problems)
+        return bundle
+
     def load(self) -> Config:
         self._reader.problems += [problem for _, problem in self._reader.list_unusable()]
         if self._document.is_found:
             self._reader.refuse_remote_code()
         self._check_names()
+        self._reader.read_top(TopTable)
         cache = self._reader.read_section("cache", CacheTable)
         is_given = "plugins" in self._values.data or self._reader.is_overridden("plugins", "allow")
         # If the list is given but invalid, allow no third-party plugin.
@@ -116,7 +138,7 @@ class _Loader:
 
     def _check_names(self) -> None:
         for name, given in self._values.data.items():
-            if name in TABLES:
+            if name in TABLES or name in options_of(TopTable):
                 continue
             home = next((table for table, cls in OWN_TABLES.items() if name in options_of(cls)), None)
             meant = find_closest(name, TABLES)
@@ -304,6 +326,13 @@ class _Loader:
         if given is None:
             return None
         label = self._reader.format_label(where)
+        if given.get("type") == BUNDLE:
+            message = (
+                f"{label}: a bundle is not asked by an importer, because it has the keys of embedonce; use a tier: "
+                f'{self._document.table("tiers", array=True)} type = "{BUNDLE}", path = "FOLDER"'
+            )
+            self._reader.add_problem((*where, "type"), message)
+            return None
         names = ("imports", str(where[1]))
         table = Table(where, label, names, given, is_overridable=False)
         found = self._reader.read_plugin(table, loading.importer, options_of(ImportTable))

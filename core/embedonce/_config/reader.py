@@ -76,7 +76,8 @@ class Table:
         """
         if not self.is_overridable:
             return []
-        return [self.override_key(name) for name in self.options if (self.where[0], name) != ("tiers", "name")]
+        is_tier = self.where[:1] == ("tiers",)
+        return [self.override_key(name) for name in self.options if not (is_tier and name == "name")]
 
 
 FoundPlugin: TypeAlias = tuple[Table, str, type[Any]]
@@ -169,6 +170,15 @@ class Reader:
             self.unread.append((name,))
             return {}
         table = Table((name,), self.document.table(name), (name,), given, options=dict(options_of(cls)))
+        self.read_table(table)
+        return table.values
+
+    def read_top(self, cls: type[Any]) -> dict[str, Any]:
+        """Read the keys that are in no table. The tables, and unknown keys, are not looked at."""
+        label = self.document.table() if self.document.prefix else "the configuration"
+        options = dict(options_of(cls))
+        given = {name: item for name, item in self.values.data.items() if name in options}
+        table = Table((), label, (), given, options=options)
         self.read_table(table)
         return table.values
 

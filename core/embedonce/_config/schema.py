@@ -32,6 +32,7 @@ from .tables import (
     ServeTable,
     TenantTable,
     TierTable,
+    TopTable,
     find_unsupported,
 )
 
@@ -63,6 +64,7 @@ class _Schema:
             "description": "A cache for text embeddings: a provider, and tiers that store its vectors.",
             "type": "object",
             "properties": {
+                **self._describe_table(TopTable.__name__, options_of(TopTable), {})["properties"],
                 "cache": self._describe_own(CacheTable, "Options of the cache as a whole."),
                 "key": self._describe_key(),
                 "plugins": self._describe_own(PluginsTable, "Which third-party plugins may be loaded."),

@@ -43,6 +43,15 @@ NOT_READ_ONLY: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopTable:
+    """The keys at the top of a configuration, outside of all tables."""
+
+    bundle: Annotated[Path | None, Doc("Folder of the vectors that the tests need, for pytest --embedonce=record.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTable:
     """``[cache]``: how the cache as a whole behaves."""
 

@@ -69,15 +69,17 @@ class BackendCalls:
 
     # --- calling ------------------------------------------------------------------------------
 
-    async def call(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
-        """Make one call to the backend within the tier's timeout.
+    async def call(
+        self, port: Port, call: Callable[[], Any], *, listing: bool = False, min_timeout: float = 0.0
+    ) -> Any:
+        """Make one call to the backend within the tier's timeout, or within ``min_timeout`` seconds if this is longer.
 
         Raises:
             TimeoutError, TierBusy: as in :meth:`Port.call`.
             Exception: any error that the backend raised.
         """
         # A listing walks the whole store, so the timeout for a lookup does not apply to a listing.
-        timeout = None if listing else self.timeout
+        timeout = None if listing or self.timeout is None else max(self.timeout, min_timeout)
         return await port.call(call, timeout, self._workers, inline=self.capabilities.deadline, quick=self.is_quick)
 
     async def call_strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:

@@ -13,7 +13,7 @@ from embedonce.contracts import Capabilities
 from embedonce.keys import CARD_PREFIX, SERVED_MODEL
 from embedonce.vectors import Decoded, Dtype, Entries, Entry, decode_frame, decode_frames, encode_frames
 
-from .checks import check_entries
+from .checks import check_entries, is_usable_entry
 
 if TYPE_CHECKING:
     from embedonce.encryption import Encryption
@@ -36,6 +36,9 @@ class Codec:
         longest_ttl: float | None,
         clock: Callable[[], float],
     ) -> None:
+        self.longest_ttl = longest_ttl
+        """Maximum number of seconds from the writing of an entry with an expiry date until it expires; None if there is
+        no limit."""
         self.longest_life = _add_tolerance(longest_ttl)
         """Maximum number of seconds from now until an entry with an expiry date expires.
 
@@ -47,8 +50,8 @@ class Codec:
         self._keeps_previews = capabilities.text_preview
         self._encryption = encryption
         self._clock = clock
-        self._is_plain = encryption is None and capabilities.holds == "frames" and not capabilities.text_preview
-        """Whether values are frames, without encryption and previews."""
+        self._is_plain = encryption is None and not capabilities.text_preview
+        """Whether values are frames or entries, without encryption and previews."""
 
     @property
     def is_encrypted(self) -> bool:
@@ -75,14 +78,20 @@ class Codec:
         return decoded
 
     def decode_plain(self, key: str, value: Any, dtype: Dtype, dimensions: int) -> Entry | None:
-        """Return the entry of one valid frame. Return None for any other value, which :meth:`decode` judges.
+        """Return the entry of one valid frame, or one valid entry. Return None for any other value.
 
-        A call for one text needs no collection of entries, so this takes a third of the time of :meth:`decode`.
+        :meth:`decode` judges the values for which the result is None. A call for one text needs no collection of
+        entries, so this takes a third of the time of :meth:`decode`.
         """
-        if not self._is_plain or type(value) is not bytes:
+        if not self._is_plain:
             return None
         now = self._clock()
-        entry = decode_frame(key, value, now=now, dtype=dtype, dimensions=dimensions)
+        if type(value) is bytes and self._holds != "entries":
+            entry = decode_frame(key, value, now=now, dtype=dtype, dimensions=dimensions)
+        elif type(value) is Entry and self._holds != "frames" and is_usable_entry(value, now, dtype, dimensions):
+            entry = value
+        else:
+            return None
         is_late = entry is not None and entry.expires is not None and entry.expires - now > self.longest_life
         return None if is_late else entry
 

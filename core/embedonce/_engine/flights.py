@@ -231,6 +231,7 @@ class InFlight:
         self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._erased_size = 0  # keys and prefixes of finished erasures
+        self.erasures = 0  # how many erasures have begun
         self._may_not_store = 0  # calls with tickets up to this number store nothing, see MAX_ERASED
         # Weak, because Ctrl-C may interrupt a write at a line after which nothing removes the write from the set.
         self._writing: WeakSet[PendingWrite] = WeakSet()
@@ -525,6 +526,7 @@ class InFlight:
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """
         with self._lock:
+            self.erasures += 1
             self._add_erasure(erasure)
             for tier, waiting in self._queues.items():
                 for write in waiting:

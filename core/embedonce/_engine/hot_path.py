@@ -57,7 +57,8 @@ class HotPath:
 
         This is the fastest way to a hit, and it never waits, so an async program can call it before it awaits
         ``afetch``. A hit counts as in ``fetch``. None counts nothing, and says nothing about the other tiers. With
-        listeners, the result is always None, because this method emits no events.
+        listeners, the result is always None, because this method emits no events. The same holds while a session of
+        tests records vectors.
 
         Raises:
             TextError: the text has a lone surrogate.
@@ -203,10 +204,10 @@ class HotPath:
         """Return, for the fast path, the ``get`` of the first tier, and the route and the hit counts of each task.
 
         If the first tier is not in this process, return no routes. Every call then takes the slow path. If there are
-        listeners, do the same, because the fast path emits no events.
+        listeners, or if a governor records the answers, do the same, because the fast path tells them nothing.
         """
         chain = self._chain
-        if chain.tiers and not chain.listeners and not self._closed:
+        if chain.tiers and not (chain.listeners or chain.is_recorded or self._closed):
             first = chain.tiers[0]
             caps = first.capabilities
             is_ours = caps.scope == "process" and not caps.read_only  # so its entries need no check
@@ -223,4 +224,5 @@ class HotPath:
     def _refresh_hot_path(self) -> None:
         self._report_mask = EVERY_HIT if self._chain.write_listeners else SOME_HITS
         self._hot = self._find_hot_tier()
-        self._reads_singly = not self._chain.listeners and not self._closed and can_read_singly(self._chain.engine)
+        is_plain = not (self._chain.listeners or self._chain.is_recorded or self._closed)
+        self._reads_singly = is_plain and can_read_singly(self._chain.engine)

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from embedonce._messages import format_count
 from embedonce.admission import Admit
 from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
@@ -29,8 +28,6 @@ from embedonce.functions import NoProvider
 from embedonce.keys import KeyPolicy, SpaceCard, card
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import (
-    MAX_SECONDS,
-    MAX_TOKENS,
     Cost,
     Dtype,
     Entry,
@@ -38,12 +35,11 @@ from embedonce.vectors import (
     Metadata,
     Vector,
     freeze_rows,
-    is_valid_cost,
 )
 
 from .ahead import read_windows, read_windows_async, run_ahead, run_ahead_async
 from .call import Answer, BegunCall, map_metadata
-from .checks import check_matrix, round_matrix
+from .checks import check_costs, check_matrix, round_matrix
 from .drift import SpaceLeft
 from .estimating import Estimator
 from .fresh import compute_anew
@@ -249,6 +245,7 @@ class Requests(HotPath):
             await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task)
         await engine.fetch(port, answer, compute=False)
+        self._chain.report_answer(answer)
         return answer.to_fetched()
 
     async def _begin_estimate(self, port: Port, texts: object, task: Task) -> Estimator:
@@ -285,10 +282,21 @@ class Requests(HotPath):
         if not isinstance(texts, list):  # an iterator can be read only once, and the fallback may need the texts again
             require_texts(texts)
             texts = copy_texts(texts, first)
-        how = (texts, task, store, metadata, fresh, admit, first)
+        how = (texts, task, store, metadata, fresh and not self._chain.is_replayed, admit, first)
         answer = await self._answer_in_one_space(port, self._source, *how, begun)
-        fallback = self._fallback
-        if fallback is None or self._chain.replays or answer.refusal is not None:
+        if self._fallback is not None and answer.refusal is None:
+            answer = await self._choose_space(port, self._fallback, answer, how, rows_only=rows_only)
+        self._chain.report_answer(answer)
+        return answer
+
+    async def _choose_space(
+        self, port: Port, fallback: LiveProvider, answer: Answer, how: tuple[Any, ...], *, rows_only: bool
+    ) -> Answer:
+        """Return the answer in the provider's space, or that in the fallback's space if the provider has failed.
+
+        A recorded fallback is replayed in the same way: the provider's vectors are missing then.
+        """
+        if self._chain.replays and not self._chain.is_replayed:
             return answer
         down = answer.has_failed_provider()
         if not down or (rows_only and self._fetch_only):
@@ -385,7 +393,7 @@ class Requests(HotPath):
         if engine.can_change_space:
             await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task, metadata=metadata)
-        all_costs = _check_costs(costs, len(answer.keys))
+        all_costs = check_costs(costs, len(answer.keys))
         for error in answer.invalid.values():
             raise error
         who = "put was given"
@@ -573,22 +581,3 @@ def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
                 f"{other or 'unknown'} dimensions, so the fallback cannot replace the provider; set the same "
                 "dimensions for both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
             )
-
-
-def _check_costs(costs: Sequence[Cost | None] | None, count: int) -> list[Cost]:
-    """Return one cost per text. An unknown cost has two parts that are None.
-
-    Raises:
-        ValueError: there is not one item per text, or an item is neither a cost nor None.
-    """
-    if costs is None:
-        return [Cost()] * count
-    if len(costs) != count:
-        raise ValueError(f"costs must have one item per text: got {len(costs)} for {format_count(count, 'text')}")
-    for i, cost in enumerate(costs):
-        if cost is not None and not (isinstance(cost, tuple) and len(cost) == 2 and is_valid_cost(*cost)):
-            raise ValueError(
-                f"costs: item {i} must be None or a Cost(tokens, seconds). Tokens are None or an int from 0 to "
-                f"{MAX_TOKENS:,}, seconds are None or a number from 0 to {MAX_SECONDS:,.0f}"
-            )
-    return [Cost() if cost is None else Cost(*cost) for cost in costs]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from embedonce._messages import format_count
@@ -27,6 +27,7 @@ from embedonce.vectors import NO_WORK, Dtype
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, find_longest_ttl, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
+from .governing import GovernedChain, choose_governor
 from .import_checks import check_source
 from .imports import Import, ImportOptionError, check_imports, choose_name
 from .leases import Leases
@@ -42,9 +43,12 @@ from .upkeep import Upkeep
 from .writing import TierWriter, draining_writers
 
 if TYPE_CHECKING:
+    from .call import Answer
     from .importing import LiveImporter
 
 log = logging.getLogger("embedonce")
+
+T = TypeVar("T")
 
 Mode: TypeAlias = Literal["read-through", "replay"]
 
@@ -105,7 +109,6 @@ class RunningChain:
         self.policy = policy
         self.steps = steps
         self.dtype: Dtype = dtype
-        self.replays = mode == "replay"
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
@@ -121,26 +124,24 @@ class RunningChain:
         self._broken_listeners: set[int] = set()
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
-        self.warnings = tuple(find_chain_warnings(chain, replays=self.replays))
+        self.warnings = tuple(find_chain_warnings(chain, replays=mode == "replay"))
         log_once(self.warnings)
+        governor = choose_governor()
+        self.governed = None if governor is None else GovernedChain(governor, chain)
+        """What the governor of a test session has changed; None without a governor."""
+        chain = chain if self.governed is None else self.governed.tiers
+        self.replays = mode == "replay" or self.is_replayed
         lease = choose_lease(chain, allow_default=not self.replays)
         longest_ttl = find_longest_ttl(chain)
         self.ports = Ports()
         self.ledger = Ledger([name for name, _ in chain])
         self.in_flight = InFlight(max_queued)
         self.tiers = [
-            LiveTier(
+            self._make_tier(
                 tier,
                 name,
                 lease=lease.seconds if lease is not None and lease.tier == name else None,
                 longest_ttl=longest_ttl,
-                in_flight=self.in_flight,
-                ports=self.ports,
-                ledger=self.ledger,
-                cards=self.cards,
-                emit=self.emit,
-                has_listeners=lambda: bool(self.listeners or self.write_listeners),
-                clock=clock,
             )
             for name, tier in chain
         ]
@@ -174,6 +175,46 @@ class RunningChain:
             self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
         )
 
+    def _make_tier(self, tier: Tier, name: str, *, lease: float | None, longest_ttl: float | None) -> LiveTier:
+        return LiveTier(
+            tier,
+            name,
+            lease=lease,
+            longest_ttl=longest_ttl,
+            in_flight=self.in_flight,
+            ports=self.ports,
+            ledger=self.ledger,
+            cards=self.cards,
+            emit=self.emit,
+            has_listeners=lambda: bool(self.listeners or self.write_listeners),
+            clock=self.clock,
+        )
+
+    def make_outside_tier(self, backend: Tier | Backend) -> LiveTier:
+        """Return a tier that is not in the chain, for a copy or an export. The caller closes its backend.
+
+        Raises:
+            ConfigError: it cannot be a tier.
+        """
+        [(name, tier)] = compose_chain([backend], keyed=self.policy.secret is not None)
+        return self._make_tier(tier, name, lease=None, longest_ttl=None)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether a governor replays the answers of calls."""
+        return self.governed is not None and self.governed.replays
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a governor is told the answer of each call."""
+        return self.governed is not None and not self.governed.replays
+
+    def report_answer(self, answer: Answer) -> None:
+        """Tell the governor, if there is one, what a call has answered."""
+        if self.governed is not None:
+            route = answer.route
+            self.governed.report(answer, self.cards.get(route.keyer.scope) or card(route.policy, route.space))
+
     def add_imports(self, imports: Sequence[Import | Importer], source: LiveProvider) -> None:
         """Ask importers for the texts of this provider that no tier has, or of all providers if this is none.
 
@@ -182,6 +223,9 @@ class RunningChain:
             ImportRefused: a source has vectors of other tasks.
         """
         checked = check_imports(imports)
+        if self.governed is not None and self.governed.replays:
+            self.governed.replaced += [one.importer for one in checked]
+            return
         if not checked:
             return
         # Most caches have no importers, so these modules are not imported with the package.
@@ -249,9 +293,9 @@ class RunningChain:
         """Store the card and the price of a route's vector space."""
         scope, described = route.keyer.scope, card(route.policy, route.space)
         self.ledger.add_space(scope, described, route.source.price)
-        self._add_card(scope, described)
+        self.add_card(scope, described)
 
-    def _add_card(self, scope: str, card: dict[str, Value]) -> None:
+    def add_card(self, scope: str, card: dict[str, Value]) -> None:
         """Keep the space card of a scope, as long as a cache, a queued write or an in-process tier uses the scope."""
         if scope in self.cards:
             return
@@ -383,8 +427,14 @@ class RunningChain:
             close_part(tier.backend)
         for importer in self.importers:
             close_part(importer)
+        for part in self.governed.replaced if self.governed is not None else ():
+            close_part(part)
         owner._close_providers()
         self.ports.close()
+
+    async def run_off_loop(self, call: Callable[[], T]) -> T:
+        """Return the result of a blocking call, which is made in a thread so that the running loop goes on."""
+        return await self.ports.get_loop_port().call(call, None, self.ports.workers, inline=False, quick=False)
 
     async def close_twins(self, port: Port) -> None:
         """Close the native async clients of the running loop."""

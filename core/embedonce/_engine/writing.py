@@ -124,7 +124,7 @@ class TierWriter:
         unstored: set[str] = set()
         if self.mode == "none" or not entries:
             return unstored
-        dated = self._set_expiry(self._codec.add_previews(entries, preview_of))
+        dated = self.set_expiry(self._codec.add_previews(entries, preview_of))
         if self.mode == "background":
             await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
             return unstored
@@ -132,7 +132,7 @@ class TierWriter:
             unstored.update(await self._write_inline(port, ticket, part))
         return unstored
 
-    def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    def set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
         """Return the entries. Each expires on its own date or at the end of this tier's TTL, whichever is earlier."""
         if self.ttl is None:
             return entries

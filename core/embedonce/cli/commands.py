@@ -12,8 +12,10 @@ from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, Plugi
 
 from . import compact as _compact
 from . import conformance as _conformance
+from . import copy as _copy
 from . import embed as _embed
 from . import evaluate as _evaluate
+from . import export as _export
 from . import forget as _forget
 from . import import_vectors as _import
 from . import init as _init
@@ -23,6 +25,7 @@ from . import new as _new
 from . import purge as _purge
 from . import savings as _savings
 from . import serve as _serve
+from .options import given_options
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -59,6 +62,9 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        is_default = {None, "DEFAULT", "DEFAULT_MAP"}
+        sources = {name: getattr(ctx.get_parameter_source(name), "name", None) for name in ctx.params}
+        given_options.set(frozenset(name for name, source in sources.items() if source not in is_default))
         with reserve_stdout():
             try:
                 return super().invoke(ctx)
@@ -139,6 +145,8 @@ app.command(cls=Command, epilog=_inspect.CHECK_EPILOG)(_inspect.check)
 app.command(cls=Command, epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
 app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
 app.command("import", cls=Command, epilog=_import.EPILOG)(_import.import_vectors)
+app.command(cls=Command, epilog=_export.EPILOG)(_export.export)
+app.command(cls=Command, epilog=_copy.EPILOG)(_copy.copy)
 app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)

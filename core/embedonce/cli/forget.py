@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +13,6 @@ from embedonce._engine.read_only import exclude_texts
 from embedonce._messages import format_count
 from embedonce.errors import EraseIncomplete, SpaceError
 
-from .embedding.formats import Format
 from .embedding.reading_options import (
     DelimiterOption,
     EncodingOption,
@@ -24,15 +21,13 @@ from .embedding.reading_options import (
     QuoteOption,
     find_conflict,
 )
-from .embedding.texts import Split
+from .file_texts import TextFiles, add_without_line_end
 from .options import ConfigOption, JsonOption, TextArgument, read_stdin
 from .output import FAILED, Refused, describe_os_error, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
-
-    from .embedding.sources import Reader
 
 EPILOG = """
 Examples:
@@ -83,10 +78,18 @@ def forget(
     loaded = load_config(config)
     with open_cache(loaded) as cache:
         if file is not None:
-            source = _Source(file, field, loaded.embed.fields, format, delimiter, quote, encoding)
-            windows, broken = _read_file(source)
+            files = TextFiles(
+                paths=[str(file)],
+                field=field,
+                fields=loaded.embed.fields,
+                format=format,
+                delimiter=delimiter,
+                quote=quote,
+                encoding=encoding,
+            )
+            windows, broken = _read_file(file, files)
         else:
-            windows, broken = [_add_without_line_end(read_stdin()) if text is None else [text]], 0
+            windows, broken = [add_without_line_end(read_stdin()) if text is None else [text]], 0
         erasing = _Erasing(cache)
         for window in windows:
             erasing.erase(window)
@@ -141,68 +144,14 @@ class _Erasing:
         self.failed |= explain_kept(loaded, self.kept, lambda scopes: excluded)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A file with texts to forget, and how it is read."""
-
-    file: Path
-    field: str | None
-    fields: Mapping[str, str] | None
-    format: Format
-    delimiter: str | None
-    quote: str | None
-    encoding: str | None
-
-    def read(self, split: Split) -> Reader:
-        """Return the passages as `embedonce embed` reads them."""
-        from .embedding.sources import Reader
-
-        return Reader(
-            [str(self.file)],
-            split=split,
-            field=self.field,
-            fields=self.fields,
-            format=self.format,
-            delimiter=self.delimiter,
-            quote=self.quote,
-            encoding=self.encoding,
-        )
-
-    def read_whole(self) -> Reader:
-        """Return the whole content as one passage, even if the file has records."""
-        from .embedding.sources import Reader
-
-        return Reader([str(self.file)], split="file", format="text", encoding=self.encoding)
-
-
-def _read_file(source: _Source) -> tuple[list[list[str]], int]:
+def _read_file(file: Path, files: TextFiles) -> tuple[list[list[str]], int]:
     """Return the texts of a file in windows, and the number of records that cannot be read."""
-    from .embedding.passages import Passage
-
     try:
-        source.file.open("rb").close()
+        file.open("rb").close()
     except OSError as error:
         raise Refused(f"--file {describe_os_error(error)}") from None
-    texts: dict[str, None] = {}
-    broken = 0
-    for item in source.read("paragraph"):
-        if isinstance(item, Passage):
-            texts[item.text] = None
-        else:
-            broken += 1
-            say(str(item))
-    # What is broken here is broken above as well, or is not a passage for any option of embed.
-    texts |= dict.fromkeys(item.text for item in source.read("line") if isinstance(item, Passage))
-    for item in source.read_whole():
-        if isinstance(item, Passage):
-            texts |= dict.fromkeys(_add_without_line_end(item.text))
-    listed = list(texts)
-    return [listed[start : start + WINDOW] for start in range(0, len(listed), WINDOW)], broken
-
-
-def _add_without_line_end(text: str) -> list[str]:
-    """Return a text, and the text without its line end if it has one."""
-    return list(dict.fromkeys((text, text.removesuffix("\n").removesuffix("\r"))))
+    texts, broken = files.read_texts()
+    return [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)], broken
 
 
 def _report(erasing: _Erasing, broken: int, *, as_json: bool) -> None:

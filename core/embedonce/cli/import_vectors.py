@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedonce.store_writers import BUNDLE
+
 from .embedding.reading_options import (
     DelimiterOption,
     EncodingOption,
@@ -24,7 +26,7 @@ from .embedding.reading_options import (
     find_stream,
 )
 from .options import ConfigOption, JsonOption, TaskOption, decode_argument
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, emit, is_terminal, say, write
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, emit, say, write
 from .signals import Terminated, raise_on_sigterm
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ embedonce import langchain-cache/ --from langchain --option namespace=text-embed
 
 embedonce import redis://localhost:6379/0 --from redisvl --option model=text-embedding-3-small
 
+embedonce import bundle/ --from bundle
+
 First, choose the model that made the vectors as the provider in the configuration.
 
 Some sources hold texts and vectors. Other sources hold no texts, only keys that are made from the texts. For such a
@@ -56,6 +60,10 @@ be exactly the texts that the other program embedded, so choose --split and --fi
 Before anything is stored, 20 texts are chosen at random from the whole source and embedded anew. If a vector of the
 source differs, nothing is imported, the message names the likely cause, and the exit code is 1. With --verify 0,
 nothing is compared.
+
+The source of --from bundle is a folder that `embedonce export` has written. Its entries have embedonce's own keys, so
+nothing is compared, and no provider is needed. They are copied to each tier that outlives the process, as
+`embedonce copy` does it.
 
 If a tier already has the vector of a text, the tier keeps it. So you can repeat the command. After an interruption, run
 the same command again. The source is only read. The exit code is 1 if the source cannot be read, if nothing was found,
@@ -135,10 +143,16 @@ def import_vectors(
 
     from .embedding.sources import Reader
     from .importing.opening import make_importer
+    from .importing.progress import make_display
     from .importing.run import Run
     from .importing.summary import Summary
     from .opened import list_persistent_tiers, load_config, translate_tier_errors
 
+    if importer == BUNDLE:
+        from .importing.bundles import import_bundle
+
+        import_bundle(location, config, dry_run=dry_run, quiet=quiet, json=json)
+        return
     if texts:
         check_inputs(texts)
         _check_can_read_twice(texts, verify)
@@ -186,7 +200,7 @@ def import_vectors(
                 persistent_tiers=persistent_tiers,
             )
             total = _find_total(opened, make_texts) if not (json or quiet) else None
-            code = _execute(run, partial(_make_display, total=total, show=not (json or quiet)), verify)
+            code = _execute(run, partial(make_display, total=total, is_shown=not (json or quiet)), verify)
             run.complete_summary()
     finally:
         opened.close()
@@ -260,18 +274,6 @@ def _find_total(opened: OpenedSource, make_texts: Callable[[], Reader] | None) -
     with suppress(Exception):  # whatever the error is, it belongs to the progress alone
         return opened.importer.count() if make_texts is None else make_texts().compute_total_bytes()
     return None
-
-
-def _make_display(action: str, *, total: int | None, show: bool) -> Display:
-    """Return the display of one pass. An error in the display costs only the display."""
-    from .embedding.progress import Bar, Display, Lines
-    from .importing.progress import ImportProgress
-
-    if show:
-        with suppress(Exception):
-            progress = ImportProgress(action, total)
-            return Display(progress, Bar(progress) if is_terminal() else Lines(progress, say))
-    return Display()
 
 
 # --- the run and its exit code ----------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextvars import ContextVar
 from typing import Annotated, TypeAlias
 
 import typer
@@ -22,6 +23,10 @@ ConfigOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output; messages go to standard error.")
 ]
+
+
+given_options: ContextVar[frozenset[str]] = ContextVar("embedonce_given_options", default=frozenset())
+"""Names of the parameters of the running command that are on the command line, even with their default values."""
 
 
 def decode_argument(value: str | None) -> str | None:

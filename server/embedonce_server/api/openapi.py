@@ -114,6 +114,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                     ),
                     "tiers": _map(TEXT, "With the code erase_incomplete: the tiers that failed, and why."),
                     "unable": _list(TEXT, "Those of tiers that cannot list or delete keys, whenever they are asked."),
+                    "kept": _map(_map(COUNT, "Number by scope."), "Entries that read-only tiers keep, by tier."),
                     "models": _map(TEXT, "The models whose caches could not be used, and why."),
                     "workers": _map(TEXT, "The workers that did not answer, and why."),
                     "scopes": _map(TEXT, "The scopes that were left, and why."),
@@ -333,6 +334,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "dry_run": FLAG,
             "scopes": _map(_or_null(OBJECT), "The scopes that matched, with their space cards."),
             "removed": _map(COUNT, "Number of entries by tier, over all workers."),
+            "kept": _map(_map(COUNT, "Number by scope."), "With dry_run: entries that read-only tiers keep, by tier."),
             "unable": _map(TEXT, "With dry_run: the tiers that cannot list or delete keys, and why."),
             "workers": _WORKERS,
         }
@@ -359,6 +361,8 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                         "seconds": SECONDS,
                         "detail": TEXT,
                         "writes": MAYBE_FLAG,
+                        "read_only": FLAG,
+                        "verified": MAYBE_FLAG,
                     }
                 )
             ),

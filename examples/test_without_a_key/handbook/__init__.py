@@ -1,0 +1,1 @@
+"""Finds the passages of a handbook that answer a question."""
