@@ -324,14 +324,14 @@ def measure(stores: Sequence[Store], options: argparse.Namespace) -> dict[str, d
             expected = matrix if expected is None else expected
             assert np.array_equal(matrix, expected), f"{store.name} has other vectors"
     few = slice(0, SINGLES)
+    # The cache reads another batch than the raw store has just read. Otherwise it would find the vectors in the
+    # processor's caches. For the same reason, the stores take turns within each way.
     ways: dict[str, Callable[[Store, int], object]] = {
         "raw": lambda store, at: store.get_many(keys[at]),
-        "cache": lambda store, at: store.cache.embed_batch(work[at]),
+        "cache": lambda store, at: store.cache.embed_batch(work[at - 1]),
         "raw single": lambda store, at: [store.get(key) for key in keys[at][few]],
-        "cache single": lambda store, at: [store.cache.embed(text) for text in work[at][few]],
+        "cache single": lambda store, at: [store.cache.embed(text) for text in work[at - 1][few]],
     }
-    # The stores take turns within each way, because a store's second call in a row would find its vectors in the
-    # processor's caches.
     calls = {
         (store.name, way): partial(call, store)
         for way, call in ways.items()
