@@ -257,6 +257,10 @@ class Transfer:
         except TierError as error:
             result = self._complete(result, plan)
             raise TransferStopped(str(error), error.tier, result) from error.__cause__
+        except OSError as error:
+            if error.filename is None:  # a call with an open file, for example on a full disk
+                error.filename = str(path)
+            raise
         finally:
             await writer.close()
         return self._complete(result, plan, parts, size)
