@@ -412,6 +412,27 @@ def test_the_configuration_of_the_root_names_the_bundle(project: Project) -> Non
     assert "bundle = 7 in [tool.embedonce]" in done.stderr.str()
 
 
+def test_a_pyproject_may_name_the_bundle_beside_another_configuration(project: Project) -> None:
+    config = project.path / "pyproject.toml"
+    config.write_text(config.read_text() + '[tool.embedonce]\nbundle = "data/vectors"\n')
+    project.write("embedonce.toml", '[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n')
+    project.write(
+        "tests/test_open.py",
+        """
+import embedonce
+
+def test_fixture(embedonce_cache):
+    embedonce_cache.embed("a text")
+
+def test_open():
+    with embedonce.open() as cache:
+        cache.embed("another text")
+""",
+    )
+    assert "recorded 2 texts in data/vectors" in project.record()
+    project.replay().assert_outcomes(passed=2)
+
+
 def test_a_folder_with_other_files_is_refused_before_anything_is_paid_for(project: Project) -> None:
     project.write("tests/test_search.py", SEARCH)
     project.write("tests/embeddings/test_other.py", "")
