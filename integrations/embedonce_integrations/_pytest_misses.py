@@ -13,6 +13,7 @@ from embedonce.vectors import Entry, decode_frame
 
 MAX_POSITIONS = 10
 MAX_SPACES = 5
+MAX_TESTS = 3
 PARTS = ("provider", "model", "task", "version", "namespace", "dimensions")
 
 
@@ -33,7 +34,10 @@ def summarise_misses(missed: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def make_command(tests: Sequence[str]) -> str:
-    return shlex.join(["pytest", "--embedonce=record", *tests])
+    """Return the command that records some tests. Of many tests, it names the files, or nothing."""
+    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    named = tests if len(tests) <= MAX_TESTS else files if len(files) <= MAX_TESTS else []
+    return shlex.join(["pytest", "--embedonce=record", *named])
 
 
 def _name_positions(positions: list[int]) -> str:

@@ -41,7 +41,7 @@ def begin_session(config: pytest.Config, *, replays: bool) -> None:
         backend("bundle")
     except PluginError as error:
         raise pytest.UsageError(f"--embedonce cannot be used: {error}") from None
-    session = EmbeddingSession(config.rootpath, replays=replays)
+    session = EmbeddingSession(config, replays=replays)
     config.pluginmanager.register(session, NAME)
     stack = contextlib.ExitStack()
     stack.enter_context(govern_chains(session.choose_governor))
@@ -51,11 +51,12 @@ def begin_session(config: pytest.Config, *, replays: bool) -> None:
 class EmbeddingSession:
     """The governor of the caches of one session, and the hooks of pytest that it needs."""
 
-    def __init__(self, root: Path, *, replays: bool) -> None:
+    def __init__(self, config: pytest.Config, *, replays: bool) -> None:
         self.replays = replays
-        self.default = find_bundle(root)
+        self.default = find_bundle(config.rootpath)
         self.store = SessionStore(self._choose_path, skips_damaged=not replays)
-        self._root = root
+        self._config = config
+        self._root = config.rootpath
         self._recording = Recording()
         self._item: pytest.Item | None = None
         """The test that runs now. A process runs one test at a time, so the threads of a test belong to it too."""
@@ -92,10 +93,15 @@ class EmbeddingSession:
     def explain_misses(self, answered: Answered, /) -> ReplayMiss:
         """Return an error that names the test, the positions of the missing texts, and what to do."""
         path = self._choose_path()
-        test = None if self._item is None else self._item.nodeid
+        test = None if self._item is None else self._name_test(self._item.nodeid)
         message = describe_misses(answered, test, self.show(path), self.store.open(path))
         self._misses.append(message)
         return ReplayMiss(message)
+
+    def _name_test(self, nodeid: str) -> str:
+        """Return the name of a test for a command in the folder in which pytest was started."""
+        file, separator, rest = nodeid.partition("::")
+        return os.path.relpath(self._root / file, self._config.invocation_params.dir) + separator + rest
 
     def _choose_path(self) -> Path:
         return (self._targets[-1] if self._targets else None) or self.default
@@ -277,7 +283,7 @@ class EmbeddingSession:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self._missed:
             terminalreporter.section("texts that are not recorded")
-            for line in summarise_misses(self._missed):
+            for line in summarise_misses({self._name_test(test): misses for test, misses in self._missed.items()}):
                 terminalreporter.line(line)
         for path, result in self._written:
             if isinstance(result, str):

@@ -56,9 +56,9 @@ def check_answers(backend: Any, items: Mapping[str, Entry | bytes], *, has_frame
     for key, value in found.items():
         # A frame has its own checksum, which the engine checks.
         assert value == CORRUPT or is_same(value, items[key]) or (has_frames and isinstance(value, bytes))
-        # If a prefix is damaged, the searches for one key and for many may end at different rows, so one may miss.
         alone = backend.get(key)
-        assert alone in (None, CORRUPT) or is_same(alone, items[key]) or has_frames
+        # With a damaged prefix, a search for one key may go another way than a search for several.
+        assert alone is None or alone == CORRUPT or is_same(alone, items[key]) or has_frames
     return sum(value == CORRUPT for value in found.values()), len(items) - len(found)
 
 
@@ -69,22 +69,22 @@ def test_no_flipped_bit_gives_another_vector(tmp_path: Path, dtype: Dtype | None
     part = find_part(tmp_path / "b")
     original = part.read_bytes()
     chosen = random.Random(7)
-    places = sorted(chosen.sample(range(len(original)), 400))
+    places = chosen.sample(range(len(original)), 300)
     refused = damaged = 0
     backend = open_bundle(tmp_path / "b")
     with part.open("r+b", buffering=0) as file:
         for place in places:
             file.seek(place)
             file.write(bytes([original[place] ^ (1 << chosen.randrange(8))]))
-            error: ConfigError | None = None
+            problem = ""
             try:
                 backend = backend if is_open else open_bundle(tmp_path / "b")
-            except ConfigError as raised:
-                error = raised
-            if error is not None:
+            except ConfigError as error:
                 refused += 1
-                assert str(part) in str(error)
-                assert "copy the bundle again" in str(error)
+                problem = str(error)
+            if problem:
+                assert str(part) in problem
+                assert "copy the bundle again" in problem
             else:
                 damaged += check_answers(backend, items, has_frames=dtype is None) != (0, 0)
                 list(backend.scan("eo1."))
@@ -111,12 +111,9 @@ def test_no_overwritten_stretch_gives_another_vector(data: st.DataObject) -> Non
         part.write_bytes(content)
         try:
             backend = open_bundle(folder)
-        except ConfigError as error:
-            message = str(error)
-        else:
-            check_answers(backend, items, has_frames=False)
+        except ConfigError:
             return
-        assert "is damaged" in message
+        check_answers(backend, items, has_frames=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -188,7 +185,7 @@ def test_a_part_of_another_form_is_refused(tmp_path: Path) -> None:
         (table, {"compression": "zstd"}),
         (pa.concat_tables([table, table]), {}),
         (table.set_column(0, "key", table["key"].cast(pa.large_string())), {}),
-        (table.set_column(1, "prefix", table["prefix"].cast(pa.float64(), safe=False)), {}),
+        (table.set_column(1, "prefix", table["created"]), {}),
     ]
     for other, options in others:
         with pa.ipc.new_file(part, other.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
@@ -247,9 +244,8 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 PART = "0123456789abcdef-" + "0" * 32 + ".arrow"
 WRONG_FIELDS: list[tuple[str, Any]] = [
-    *(("file", name) for name in ("../x.arrow", "/etc/passwd", "a/b.arrow", "", ".", "..", "manifest.json")),
-    *(("file", name) for name in (f"{PART}\n", "x\0.arrow", 7, None)),
-    *(("file", name) for name in (f"../{PART}", f"./{PART}", f"{PART}/")),
+    *(("file", name) for name in ("../x.arrow", "/etc/passwd", "a/b.arrow", "", ".", "..", f"{PART}\n")),
+    *(("file", name) for name in (f"../{PART}", f"./{PART}", f"{PART}/", PART.replace("/", "\\"), "x\0", 7, None)),
     *(("rows", rows) for rows in (0, -1, 13, 2**31, 2**63, 10**30, 12.0, "12", True, None, 1e400)),
     *(("bytes", size) for size in (0, -1, 1, 2**62, 10**30, "1", None)),
     *(("dimensions", number) for number in (0, -4, 3, 5, 2**31, 2**64, "4", None)),
@@ -304,10 +300,10 @@ def test_a_missing_field_of_a_part_is_refused(tmp_path: Path) -> None:
         (b'{"format": "embedonce bundle", "version": 0, "spaces": {}, "parts": []}', "damaged at version"),
         (b'{"format": "embedonce bundle", "version": true, "spaces": {}, "parts": []}', "damaged at version"),
         (b'{"format": "embedonce bundle", "version": 1.0, "spaces": {}, "parts": []}', "damaged at version"),
-        (b'{"format": "embedonce bundle", "version": 1}', "parts is missing"),
+        (b'{"format": "embedonce bundle", "version": 1}', "damaged at spaces"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": {}}', "damaged at parts"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [null]}', r"damaged at parts\.0"),
-        (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [], "x": 1}', "other fields than"),
+        (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [], "x": 1}', "damaged at x"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {"x": {"card": {}}}, "parts": []}', "damaged"),
     ],
 )  # fmt: skip
@@ -334,7 +330,7 @@ def test_an_invalid_space_card_is_refused(tmp_path: Path, space: Any) -> None:
 def test_a_part_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", "float32")
     change_manifest(tmp_path / "b", lambda found: found["parts"].append(found["parts"][0]))
-    with pytest.raises(ConfigError, match="contains a file twice"):
+    with pytest.raises(ConfigError, match="must not contain a file twice"):
         open_bundle(tmp_path / "b")
 
 

@@ -173,6 +173,24 @@ def test_a_tier_that_fails_is_named_with_what_to_do(command: Any, monkeypatch: p
     assert done.out == "10 entries copied from near to far\n  10 already in far\n"
 
 
+def test_a_target_that_fails_at_once_is_not_reported_as_nothing_that_matches(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_calls, "MAX_FAILURES", 1)
+    near = DiskBackend.get_many
+
+    def fail(self: DiskBackend, keys: Any, /) -> Any:
+        if self.path.name == "far":
+            raise OSError("the disk is away")
+        return near(self, keys)
+
+    command("copy", "--from", "near", "--to", "far")
+    monkeypatch.setattr(DiskBackend, "get_many", fail)
+    done = command("copy", "--from", "near", "--to", "far")
+    assert (done.code, done.out) == (1, "")
+    assert "error: tier 'far' failed" in done.err
+
+
 def test_an_entry_that_is_too_large_makes_the_exit_code_1(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_calls, "_encode_fitting", lambda tier, entries: {})
     done = command("copy", "--from", "near", "--to", "far")

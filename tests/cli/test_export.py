@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from optional import needs
 import embedonce
 from embedonce import KeyPolicy
 from embedonce._engine import bulk_calls
+from embedonce_backends.bundle.staging import PlainStage
 from embedonce_backends.disk import DiskBackend
 
 pytestmark = needs("pyarrow")
@@ -139,6 +141,20 @@ def test_a_tier_that_fails_leaves_no_bundle(command: Any, monkeypatch: pytest.Mo
     assert (done.code, done.out) == (1, "")
     assert done.err.endswith("(OSError): unreadable sector. No bundle was written.\n")
     assert not Path("bundle").exists()
+
+
+def test_a_full_disk_is_reported_with_the_folder_and_leaves_no_bundle(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: PlainStage, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PlainStage, "add", fill)
+    done = command("export", "--out", "a/bundle")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "error: a/bundle: No space left on device. No bundle was written.\n"
+    assert not Path("a/bundle").exists()
+    assert "No space left on device" in command("export", "--out", "bundle", "--json").json["stopped"]
 
 
 # --- import --from bundle ---------------------------------------------------------------------

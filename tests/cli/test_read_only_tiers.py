@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,40 @@ def test_a_plugin_without_set_many_is_not_broken(command: Any) -> None:
 
 def test_the_configuration_knows_that_the_tier_is_read_only(bundle: Path) -> None:
     assert [tier.is_read_only for tier in config.load("embedonce.toml").tiers] == [False, True]
+
+
+def copy_command(message: str) -> list[str]:
+    """Return the words of the command that a message names."""
+    return shlex.split(message.split("rebuild it without them: embedonce ")[1].splitlines()[0])
+
+
+def test_the_command_of_forget_works_as_it_is_with_the_same_configuration_and_the_same_reading(
+    command: Any, bundle: Path
+) -> None:
+    Path("a b").mkdir()
+    Path("a b/read only.toml").write_text(
+        Path("embedonce.toml").read_text().replace('path = "', f'path = "{bundle.parent}/')
+    )
+    Path("embedonce.toml").write_text(PROVIDER + DISK)
+    Path("my texts.txt").write_text("title;body\nx;one\ny;two\n")
+    reading = ("--format", "csv", "--delimiter", ";", "--field", "body", "--quote", "none", "--encoding", "cp1252")
+    forget = ("forget", "--file", "my texts.txt", *reading, "--config", "a b/read only.toml")
+    done = command(*forget)
+    assert (done.code, "keeps 2 of the entries" in done.err) == (1, True)
+    rebuilt = command(*copy_command(done.err))
+    assert (rebuilt.code, rebuilt.out[:25]) == (0, "1 entry of 1 space export"), rebuilt.err
+    assert command(*forget).code == 0
+
+
+def test_the_command_of_purge_names_the_configuration_and_says_what_to_do_if_nothing_is_left(
+    command: Any, bundle: Path
+) -> None:
+    scope = find_scope(command)
+    Path("other.toml").write_text(Path("embedonce.toml").read_text())
+    Path("embedonce.toml").write_text(PROVIDER + DISK)
+    done = command("purge", "--scope", scope, "--yes", "--config", "other.toml")
+    assert done.code == 1
+    rebuilt = command(*copy_command(done.err))
+    assert rebuilt.code == 1
+    assert "no bundle was written" in rebuilt.err
+    assert f"{bundle} stays as it is; remove the folder if nothing is to stay" in rebuilt.err

@@ -313,7 +313,7 @@ def test_tiers_that_cannot_be_used_are_refused_with_what_to_do(copy: Callable[..
             ("near", "near", r"^the source and the target are the same tier, 'near'; choose another target$"),
             ("near", tiers[0].backend, r"^the source and the target are the same tier, 'near'; choose another"),
             ("near", "fixed", r"^tier 'fixed' is read-only, so .*; make a new bundle with export \(`embedonce export`"),
-            ("silent", "near", r"^tier 'silent' cannot list its keys, so the texts must be named: .* --texts on the"),
+            ("silent", "near", r"^tier 'silent' cannot list its keys, so the texts must be named; .* --texts on the"),
             ("near", 7, r"^target: int is not a backend"),
         ):
             with pytest.raises(TransferRefused, match=message):

@@ -242,8 +242,6 @@ def parse_manifest(written: bytes, folder: Path) -> Manifest:
             f"{folder} is a bundle of version {min(version, 2**31)}, and this embedonce reads only version {VERSION}; "
             "upgrade embedonce: pip install --upgrade embedonce"
         )
-    if type(version) is not int or version < 1:
-        raise ConfigError(f"{folder / MANIFEST} is damaged at version: it must be {VERSION}; {restore_hint(folder)}")
     try:
         return Manifest.parse(found)
     except _Invalid as error:

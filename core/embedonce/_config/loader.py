@@ -102,7 +102,6 @@ class _Loader:
         if self._document.is_found:
             self._reader.refuse_remote_code()
         self._check_names()
-        self._reader.read_top(TopTable)
         cache = self._reader.read_section("cache", CacheTable)
         is_given = "plugins" in self._values.data or self._reader.is_overridden("plugins", "allow")
         # If the list is given but invalid, allow no third-party plugin.
@@ -115,6 +114,7 @@ class _Loader:
             imports = self._read_imports(has_provider=self._own_provider or "provider" in self._values.data)
             serve = ServeConfig() if self._own_provider else read_serve(self._reader)
         embed = self._reader.read_section("embed", EmbedTable)
+        self._reader.read_top(TopTable)
         self._reader.check_variables()
         if self._reader.problems:
             raise ConfigError(sorted(self._reader.problems, key=_sort_key))

@@ -21,10 +21,8 @@ that ends in zeros keeps its place. Such a value loses its zeros only if it beco
 class KeyTable:
     """The digests of one scope's keys, each once, in ascending order."""
 
-    def __init__(self, digests: Iterable[bytes] | NDArray[np.bytes_]) -> None:
-        if not isinstance(digests, np.ndarray):
-            digests = np.frombuffer(b"".join(digests), _DIGEST)
-        self._digests = np.unique(digests)
+    def __init__(self, digests: NDArray[np.bytes_]) -> None:
+        self._digests: NDArray[np.bytes_] = np.unique(digests)
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -37,7 +35,13 @@ class KeyTable:
 
     def contains(self, keys: Sequence[str]) -> NDArray[np.bool_]:
         """Return for each key of the scope whether the table has it, shape (n,)."""
-        return np.isin(_read_digests([key[-64:] for key in keys]), self._digests)
+        if not len(self):
+            return np.zeros(len(keys), np.bool_)
+        digests = _read_digests([key[-64:] for key in keys])
+        # A binary search per key. np.isin would sort the whole table for each call.
+        places = np.minimum(np.searchsorted(self._digests, digests), len(self) - 1)
+        is_there: NDArray[np.bool_] = self._digests[places] == digests
+        return is_there
 
     def unite(self, other: KeyTable) -> KeyTable:
         """Return the keys that are in one of the tables."""
@@ -52,16 +56,21 @@ class KeyTable:
         return KeyTable(np.setdiff1d(self._digests, other._digests, assume_unique=True))
 
 
-NO_KEYS: Final = KeyTable(())
-
-
 def make_key_table(digests: Sequence[str]) -> KeyTable:
     """Return the table of some digests, each written as 64 hex digits."""
     return KeyTable(_read_digests(digests))
 
 
 def _read_digests(digests: Sequence[str]) -> NDArray[np.bytes_]:
-    return np.frombuffer(bytes.fromhex("".join(digests)), _DIGEST)
+    return _split(bytes.fromhex("".join(digests)))
+
+
+def _split(joined: bytes | bytearray) -> NDArray[np.bytes_]:
+    """Return joined digests as an array, shape (n,)."""
+    return np.ndarray((len(joined) // _DIGEST.itemsize,), _DIGEST, joined)
+
+
+NO_KEYS: Final = make_key_table(())
 
 
 def read_key_tables(keys: Iterable[str]) -> dict[str, KeyTable]:
@@ -74,4 +83,4 @@ def read_key_tables(keys: Iterable[str]) -> dict[str, KeyTable]:
             if scope not in digests:
                 digests[scope] = bytearray()
             digests[scope] += bytes.fromhex(digest)
-    return {scope: KeyTable(np.frombuffer(joined, _DIGEST)) for scope, joined in digests.items()}
+    return {scope: KeyTable(_split(joined)) for scope, joined in digests.items()}

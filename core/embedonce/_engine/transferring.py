@@ -109,8 +109,8 @@ class Transfer:
         for tier in tiers:
             if not tier.capabilities.scan and self._selection.texts is None:
                 raise TransferRefused(
-                    f"tier {tier.name!r} cannot list its keys, so the texts must be named: use texts= in Python, or "
-                    "--texts on the command line"
+                    f"tier {tier.name!r} cannot list its keys, so the texts must be named; use texts= in Python and "
+                    "--texts on the command line, or choose another source"
                 )
         cards = await self._read_cards(port, tiers)
         sources = [
@@ -257,6 +257,10 @@ class Transfer:
         except TierError as error:
             result = self._complete(result, plan)
             raise TransferStopped(str(error), error.tier, result) from error.__cause__
+        except OSError as error:
+            if error.filename is None:  # a call with an open file, for example on a full disk
+                error.filename = str(path)
+            raise
         finally:
             await writer.close()
         return self._complete(result, plan, parts, size)

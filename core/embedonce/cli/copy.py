@@ -105,7 +105,7 @@ def copy(
             code = FAILED
     if json:
         emit_result(copied, ended.stopped, dry_run=dry_run, done=display.done)
-    elif copied is not None and not quiet:
+    elif copied is not None and not quiet and (copied.found or not ended.stopped):
         for line in describe_copy(copied, dry_run=dry_run):
             write(line)
     elif copied is not None and not copied.found and not ended.stopped:

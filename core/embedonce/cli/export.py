@@ -136,12 +136,18 @@ def export(
         emit_result(exported, ended.stopped, dry_run=dry_run, done=display.done)
     elif exported is not None and not ended.stopped:
         if not exported.entries:
-            say(f"{_explain_nothing(exported)}; no bundle was written")
+            kept = f". {out} stays as it is; remove the folder if nothing is to stay" if _is_kept(out, replace) else ""
+            say(f"{_explain_nothing(exported)}; no bundle was written{kept}")
         elif not quiet:
             for line in _describe_export(exported, dry_run=dry_run):
                 write(line)
     if code:
         raise typer.Exit(code)
+
+
+def _is_kept(out: Path, replace: bool) -> bool:
+    """Return whether something was to be replaced, and is still there."""
+    return replace and out.expanduser().is_dir() and any(out.expanduser().iterdir())
 
 
 def _explain_nothing(exported: Exported) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,7 +94,14 @@ def forget(
         erasing = _Erasing(cache)
         for window in windows:
             erasing.erase(window)
-        erasing.explain_kept(loaded, file)
+        reading = {
+            "--field": field,
+            "--format": None if format == "auto" else format,
+            "--delimiter": delimiter,
+            "--quote": quote,
+            "--encoding": encoding,
+        }
+        erasing.explain_kept(loaded, file, {name: value for name, value in reading.items() if value is not None})
         _report(erasing, broken, as_json=json)
     if erasing.failed or broken:
         raise typer.Exit(FAILED)
@@ -136,11 +144,17 @@ class _Erasing:
         for tier, counts in kept.items():
             self.kept.setdefault(tier, Counter()).update(counts)
 
-    def explain_kept(self, loaded: Config, file: Path | None) -> None:
-        """Say for each read-only tier with vectors of the texts how its store is made again without them."""
+    def explain_kept(self, loaded: Config, file: Path | None, reading: Mapping[str, str]) -> None:
+        """Say for each read-only tier with vectors of the texts how its store is made again without them.
+
+        ``reading`` has the options with which the file was read, so that the command finds the same texts in it.
+        """
         from .opened import explain_kept
 
-        excluded = exclude_texts() if file is None else exclude_texts(shlex.quote(str(file)))
+        excluded = exclude_texts()
+        if file is not None:
+            options = [f" {name} {shlex.quote(value)}" for name, value in reading.items()]
+            excluded = exclude_texts(shlex.quote(str(file))) + "".join(options)
         self.failed |= explain_kept(loaded, self.kept, lambda scopes: excluded)
 
 

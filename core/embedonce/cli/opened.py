@@ -117,15 +117,17 @@ def explain_kept(
     """Return, by read-only tier, why it keeps entries, and the command that makes its store without them.
 
     ``kept`` has the number of these entries by tier and scope. ``exclude`` returns the options of ``embedonce export``
-    that leave them out.
+    that leave them out. A configuration that was named is named in the command, too.
     """
     folders = list_folders(loaded)
+    named = None if loaded.file is None or loaded.document.is_found else loaded.document.relative_name
+    config = f" --config {shlex.quote(named)}" if named is not None else ""
     return {
         tier.name: describe_kept(
             tier.name,
             tier.cls,
             kept[tier.name],
-            exclude(kept[tier.name]),
+            exclude(kept[tier.name]) + config,
             **({"folder": shlex.quote(folders[tier.name])} if tier.name in folders else {}),
         )
         for tier in loaded.tiers

@@ -18,7 +18,7 @@ from .embedding.reading_options import check_inputs, find_conflict, find_stream
 from .file_texts import TextFiles
 from .inspect import CARD
 from .options import decode_argument
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, emit, format_value, say
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, describe_os_error, emit, format_value, say
 from .signals import Terminated
 
 if TYPE_CHECKING:
@@ -262,6 +262,10 @@ def run_transfer(call: Callable[[], R], secrets: Collection[str], advice: str) -
         say(f"error: {reason}. {advice}.")
         result: Any = error.result
         return Ended(FAILED, result, reason)
+    except OSError as error:
+        reason = describe_os_error(error)
+        say(f"error: {reason}. {advice}.")
+        return Ended(FAILED, None, reason)
     except KeyboardInterrupt as error:
         say(f"interrupted. {advice}.")
         return Ended(TERMINATED if isinstance(error, Terminated) else INTERRUPTED, None, "interrupted")
