@@ -264,7 +264,7 @@ def test_what_is_recorded_needs_the_provider_no_more_and_an_unchanged_bundle_is_
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in project.bundle.iterdir()} == before
     assert project.take_calls() == []
     tests.write_text(SEARCH.replace('"one"', '"changed"'))
-    assert "embedonce: recorded 4 texts in tests/embeddings (1 new, 1 removed)" in project.record()
+    assert "embedonce: recorded 4 texts in tests/embeddings (1 new, 1 removed)" in project.record("tests")
     assert project.take_calls() == ["changed"]
 
 
@@ -505,19 +505,15 @@ def test_fallback():
     project.replay().assert_outcomes(passed=1)
 
 
-def test_replay_reads_no_other_tier_and_asks_no_importer(project: Project) -> None:
+def test_replay_reads_no_tier_that_outlives_the_process(project: Project) -> None:
     project.write(
         "tests/test_tiers.py",
         """
 from embedonce.testing import DictBackend
 from library import make_cache
 
-STORE = DictBackend(scope="network")
-
 def test_tiers():
-    with make_cache(mode="read-through") as other:
-        pass
-    with make_cache(DictBackend(scope="network", store=STORE), mode="read-through") as cache:
+    with make_cache(DictBackend(scope="network"), mode="read-through") as cache:
         assert cache.tiers == ("bundle",)
         cache.put(["new"], [[1.0] * 8])
         cache.embed("new")
