@@ -135,7 +135,7 @@ path = "cache"
 
 ASKS = """
 def test_api(embedonce_cache):
-    assert embedonce_cache.embed_batch(["one", "two", "one"]).shape == (3, 1536)
+    assert embedonce_cache.embed_batch(["one", "two", "one"]).shape == (3, 16)
 """
 
 
