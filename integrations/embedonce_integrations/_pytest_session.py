@@ -118,7 +118,8 @@ class EmbeddingSession:
 
     def _find_problem(self, path: Path) -> str | None:
         if not self.replays:
-            # Only the controller of pytest-xdist writes. The check locks the folder, so workers would refuse each other.
+            # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller
+            # writes.
             obstacle = None if self._is_worker else find_obstacle(path)
             return obstacle and (
                 f"the vectors of the tests cannot be recorded in {self.show(path)}: {obstacle}. Another folder: bundle "
