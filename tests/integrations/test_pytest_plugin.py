@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from optional import QUICK, needs
+from optional import needs
 
-from embedonce.vectors import Entry
-
-if not QUICK:
-    from embedonce_backends.bundle import BundleBackend
+from embedonce.plugins import backend
 
 pytest_plugins = ["pytester"]
 pytestmark = needs("pyarrow")
@@ -79,13 +77,13 @@ class Project:
         file.unlink(missing_ok=True)
         return calls
 
-    def read_bundle(self, path: Path | None = None) -> dict[str, Entry]:
-        backend = BundleBackend(path=path or self.bundle)
+    def read_bundle(self, path: Path | None = None) -> dict[str, Any]:
+        bundle = backend("bundle")(path=path or self.bundle)
         try:
-            keys = [key for key in backend.scan("eo1.") if not key.startswith("eo1.card.")]
-            return dict(backend.get_many(keys))
+            keys = [key for key in bundle.scan("eo1.") if not key.startswith("eo1.card.")]
+            return dict(bundle.get_many(keys))
         finally:
-            backend.close()
+            bundle.close()
 
 
 @pytest.fixture
