@@ -234,7 +234,7 @@ class EraseIncomplete(EmbedonceError):
     that it would have returned.
 
     ``kept`` has the read-only tiers among ``tiers`` that have some of the entries, with their number by scope. The
-    reason of such a tier says how its store is made again without these entries.
+    reason of such a tier says how to rebuild its store without these entries.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=MODES,
         help="record: caches work as usual, and the vectors that the tests need are written to a bundle, which is "
         "tests/embeddings by default. replay: vectors come only from the bundle; no provider is called, and a test "
-        "that needs another text fails. off (default): caches work as usual. Without this option, the environment "
-        f"variable {VARIABLE} sets the mode.",
+        "fails if it needs a text that the bundle does not have. off (default): caches work as usual. Without this "
+        f"option, the environment variable {VARIABLE} sets the mode.",
     )
 
 

@@ -79,7 +79,7 @@ def test_an_invalid_entry_is_refused_and_its_text_is_not_shown(tmp_path: Path, w
 def test_an_existing_bundle_is_replaced_only_on_request(tmp_path: Path) -> None:
     items, others = make_entries(3), make_entries(5, seed=2)
     write_bundle(tmp_path / "b", items)
-    with pytest.raises(StoreExists, match="has a bundle already; replace it with --replace"):
+    with pytest.raises(StoreExists, match="already has a bundle; replace it with --replace"):
         create_writer(tmp_path / "b")
     assert are_same(open_bundle(tmp_path / "b").get_many(list(items)), items)
     write_bundle(tmp_path / "b", others, replace=True)
@@ -93,7 +93,11 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app/manifest.json").write_text("{}")
     (tmp_path / "file").write_text("x")
-    for name, message in (("folder", "belong to no bundle"), ("app", "not the manifest of a bundle"), ("file", "file")):
+    for name, message in (
+        ("folder", "do not belong to a bundle"),
+        ("app", "not the manifest of a bundle"),
+        ("file", "file"),
+    ):
         with pytest.raises(StoreExists, match=message):
             create_writer(tmp_path / name, replace=True)
     assert (tmp_path / "folder/notes.unfinished").exists()

@@ -112,9 +112,9 @@ def test_the_selection_names_scopes_and_files(command: Any) -> None:
 
 def test_nothing_that_matches_is_an_error(command: Any) -> None:
     done = command("copy", "--from", "far", "--to", "near")
-    assert (done.code, done.out, done.err) == (1, "nothing matches in far\n", "")
+    assert (done.code, done.out, done.err) == (1, "no matching entries in far\n", "")
     done = command("copy", "--from", "far", "--to", "near", "--quiet")
-    assert (done.code, done.out, done.err) == (1, "", "nothing matches in far\n")
+    assert (done.code, done.out, done.err) == (1, "", "no matching entries in far\n")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_nothing_that_matches_is_an_error(command: Any) -> None:
     [
         (
             ["--from", "memory", "--to", "far"],
-            "tier 'memory' is in the memory of a process, so it is empty in this one; ",
+            "tier 'memory' is in the memory of a process, so this command cannot use its entries; ",
         ),
         (["--from", "near", "--to", "disk"], "'disk' is not a tier of the configuration; the tiers are: near and far"),
         (["--from", "near", "--to", "near"], "the source and the target are the same tier, 'near'"),

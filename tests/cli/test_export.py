@@ -82,11 +82,11 @@ def test_a_bundle_is_only_replaced_on_request_and_other_files_never(command: Any
     assert command("export", "--out", "bundle").code == 0
     done = command("export", "--out", "bundle")
     assert (done.code, done.out) == (2, "")
-    assert "has a bundle already; replace it with --replace, or choose another folder" in done.err
+    assert "already has a bundle; replace it with --replace, or choose another folder" in done.err
     assert command("export", "--out", "bundle", "--replace").code == 0
     done = command("export", "--out", "near", "--replace")
     assert done.code == 2
-    assert "near has files that belong to no bundle" in done.err
+    assert "near has files that do not belong to a bundle" in done.err
 
 
 def test_a_bundle_is_rebuilt_without_some_texts(command: Any) -> None:
@@ -100,10 +100,10 @@ def test_a_bundle_is_rebuilt_without_some_texts(command: Any) -> None:
 
 def test_nothing_is_written_if_nothing_matches(command: Any) -> None:
     done = command("export", "--out", "bundle", "--model", "another")
-    assert (done.code, done.out, done.err) == (1, "", "nothing matches; no bundle was written\n")
+    assert (done.code, done.out, done.err) == (1, "", "no matching entries in disk; no bundle was written\n")
     with embedonce.open("embedonce.toml") as cache:
         cache.purge(model="char-ngram")
-    assert command("export", "--out", "bundle").err == "nothing matches; no bundle was written\n"
+    assert command("export", "--out", "bundle").err == "no matching entries in disk; no bundle was written\n"
     assert not Path("bundle").exists()
 
 
@@ -231,7 +231,7 @@ def test_a_bundle_of_other_spaces_is_imported_and_described(command: Any) -> Non
     [
         (
             ["--verify", "20"],
-            "--verify cannot be used with --from bundle: nothing needs to be proven, because",
+            "--verify cannot be used with --from bundle: nothing needs to be verified, because",
         ),
         (["--task", "document"], "--task cannot be used with --from bundle: a bundle says itself for which task"),
         (["--option", "a=b"], "--option cannot be used with --from bundle: a bundle has no options"),

@@ -34,7 +34,7 @@ class ListWriter:
 
     def __init__(self, path: Path, *, replace: bool) -> None:
         if self.is_refused:
-            raise StoreExists(f"{path} has a bundle already")
+            raise StoreExists(f"{path} already has a bundle")
         self.path, self.replace = path, replace
         self.entries: dict[str, Entry | bytes] = {}
         self.cards: dict[str, Entry | bytes] = {}

@@ -293,7 +293,7 @@ def test_a_store_that_cannot_be_exported_has_no_command() -> None:
     with Cache(CountingProvider(), [Tier(store(cls=ReadOnlyDict), name="bundle")]) as cache:
         with pytest.raises(EraseIncomplete) as caught:
             cache.forget(["one"])
-        expected = "it is read-only and keeps 1 of the entries; make its store again without them"
+        expected = "it is read-only and keeps 1 of the entries; rebuild its store without them"
         assert caught.value.tiers == {"bundle": expected}
 
 

@@ -324,7 +324,7 @@ class LosesTheCost(_InThisProcess):
 
 
 class TakesFramesForText(_InThisProcess):
-    """Reads frames as text, and leaves out the bytes that are none."""
+    """Reads frames as text, and leaves out the bytes that are not text."""
 
     form = "either"
 

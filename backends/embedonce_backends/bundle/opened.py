@@ -88,7 +88,9 @@ def read_manifest(folder: Path) -> bytes:
     except FileNotFoundError:
         raise ConfigError(_explain_missing(folder)) from None
     except NotADirectoryError:
-        raise ConfigError(f"{folder} is a file and not the folder of a bundle; {CREATE_HINT}") from None
+        raise ConfigError(
+            f"{folder} is a file and not the folder of a bundle; give the folder that has its {MANIFEST}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if len(written) > MAX_MANIFEST_BYTES:

@@ -251,11 +251,11 @@ def _check_contents(path: Path, *, replace: bool) -> set[str]:
     if MANIFEST not in names:
         if others:
             raise StoreExists(
-                f"{path} has files that belong to no bundle, such as {min(others)!r}; choose another folder"
+                f"{path} has files that do not belong to a bundle, such as {min(others)!r}; choose another folder"
             )
         return set()
     if not replace:
-        raise StoreExists(f"{path} has a bundle already; replace it with --replace, or choose another folder")
+        raise StoreExists(f"{path} already has a bundle; replace it with --replace, or choose another folder")
     try:
         return parse_manifest((path / MANIFEST).read_bytes(), path).files
     except ConfigError:

@@ -33,7 +33,7 @@ def describe_kept(tier: str, backend: object, scopes: Mapping[str, int], without
     """
     kept = f"it is read-only and keeps {sum(scopes.values()):,} of the entries"
     if not hasattr(backend, "create_writer"):
-        return f"{kept}; make its store again without them"
+        return f"{kept}; rebuild its store without them"
     command = f"embedonce export --from {shlex.quote(tier)} --out {folder} --replace {without}"
     return f"{kept}; rebuild it without them: {command}"
 

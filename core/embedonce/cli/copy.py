@@ -38,12 +38,12 @@ embedonce copy --from disk --to postgres --model my-model-v2 --dry-run
 embedonce copy --from memcached --to redis --texts chunks.jsonl
 
 Entries are copied as they are: vectors, costs, metadata and dates. Nothing is computed. An entry lives in the target as
-long as in the source, or for the ttl of the target if that is shorter. Entries that the target has already are skipped.
-So after an interruption or an error, run the same command again, and it continues.
+long as in the source, or for the ttl of the target if that is shorter. Entries that the target already has are skipped.
+So after an interruption or an error, run the same command again to continue.
 
 A tier that is busy gets several tries. If it does not answer for several seconds, the command stops with exit code 1.
-The exit code is also 1 if nothing matches, or if an entry is too large for the target. A file of --texts and
---except-texts is read as `embedonce forget --file` reads it.
+The exit code is also 1 if no entry matches, or if an entry is too large for the target. The texts of a file of
+--texts and --except-texts are its passages, with any --split, and the whole content of the file.
 """
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedonce._messages import format_count
+from embedonce._messages import format_count, join_words
 
 from .embedding.reading_options import DelimiterOption, EncodingOption, FieldOption, FormatOption, QuoteOption
 from .options import ConfigOption, JsonOption
@@ -49,9 +49,10 @@ A bundle is a folder of immutable files, which a tier of the type bundle reads. 
 that outlive the process are exported. Entries keep their vectors, costs, metadata and dates. A bundle of an encrypted
 tier is encrypted with the key of the tier.
 
-The folder has the new bundle only when it is complete. After an interruption or an error, nothing is left of it, and a
-bundle that was to be replaced is still there. The exit code is 1 if a tier does not answer for several seconds, or if
-nothing matches. A file of --texts and --except-texts is read as `embedonce forget --file` reads it.
+The new bundle is in the folder only when it is complete. After an interruption or an error, there is no new bundle, and
+a bundle that was to be replaced is still there. The exit code is 1 if a tier does not answer for several seconds, or if
+no entry matches. The texts of a file of --texts and --except-texts are its passages, with any --split, and the whole
+content of the file.
 """
 
 
@@ -61,7 +62,7 @@ def export(
         typer.Option(
             "--out",
             metavar="FOLDER",
-            help="The folder of the bundle. It is made if it does not exist.",
+            help="The folder of the bundle. It is created if it does not exist.",
             show_default=False,
         ),
     ],
@@ -152,7 +153,7 @@ def _is_kept(out: Path, replace: bool) -> bool:
 
 def _explain_nothing(exported: Exported) -> str:
     if not exported.found:
-        return "nothing matches"
+        return f"no matching entries in {join_words(exported.sources)}"
     return f"none of the {format_count(exported.found, 'entry', 'entries')} can be exported: " + ", ".join(
         f"{count:,} {what}" for count, what in _list_left_out(exported)
     )

@@ -48,7 +48,7 @@ the text with this line end and for the text without it.
 
 Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
 reach the memory tier of another process. The exit code is 1 if a tier was not reached. It is also 1 if a read-only tier
-has vectors of the texts; the message has the command that makes its store again without them.
+has vectors of the texts; the message has the command that rebuilds its store without them.
 """
 
 WINDOW = 1024
@@ -145,7 +145,7 @@ class _Erasing:
             self.kept.setdefault(tier, Counter()).update(counts)
 
     def explain_kept(self, loaded: Config, file: Path | None, reading: Mapping[str, str]) -> None:
-        """Say for each read-only tier with vectors of the texts how its store is made again without them.
+        """Say for each read-only tier with vectors of the texts how to rebuild its store without them.
 
         ``reading`` has the options with which the file was read, so that the command finds the same texts in it.
         """

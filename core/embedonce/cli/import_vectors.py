@@ -231,7 +231,7 @@ def _check_can_read_twice(texts: list[str], verify: int) -> None:
 def _check_config(loaded: Config, persistent_tiers: list[str], verify: int) -> None:
     if not persistent_tiers:
         raise Refused(
-            "no tier that is written to outlives this process, so the imported vectors would be lost; add a disk tier"
+            "no tier that stores vectors outlives this process, so the imported vectors would be lost; add a disk tier"
         )
     if verify and loaded.cache.mode == "replay":
         raise Refused(

@@ -181,7 +181,7 @@ class Selected:
 
 
 def check_lasting_tier(loaded: Config, name: str) -> None:
-    """Refuse a tier that keeps its entries in this process, and the name of no tier.
+    """Refuse a tier that keeps its entries in this process, and a name that no tier has.
 
     Raises:
         Refused: the message lists the tiers that can be named.
@@ -192,8 +192,8 @@ def check_lasting_tier(loaded: Config, name: str) -> None:
         raise Refused(f"{name!r} is not a tier of the configuration; the tiers are: {names}")
     if name not in lasting:
         raise Refused(
-            f"tier {name!r} is in the memory of a process, so it is empty in this one; the tiers that outlive a "
-            f"process are: {names}"
+            f"tier {name!r} is in the memory of a process, so this command cannot use its entries; the tiers that "
+            f"outlive a process are: {names}"
         )
 
 
@@ -284,7 +284,7 @@ def copy_entries(
 def describe_copy(copied: Copied, *, dry_run: bool) -> Iterator[str]:
     """Yield the lines of the summary of a copy."""
     if not copied.found:
-        yield f"nothing matches in {copied.source}"
+        yield f"no matching entries in {copied.source}"
         return
     verb = "would be copied" if dry_run else "copied"
     entries = format_count(copied.copied, "entry", "entries")

@@ -122,7 +122,7 @@ class _Incomplete:
         if self.kept:
             advice.append(
                 f"sending it again does not help for {_list_names(self.kept)}, which cannot be changed; error.tiers "
-                "says how its store is made again without the entries"
+                "says how to rebuild its store without the entries"
             )
         if self.scopes:
             advice.append("error.scopes says why scopes are left; /admin/purge can remove a scope")

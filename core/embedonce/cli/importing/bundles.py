@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ALLOWED: Final = frozenset({"location", "importer", "dry_run", "config", "quiet", "json"})
 """Parameters of ``embedonce import`` that a bundle supports."""
 REASONS: Final = {
-    "verify": "nothing needs to be proven, because a bundle has the keys that embedonce made for its texts",
+    "verify": "nothing needs to be verified, because a bundle has the keys that embedonce made for its texts",
     "task": "a bundle says itself for which task each of its entries is",
     "option": "a bundle has no options",
 }
@@ -58,7 +58,7 @@ def import_bundle(location: str, config: str | None, *, dry_run: bool, quiet: bo
         targets = list_persistent_tiers(loaded)
         if not targets:
             raise Refused(
-                "no tier that is written to outlives this process, so the entries would be lost; add a disk tier"
+                "no tier that stores entries outlives this process, so the entries would be lost; add a disk tier"
             )
         source, ended, done = _open_bundle(location, loaded), dict[str, "Ended[Copied]"](), 0
         try:
@@ -86,7 +86,10 @@ def import_bundle(location: str, config: str | None, *, dry_run: bool, quiet: bo
 
 def _check_options() -> None:
     for name in sorted(given_options.get() - ALLOWED):
-        reason = REASONS.get(name, "all entries of a bundle are imported; to choose some, export them with `--texts`")
+        reason = REASONS.get(
+            name,
+            "all entries of a bundle are imported; to select some, make the bundle a tier and use `embedonce copy`",
+        )
         raise Refused(f"--{name.replace('_', '-')} cannot be used with --from {BUNDLE}: {reason}")
 
 
