@@ -118,7 +118,9 @@ class EmbeddingSession:
 
     def _find_problem(self, path: Path) -> str | None:
         if not self.replays:
-            obstacle = find_obstacle(path)
+            # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller
+            # writes.
+            obstacle = None if self._is_worker else find_obstacle(path)
             return obstacle and (
                 f"the vectors of the tests cannot be recorded in {self.show(path)}: {obstacle}. Another folder: bundle "
                 "in [tool.embedonce] of the pyproject.toml"
@@ -216,8 +218,10 @@ class EmbeddingSession:
         source, chosen = config.args_source, pytest.Config.ArgsSource
         if source == chosen.INVOCATION_DIR and config.invocation_params.dir != config.rootpath:
             return "only the tests of one folder ran"
-        if source == chosen.ARGS and [Path(name).absolute() for name in config.args] != [config.rootpath]:
-            return "only some tests were named"
+        if source == chosen.ARGS:
+            named = {Path(name).absolute() for name in config.args}
+            if named not in ({config.rootpath}, {config.rootpath / name for name in config.getini("testpaths")}):
+                return "only some tests were named"
         return min(self._left_out, default=None)
 
     # --- the workers of pytest-xdist ----------------------------------------------------------
@@ -260,6 +264,7 @@ class EmbeddingSession:
         """Write the bundles, even if tests have failed: their vectors are paid for."""
         if self._is_worker:
             self._hand_over()
+            self.store.close()
             return
         self._take_over()
         if not self.replays and not session.config.option.collectonly:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,33 +20,38 @@ MARKER = "embedonce"
 
 def open_cache(root: Path) -> Cache:
     """Return the cache of the configuration in pytest's root folder, or of the one that ``embedonce.open()`` finds."""
-    return embedonce.open(None if os.environ.get("EMBEDONCE_CONFIG") else _find_configuration(root))
+    files = [] if os.environ.get("EMBEDONCE_CONFIG") else list(_read_configurations(root).items())
+    # A table that only has `bundle` configures no cache.
+    return embedonce.open(next((file for file, content in files if content.keys() != {"bundle"}), None))
 
 
 def find_bundle(root: Path) -> Path:
     """Return the folder of the bundle for tests whose marker names no other.
 
     Raises:
-        pytest.UsageError: the configuration in the root folder has an invalid ``bundle``.
+        pytest.UsageError: a configuration in the root folder has an invalid ``bundle``.
     """
-    file = _find_configuration(root)
     try:
-        chosen = None if file is None else read_bundle(file)
+        chosen = [read_bundle(file) for file in _read_configurations(root)]
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from None
-    return _make_absolute(root / (chosen or DEFAULT))
+    return _make_absolute(root / next(filter(None, chosen), DEFAULT))
 
 
-def _find_configuration(root: Path) -> Path | None:
-    """Return the configuration of embedonce in a folder; None if there is none."""
-    if (root / "embedonce.toml").is_file():
-        return root / "embedonce.toml"
-    file = root / "pyproject.toml"
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise pytest.UsageError(f"{file} cannot be read ({type(error).__name__})") from None
-    return file if isinstance(content.get("tool", {}).get("embedonce"), dict) else None
+def _read_configurations(root: Path) -> dict[Path, dict[str, Any]]:
+    """Return the content of embedonce.toml, and of ``[tool.embedonce]`` in the pyproject.toml, if a folder has them."""
+    found: dict[Path, dict[str, Any]] = {}
+    for name in ("embedonce.toml", "pyproject.toml"):
+        file = root / name
+        try:
+            content = tomllib.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(f"{file} cannot be read ({type(error).__name__})") from None
+        if content is not None and name == "pyproject.toml":
+            content = content.get("tool", {}).get("embedonce")
+        if isinstance(content, dict):
+            found[file] = content
+    return found
 
 
 def choose_bundle(node: pytest.Item | pytest.Collector | pytest.Session, default: Path) -> Path | None:

@@ -191,6 +191,20 @@ def test_a_target_that_fails_at_once_is_not_reported_as_nothing_that_matches(
     assert "error: tier 'far' failed" in done.err
 
 
+def test_a_tier_that_cannot_even_be_listed_leaves_only_the_error(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_calls, "MAX_FAILURES", 1)
+
+    def fail(self: DiskBackend, prefix: str, /) -> Any:
+        raise OSError("The folder is gone.")
+
+    monkeypatch.setattr(DiskBackend, "scan", fail)
+    done = command("copy", "--from", "near", "--to", "far")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.endswith(
+        "(OSError): The folder is gone. What was copied until then is stored. Run the same command again to continue.\n"
+    )
+
+
 def test_an_entry_that_is_too_large_makes_the_exit_code_1(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_calls, "_encode_fitting", lambda tier, entries: {})
     done = command("copy", "--from", "near", "--to", "far")

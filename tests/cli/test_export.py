@@ -13,7 +13,6 @@ from optional import needs
 import embedonce
 from embedonce import KeyPolicy
 from embedonce._engine import bulk_calls
-from embedonce_backends.bundle.staging import PlainStage
 from embedonce_backends.disk import DiskBackend
 
 pytestmark = needs("pyarrow")
@@ -146,6 +145,8 @@ def test_a_tier_that_fails_leaves_no_bundle(command: Any, monkeypatch: pytest.Mo
 def test_a_full_disk_is_reported_with_the_folder_and_leaves_no_bundle(
     command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from embedonce_backends.bundle.staging import PlainStage
+
     def fill(self: PlainStage, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

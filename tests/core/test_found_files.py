@@ -85,6 +85,14 @@ def test_an_unrelated_file_of_another_user_is_passed_by(here: Path, give_away: C
     assert config.load().file == here.parent / "embedonce.toml"
 
 
+def test_a_table_that_only_names_the_bundle_of_tests_configures_no_cache(here: Path) -> None:
+    (here.parent / "pyproject.toml").write_text(PYPROJECT)
+    (here / "pyproject.toml").write_text('[tool.embedonce]\nbundle = "vectors"\n')
+    assert config.load().file == here.parent / "pyproject.toml"
+    (here.parent / "pyproject.toml").unlink()
+    assert config.load().file is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedonce.toml", "pyproject.toml"])
 def test_what_is_not_a_regular_file_never_hangs(here: Path, name: str) -> None:

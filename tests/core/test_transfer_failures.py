@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from embedonce import Cache, Copied, Tier, TierBusy, TierError, TransferStopped
 from embedonce._engine import bulk_calls, transferring
+from embedonce.contracts import time_left
 from embedonce.errors import PartialAnswer
 from embedonce.testing.fakes import CountingProvider, DictBackend
 
@@ -135,19 +135,18 @@ def test_a_tier_that_stays_down_ends_the_copy_and_the_next_one_continues(operati
 def test_a_hanging_tier_ends_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_calls, "MIN_TIMEOUT", 0.01)
     monkeypatch.setattr(bulk_calls, "PATIENCE", 0.05)
-    released = threading.Event()
 
     class Hanging(DictBackend):
         def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-            released.wait()
+            while True:
+                time_left()  # raises TierTimeout at the deadline
 
-    near, far = DictBackend(scope="host"), Hanging(scope="host")
+    near, far = DictBackend(scope="host"), Hanging(scope="host", deadline=True)
     fill(near)
     tiers = [Tier(near, name="near"), Tier(far, name="far", timeout=0.01, write="none")]
     with Cache(CountingProvider(), tiers) as cache:
         with pytest.raises(TransferStopped, match=r"^tier 'far' did not answer for \d+\.\d s$") as caught:
             cache.copy("near", "far")
-        released.set()
         assert caught.value.result.copied == 0
         assert isinstance(caught.value, TierError)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from optional import QUICK, needs
+from optional import needs
 
-from embedonce.vectors import Entry
-
-if not QUICK:
-    from embedonce_backends.bundle import BundleBackend
+from embedonce.plugins import backend
 
 pytest_plugins = ["pytester"]
 pytestmark = needs("pyarrow")
@@ -79,13 +77,13 @@ class Project:
         file.unlink(missing_ok=True)
         return calls
 
-    def read_bundle(self, path: Path | None = None) -> dict[str, Entry]:
-        backend = BundleBackend(path=path or self.bundle)
+    def read_bundle(self, path: Path | None = None) -> dict[str, Any]:
+        bundle = backend("bundle")(path=path or self.bundle)
         try:
-            keys = [key for key in backend.scan("eo1.") if not key.startswith("eo1.card.")]
-            return dict(backend.get_many(keys))
+            keys = [key for key in bundle.scan("eo1.") if not key.startswith("eo1.card.")]
+            return dict(bundle.get_many(keys))
         finally:
-            backend.close()
+            bundle.close()
 
 
 @pytest.fixture
@@ -264,7 +262,7 @@ def test_what_is_recorded_needs_the_provider_no_more_and_an_unchanged_bundle_is_
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in project.bundle.iterdir()} == before
     assert project.take_calls() == []
     tests.write_text(SEARCH.replace('"one"', '"changed"'))
-    assert "embedonce: recorded 4 texts in tests/embeddings (1 new, 1 removed)" in project.record()
+    assert "embedonce: recorded 4 texts in tests/embeddings (1 new, 1 removed)" in project.record("tests")
     assert project.take_calls() == ["changed"]
 
 
@@ -412,6 +410,27 @@ def test_the_configuration_of_the_root_names_the_bundle(project: Project) -> Non
     assert "bundle = 7 in [tool.embedonce]" in done.stderr.str()
 
 
+def test_a_pyproject_may_name_the_bundle_beside_another_configuration(project: Project) -> None:
+    config = project.path / "pyproject.toml"
+    config.write_text(config.read_text() + '[tool.embedonce]\nbundle = "data/vectors"\n')
+    project.write("embedonce.toml", '[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "memory"\n')
+    project.write(
+        "tests/test_open.py",
+        """
+import embedonce
+
+def test_fixture(embedonce_cache):
+    embedonce_cache.embed("a text")
+
+def test_open():
+    with embedonce.open() as cache:
+        cache.embed("another text")
+""",
+    )
+    assert "recorded 2 texts in data/vectors" in project.record()
+    project.replay().assert_outcomes(passed=2)
+
+
 def test_a_folder_with_other_files_is_refused_before_anything_is_paid_for(project: Project) -> None:
     project.write("tests/test_search.py", SEARCH)
     project.write("tests/embeddings/test_other.py", "")
@@ -505,19 +524,15 @@ def test_fallback():
     project.replay().assert_outcomes(passed=1)
 
 
-def test_replay_reads_no_other_tier_and_asks_no_importer(project: Project) -> None:
+def test_replay_reads_no_tier_that_outlives_the_process(project: Project) -> None:
     project.write(
         "tests/test_tiers.py",
         """
 from embedonce.testing import DictBackend
 from library import make_cache
 
-STORE = DictBackend(scope="network")
-
 def test_tiers():
-    with make_cache(mode="read-through") as other:
-        pass
-    with make_cache(DictBackend(scope="network", store=STORE), mode="read-through") as cache:
+    with make_cache(DictBackend(scope="network"), mode="read-through") as cache:
         assert cache.tiers == ("bundle",)
         cache.put(["new"], [[1.0] * 8])
         cache.embed("new")

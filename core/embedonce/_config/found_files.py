@@ -115,7 +115,10 @@ def _identify(folder: Path) -> tuple[int, int] | None:
 
 
 def _has_configuration(pyproject: Path) -> bool:
-    """Return whether a pyproject.toml contains a configuration. Errors in an unrelated pyproject.toml are ignored."""
+    """Return whether a pyproject.toml contains a configuration. Errors in an unrelated pyproject.toml are ignored.
+
+    A table that only says where a session of tests keeps its ``bundle`` does not configure a cache.
+    """
     try:
         content, _ = _read_regular(pyproject)
     except (OSError, ConfigError):
@@ -123,9 +126,10 @@ def _has_configuration(pyproject: Path) -> bool:
     if b"embedonce" not in content:
         return False
     try:
-        return get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
+        table = get_table(tomllib.loads(content.decode("utf-8-sig")))
     except (ValueError, RecursionError):
         return b"tool.embedonce" in content  # if True, the caller reads the file and reports why it is invalid
+    return table is not None and not (isinstance(table, dict) and table.keys() == {"bundle"})
 
 
 def _read_trusted(file: Path) -> bytes:

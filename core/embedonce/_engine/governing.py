@@ -120,6 +120,11 @@ class GovernedChain:
     def replays(self) -> bool:
         return self._governor.replays
 
+    @property
+    def store(self) -> Backend:
+        """The governor's store. It serves other chains too, so this chain does not close it."""
+        return self._governor.store
+
     def report(self, answer: Answer, card: Mapping[str, Value]) -> None:
         """Tell the governor what a call has answered. The texts that are missing in replay get the governor's error."""
         failed = answer.failed

@@ -423,8 +423,10 @@ class RunningChain:
                 cache._close_providers()
         if self.engine.leases is not None:
             self.engine.leases.finish()
+        kept_open = None if self.governed is None else self.governed.store
         for tier in self.tiers:
-            close_part(tier.backend)
+            if tier.backend is not kept_open:
+                close_part(tier.backend)
         for importer in self.importers:
             close_part(importer)
         for part in self.governed.replaced if self.governed is not None else ():

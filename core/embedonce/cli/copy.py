@@ -105,10 +105,11 @@ def copy(
             code = FAILED
     if json:
         emit_result(copied, ended.stopped, dry_run=dry_run, done=display.done)
-    elif copied is not None and not quiet and (copied.found or not ended.stopped):
+    elif copied is not None and (copied.found or not ended.stopped):
         for line in describe_copy(copied, dry_run=dry_run):
-            write(line)
-    elif copied is not None and not copied.found and not ended.stopped:
-        say(f"nothing matches in {source}")
+            if not quiet:
+                write(line)
+            elif not copied.found:
+                say(line)
     if code:
         raise typer.Exit(code)

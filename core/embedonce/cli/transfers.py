@@ -259,7 +259,7 @@ def run_transfer(call: Callable[[], R], secrets: Collection[str], advice: str) -
         raise Refused(str(error)) from error
     except TransferStopped as error:
         reason = describe_tier_error(error, secrets)
-        say(f"error: {reason}. {advice}.")
+        say(f"error: {reason.removesuffix('.')}. {advice}.")
         result: Any = error.result
         return Ended(FAILED, result, reason)
     except OSError as error:
