@@ -32,6 +32,9 @@ LEAVING_OUT = ("setuponly", "setupplan", "lf", "ignore", "ignore_glob")
 CONFIGURING = ("inifilename", "override_ini", "noconftest")
 """Options with which pytest may find fewer tests."""
 
+PACKAGE = Path(embedonce.__file__).parent
+INTEGRATIONS = Path(__file__).parent
+
 Node = pytest.Item | pytest.Collector | pytest.Session
 
 
@@ -198,7 +201,7 @@ class EmbeddingSession:
         """Fail a test that needed a missing text, even if the code under test has handled the error."""
         misses, self._misses = self._misses, []
         if misses and call.excinfo is not None:
-            _cut_tracebacks(call.excinfo.value)
+            _cut_tracebacks(call.excinfo.value, self._root)
         report: pytest.TestReport = yield
         if misses:
             text = "\n\n".join(misses)
@@ -366,7 +369,7 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
     )
 
 
-def _cut_tracebacks(error: BaseException | None) -> None:
+def _cut_tracebacks(error: BaseException | None, root: Path) -> None:
     """Cut the traceback of an error that embedonce has raised, and those of the errors that have led to this one."""
     seen: set[int] = set()
     found = [error]
@@ -376,18 +379,24 @@ def _cut_tracebacks(error: BaseException | None) -> None:
             continue
         seen.add(id(error))
         if isinstance(error, ReplayMiss):
-            _cut_traceback(error)
+            _cut_traceback(error, root)
         found += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
-def _cut_traceback(error: BaseException) -> None:
-    """End the traceback of an error at the line that called embedonce. What embedonce did then explains nothing."""
-    package = os.path.dirname(embedonce.__file__) + os.sep
-    entry, last = error.__traceback__, error.__traceback__
+def _cut_traceback(error: BaseException, root: Path) -> None:
+    """End the traceback of an error at the last line of the project in ``root``, or at the one that called embedonce.
+
+    What a framework and embedonce did then explains nothing, and pytest would show their arguments, which are texts.
+    """
+    called = project = None
+    entry = error.__traceback__
     while entry is not None:
-        if not entry.tb_frame.f_code.co_filename.startswith(package):
-            last = entry
+        file = Path(entry.tb_frame.f_code.co_filename)
+        if not file.is_relative_to(PACKAGE) and not file.is_relative_to(INTEGRATIONS):
+            called = entry
+            project = entry if file.is_relative_to(root) and "site-packages" not in file.parts else project
         entry = entry.tb_next
+    last = project or called
     if last is not None:
         last.tb_next = None
 

@@ -200,15 +200,16 @@ def test_last(index): index.embed("last")
     project.replay(f"{file}::test_last", f"{file}::test_first").assert_outcomes(passed=2)
 
 
-def test_the_tracebacks_of_embedonce_are_left_out_of_errors_that_follow_a_missing_text(project: Project) -> None:
+def test_tracebacks_of_missing_texts_end_in_the_project_also_in_errors_that_follow(project: Project) -> None:
     project.write(
         "tests/test_search.py",
         """
-from library import make_cache
+import library
+import framework
 
 def search(*parts):
     try:
-        return make_cache().embed_batch([" ".join(parts)])
+        return framework.embed(library.make_cache(), parts)
     except LookupError as error:
         raise RuntimeError("the search does not work") from error
 
@@ -216,6 +217,12 @@ def test_search():
     search("a", "new", "text")
 """,
     )
+    module = project.path.with_name(project.path.name + "-framework") / "framework.py"
+    module.parent.mkdir()
+    module.write_text("def embed(cache, parts):\n    return send(cache, [' '.join(parts)])\n\n")
+    with module.open("a") as file:
+        file.write("def send(cache, texts):\n    return cache.embed_batch(texts)\n")
+    project.pytester.syspathinsert(module.parent)
     done = project.replay("--tb=long")
     done.assert_outcomes(failed=1)
     assert "the text at position 0 of its call" in done.stdout.str()
