@@ -142,6 +142,10 @@ class StoreExists(EmbedonceError):
     """A new read-only store cannot be written, because there is something at its place already."""
 
 
+class StoreBusy(StoreExists):
+    """A new read-only store cannot be written now, because another writer writes to its place."""
+
+
 class Incomplete(EmbedonceError):
     """``Fetched.vectors`` was read although some rows are missing; read ``rows`` and ``failed`` instead."""
 

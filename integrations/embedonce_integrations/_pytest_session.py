@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import functools
 import os
 import shutil
 import tempfile
@@ -25,6 +27,13 @@ from ._pytest_store import SessionStore, WrittenBundle, find_obstacle, write_bun
 NAME = "embedonce-session"
 WORKER_FOLDER = "embedonce_folder"
 """Key of the folder in which the workers of pytest-xdist hand over what they have recorded."""
+
+LEAVING_OUT = ("setuponly", "setupplan", "lf", "ignore", "ignore_glob")
+CONFIGURING = ("inifilename", "override_ini", "noconftest")
+"""Options with which pytest may find fewer tests."""
+
+PACKAGE = Path(embedonce.__file__).parent
+INTEGRATIONS = Path(__file__).parent
 
 Node = pytest.Item | pytest.Collector | pytest.Session
 
@@ -54,7 +63,7 @@ class EmbeddingSession:
     def __init__(self, config: pytest.Config, *, replays: bool) -> None:
         self.replays = replays
         self.default = find_bundle(config.rootpath)
-        self.store = SessionStore(self._choose_path, skips_damaged=not replays)
+        self.store = SessionStore(self._choose_path, lists_texts=not replays)
         self._config = config
         self._root = config.rootpath
         self._recording = Recording()
@@ -71,11 +80,13 @@ class EmbeddingSession:
         """All of these messages by test."""
         self._left_out: set[str] = set()
         """Why this session is not a run of all tests."""
-        self._kept_because: str | None = None
+        self._collected: set[str] = set()
+        self._finished: set[str] = set()
+        """The tests that were collected, and those that have ended."""
         self._folder: Path | None = None
         self._is_worker = False
-        self._written: list[tuple[Path, WrittenBundle | str]] = []
-        """Per bundle, what was written, or why it could not be written."""
+        self._written: list[tuple[Path, WrittenBundle | str, str | None]] = []
+        """Per bundle, what was written, or why it could not be written; and why texts that are not needed were kept."""
 
     # --- the governor -------------------------------------------------------------------------
 
@@ -117,19 +128,21 @@ class EmbeddingSession:
         return self._checked[path]
 
     def _find_problem(self, path: Path) -> str | None:
-        if not self.replays:
-            # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller
-            # writes.
-            obstacle = None if self._is_worker else find_obstacle(path)
-            return obstacle and (
-                f"the vectors of the tests cannot be recorded in {self.show(path)}: {obstacle}. Another folder: bundle "
-                "in [tool.embedonce] of the pyproject.toml"
-            )
         try:
             self.store.open(path)
-        except ConfigError as error:
-            return f"the vectors of the tests cannot be replayed: {error}"
-        return None
+        except (ConfigError, OSError) as error:
+            if self.replays:
+                return f"the vectors of the tests cannot be replayed: {error}"
+            return (
+                f"the vectors of the tests cannot be recorded: {error}. Recording would replace all vectors in "
+                f"{self.show(path)}. To compute all of them again, remove this folder"
+            )
+        # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller writes.
+        obstacle = None if self.replays or self._is_worker else find_obstacle(path)
+        return obstacle and (
+            f"the vectors of the tests cannot be recorded in {self.show(path)}: {obstacle}. Another folder: bundle in "
+            "[tool.embedonce] of the pyproject.toml"
+        )
 
     # --- tests --------------------------------------------------------------------------------
 
@@ -145,18 +158,30 @@ class EmbeddingSession:
                     self._hand_over()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
-        """Use the bundle of the fixture's scope: a fixture of the session belongs to no single test."""
-        with self._use_bundle_of(request.node):
-            return (yield)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, Any, Any]:
+        """Use the bundle of the fixture's scope: a fixture of the session belongs to no single test.
+
+        This holds for its teardown too. Finalizers run in the reverse order, so the first one here runs after it.
+        """
+        target = self._find_target(request.node)
+        fixturedef.addfinalizer(self._targets.pop)
+        try:
+            with self._use_bundle_of(request.node):
+                return (yield)
+        finally:
+            fixturedef.addfinalizer(functools.partial(self._targets.append, target))
+
+    def _find_target(self, node: Node) -> Path | None:
+        try:
+            return choose_bundle(node, self.default)
+        except ValueError:
+            return self.default  # pytest_runtest_setup reports the error
 
     @contextlib.contextmanager
     def _use_bundle_of(self, node: Node) -> Iterator[None]:
-        try:
-            target = choose_bundle(node, self.default)
-        except ValueError:
-            target = self.default  # pytest_runtest_setup reports the error
-        self._targets.append(target)
+        self._targets.append(self._find_target(node))
         try:
             yield
         finally:
@@ -176,8 +201,8 @@ class EmbeddingSession:
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
         """Fail a test that needed a missing text, even if the code under test has handled the error."""
         misses, self._misses = self._misses, []
-        if misses and call.excinfo is not None and call.excinfo.errisinstance(ReplayMiss):
-            _cut_traceback(call.excinfo.value)
+        if misses and call.excinfo is not None:
+            _cut_tracebacks(call.excinfo.value, self._root)
         report: pytest.TestReport = yield
         if misses:
             text = "\n\n".join(misses)
@@ -195,14 +220,42 @@ class EmbeddingSession:
         misses = getattr(report, "embedonce_misses", [])
         if misses:
             self._missed.setdefault(report.nodeid, []).extend(misses)
-        if report.skipped and (not hasattr(report, "wasxfail") or "[NOTRUN]" in report.wasxfail):
-            self._left_out.add("a test was skipped")
+        if report.skipped:  # pytest says so of a test that failed as expected too, perhaps at its beginning
+            self._left_out.add("not all tests passed" if hasattr(report, "wasxfail") else "a test was skipped")
+        if report.when == "teardown":
+            self._finished.add(report.nodeid)
 
     # --- whether all tests ran ----------------------------------------------------------------
 
-    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        if items:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Generator[None, Any, Any]:
+        """Notice tests that are removed. Not everything that removes tests calls the hook ``pytest_deselected``."""
+        before = len(items)
+        result = yield
+        if len(items) < before:
             self._left_out.add("tests were deselected")
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_ignore_collect(self, collection_path: Path) -> Generator[None, Any, Any]:
+        """Notice files that ``collect_ignore`` or a hook of the project leaves out, perhaps only on this system."""
+        is_ignored = yield
+        if is_ignored and self._may_have_tests(collection_path):
+            self._left_out.add("tests were left out")
+        return is_ignored
+
+    def _may_have_tests(self, path: Path) -> bool:
+        if not path.is_dir():
+            return _matches(path, self._config.getini("python_files"))
+        is_never_collected = path.name == "__pycache__" or (path / "pyvenv.cfg").exists()
+        return not is_never_collected and not _matches(path, self._config.getini("norecursedirs"))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._collected.update(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self._collected.update(ids)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
@@ -213,8 +266,12 @@ class EmbeddingSession:
         config = session.config
         if exitstatus != pytest.ExitCode.OK:
             return "not all tests passed"
-        if any(config.getoption(name, None) for name in ("setuponly", "setupplan", "lf", "ignore", "ignore_glob")):
+        if any(config.getoption(name, None) for name in LEAVING_OUT):
             return "tests were left out"
+        if any(config.getoption(name, None) for name in CONFIGURING):
+            return "pytest had another configuration"
+        if len(self._finished) < len(self._collected):
+            return "not all tests ran"
         source, chosen = config.args_source, pytest.Config.ArgsSource
         if source == chosen.INVOCATION_DIR and config.invocation_params.dir != config.rootpath:
             return "only the tests of one folder ran"
@@ -273,16 +330,19 @@ class EmbeddingSession:
             if missing_part is None:
                 bundles.setdefault(self.default, Recorded())
             for path, recorded in sorted(bundles.items()):
-                self._written.append((path, self._write(path, recorded, removes_unneeded=missing_part is None)))
-            if any(isinstance(result, str) for _, result in self._written):
+                kept_because = missing_part
+                if kept_because is None and not path.is_relative_to(self._root):
+                    kept_because = "the bundle is outside of this project"  # another project may need them
+                written = self._write(path, recorded, removes_unneeded=kept_because is None)
+                self._written.append((path, written, kept_because))
+            if any(isinstance(result, str) for _, result, _ in self._written):
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-            self._kept_because = missing_part
         self.store.close()
 
     def _write(self, path: Path, recorded: Recorded, *, removes_unneeded: bool) -> WrittenBundle | str:
         try:
             return write_bundle(self.store, path, recorded, removes_unneeded=removes_unneeded)
-        except (StoreExists, OSError) as error:
+        except (StoreExists, ConfigError, OSError) as error:
             return str(error)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -290,29 +350,57 @@ class EmbeddingSession:
             terminalreporter.section("texts that are not recorded")
             for line in summarise_misses({self._name_test(test): misses for test, misses in self._missed.items()}):
                 terminalreporter.line(line)
-        for path, result in self._written:
+        for path, result, kept_because in self._written:
             if isinstance(result, str):
                 terminalreporter.line(f"embedonce: recording in {self.show(path)} failed: {result}", red=True)
             elif result.texts or result.removed:
-                terminalreporter.line(_describe_written(self.show(path), result, self._kept_because))
+                terminalreporter.line(_describe_written(self.show(path), result, kept_because))
         for test, count in sorted(self._recording.conflicts.items()):
             terminalreporter.line(
                 f"embedonce: {test} got other vectors for {count:,} text{'s' * (count != 1)} than the recorded ones. "
                 'Describe different models as different vector spaces, or mark a test of a fake with mode="off"',
                 yellow=True,
             )
-        if not self.replays and not any(isinstance(w, str) or w.texts or w.removed for _, w in self._written):
+        if not self.replays and not any(isinstance(w, str) or w.texts or w.removed for _, w, _ in self._written):
             terminalreporter.line("embedonce: no test needed a vector, so nothing was recorded")
 
 
-def _cut_traceback(error: BaseException) -> None:
-    """End the traceback of an error at the line that called embedonce. What embedonce did then explains nothing."""
-    package = os.path.dirname(embedonce.__file__) + os.sep
-    entry, last = error.__traceback__, error.__traceback__
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    """Return whether a file or folder matches a pattern of pytest: a pattern without a separator is one of names."""
+    return any(
+        fnmatch.fnmatch(str(path), f"*{os.sep}{pattern}") if os.sep in pattern else fnmatch.fnmatch(path.name, pattern)
+        for pattern in patterns
+    )
+
+
+def _cut_tracebacks(error: BaseException | None, root: Path) -> None:
+    """Cut the traceback of an error that embedonce has raised, and those of the errors that have led to this one."""
+    seen: set[int] = set()
+    found = [error]
+    while found:
+        error = found.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, ReplayMiss):
+            _cut_traceback(error, root)
+        found += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+
+
+def _cut_traceback(error: BaseException, root: Path) -> None:
+    """End the traceback of an error at the last line of the project in ``root``, or at the one that called embedonce.
+
+    What a framework and embedonce did then explains nothing, and pytest would show their arguments, which are texts.
+    """
+    called = project = None
+    entry = error.__traceback__
     while entry is not None:
-        if not entry.tb_frame.f_code.co_filename.startswith(package):
-            last = entry
+        file = Path(entry.tb_frame.f_code.co_filename)
+        if not file.is_relative_to(PACKAGE) and not file.is_relative_to(INTEGRATIONS):
+            called = entry
+            project = entry if file.is_relative_to(root) and "site-packages" not in file.parts else project
         entry = entry.tb_next
+    last = project or called
     if last is not None:
         last.tb_next = None
 

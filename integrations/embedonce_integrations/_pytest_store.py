@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedonce.contracts import Capabilities
-from embedonce.errors import StoreExists
+from embedonce.errors import StoreBusy, StoreExists
 from embedonce.keys import CARD_PREFIX, KEY_PREFIX
 from embedonce.plugins import backend
 from embedonce.vectors import Entry
@@ -18,6 +20,10 @@ from ._pytest_recording import Recorded
 
 AT_ONCE = 1024
 """Number of entries that are copied in one step."""
+
+MAX_WAIT = 60.0
+"""Seconds for which a session waits until another one has written the same bundle."""
+POLL = 0.05
 
 
 class SessionStore:
@@ -30,28 +36,28 @@ class SessionStore:
         holds="either", scope="host", blocking=False, deadline=True, delete=True, scan=True, count=True, bounded=True
     )
 
-    def __init__(self, choose_path: Callable[[], Path], *, skips_damaged: bool) -> None:
+    def __init__(self, choose_path: Callable[[], Path], *, lists_texts: bool) -> None:
         self._choose_path = choose_path
-        self._skips_damaged = skips_damaged
+        self._lists_texts = lists_texts
+        self.texts: dict[Path, set[str]] = {}
+        """Per bundle, the keys of the texts that it had when this session opened it first, if ``lists_texts`` is set.
+        """
         self._opened: dict[Path, Any] = {}
         self._lock = threading.RLock()
 
     def open(self, path: Path) -> Any:
-        """Return the backend of a bundle; None if there is no bundle, or if it is damaged and the session records."""
+        """Return the backend of a bundle; None if there is no bundle.
+
+        Raises:
+            ConfigError, OSError: there is a bundle, and it cannot be read.
+        """
         with self._lock:
             if path not in self._opened:
-                self._opened[path] = self._open(path)
+                has_bundle = (path / "manifest.json").exists()
+                self._opened[path] = backend("bundle")(path=path) if has_bundle else None
+                if self._lists_texts and path not in self.texts:
+                    self.texts[path] = _list_texts(self._opened[path])
             return self._opened[path]
-
-    def _open(self, path: Path) -> Any:
-        if not (path / "manifest.json").exists():
-            return None
-        try:
-            return backend("bundle")(path=path)
-        except Exception:
-            if self._skips_damaged:
-                return None
-            raise
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]:
         bundle = self.open(self._choose_path())
@@ -79,9 +85,16 @@ class SessionStore:
 
 
 def find_obstacle(path: Path) -> str | None:
-    """Return why a bundle cannot be written to a folder; None if it can."""
+    """Return why a bundle cannot be written to a folder; None if it can. Nothing is changed."""
+    if not os.path.lexists(path):
+        parent = next(folder for folder in path.parents if os.path.lexists(folder))
+        if not parent.is_dir():
+            return f"{parent} is not a folder"
+        return None if os.access(parent, os.W_OK | os.X_OK) else f"{parent} cannot be written to"
     try:
         backend("bundle").create_writer(path, replace=True).close()
+    except StoreBusy:
+        return None  # another session writes its bundle, and will have finished when this one writes
     except (StoreExists, OSError) as error:
         return str(error)
     return None
@@ -102,24 +115,22 @@ class WrittenBundle:
 def write_bundle(store: SessionStore, path: Path, recorded: Recorded, *, removes_unneeded: bool) -> WrittenBundle:
     """Write what a session has recorded, together with what the bundle has. If nothing has changed, write nothing.
 
+    What another session has added to the bundle meanwhile is kept.
+
     Raises:
-        StoreExists, OSError: the bundle cannot be written.
+        StoreExists, ConfigError, OSError: the bundle cannot be written.
     """
-    old = store.open(path)
-    held = {key for key in old.scan(KEY_PREFIX) if not key.startswith(CARD_PREFIX)} if old is not None else set()
-    replaced = held & recorded.new.keys()
-    unneeded = held - recorded.needed
-    kept = held - replaced - (unneeded if removes_unneeded else set())
-    written = WrittenBundle(
-        texts=len(kept) + len(recorded.new),
-        new=len(recorded.new),
-        removed=len(unneeded) if removes_unneeded else 0,
-        unneeded=0 if removes_unneeded else len(unneeded),
-    )
-    if not written.new and not written.removed:
-        return written
-    writer = backend("bundle").create_writer(path, replace=True)
+    store.open(path)
+    before = store.texts[path]
+    unneeded = before - recorded.needed
+    if not recorded.new and not (removes_unneeded and unneeded):
+        return WrittenBundle(texts=len(before), new=0, removed=0, unneeded=len(unneeded))
+    store.close()
+    writer = _create_writer(path)  # from here on, no other session can change the bundle
     try:
+        old = store.open(path)
+        held = _list_texts(old)
+        kept = held - recorded.new.keys() - (unneeded if removes_unneeded else set())
         keys = sorted(kept | recorded.new.keys())
         for start in range(0, len(keys), AT_ONCE):
             window = keys[start : start + AT_ONCE]
@@ -135,4 +146,26 @@ def write_bundle(store: SessionStore, path: Path, recorded: Recorded, *, removes
         writer.commit()
     finally:
         writer.close()
-    return written
+    return WrittenBundle(
+        texts=len(keys),
+        new=len(recorded.new),
+        removed=len(held & unneeded) if removes_unneeded else 0,
+        unneeded=0 if removes_unneeded else len(unneeded),
+    )
+
+
+def _list_texts(bundle: Any) -> set[str]:
+    """Return the keys of the texts in a bundle, or in none."""
+    return set() if bundle is None else {key for key in bundle.scan(KEY_PREFIX) if not key.startswith(CARD_PREFIX)}
+
+
+def _create_writer(path: Path) -> Any:
+    """Return a writer of a bundle, as soon as no other session writes it."""
+    end = time.monotonic() + MAX_WAIT
+    while True:
+        try:
+            return backend("bundle").create_writer(path, replace=True)
+        except StoreBusy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(POLL)

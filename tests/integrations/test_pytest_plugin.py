@@ -5,104 +5,21 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from optional import needs
 
-from embedonce.plugins import backend
+from .tested_project import SEARCH, Project
 
 pytest_plugins = ["pytester"]
 pytestmark = needs("pyarrow")
-
-LIBRARY = '''
-import hashlib
-from pathlib import Path
-
-import numpy as np
-from embedonce import Cache
-from embedonce_backends.memory import MemoryBackend
-
-CALLS = Path(__file__).with_name("calls.txt")
-
-
-def embed(texts):
-    """A paid model: every text that it embeds is noted in a file."""
-    with CALLS.open("a") as file:
-        file.writelines(f"{text}\\n" for text in texts)
-    return compute(texts)
-
-
-def compute(texts):
-    return [[float(byte) - 127.5 for byte in hashlib.sha256(text.encode()).digest()[:8]] for text in texts]
-
-
-def make_cache(*tiers, model="small", **options):
-    return Cache(embed, tiers or [MemoryBackend()], space={"model": model, "revision": "1"}, **options)
-'''
-
-
-class Project:
-    """A project with tests, in a folder of its own."""
-
-    def __init__(self, pytester: pytest.Pytester) -> None:
-        self.pytester = pytester
-        self.path = pytester.path
-        self.write("library.py", LIBRARY)
-        self.write("pyproject.toml", '[tool.pytest.ini_options]\ntestpaths = ["tests"]\npythonpath = ["."]\n')
-        self.bundle = self.path / "tests/embeddings"
-
-    def write(self, name: str, content: str) -> Path:
-        file = self.path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-        return file
-
-    def run(self, *args: str, is_separate: bool = False) -> pytest.RunResult:
-        """Run pytest, in this process or in one of its own."""
-        run = self.pytester.runpytest_subprocess if is_separate else self.pytester.runpytest_inprocess
-        return run("-p", "embedonce_integrations.pytest", "-p", "no:cacheprovider", *args)
-
-    def record(self, *args: str) -> str:
-        return self.run("--embedonce=record", *args).stdout.str()
-
-    def replay(self, *args: str) -> pytest.RunResult:
-        return self.run("--embedonce=replay", *args)
-
-    def take_calls(self) -> list[str]:
-        """Return the texts that were embedded since the last call."""
-        file = self.path / "calls.txt"
-        calls = sorted(file.read_text().splitlines()) if file.exists() else []
-        file.unlink(missing_ok=True)
-        return calls
-
-    def read_bundle(self, path: Path | None = None) -> dict[str, Any]:
-        bundle = backend("bundle")(path=path or self.bundle)
-        try:
-            keys = [key for key in bundle.scan("eo1.") if not key.startswith("eo1.card.")]
-            return dict(bundle.get_many(keys))
-        finally:
-            bundle.close()
 
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     return Project(pytester)
-
-
-SEARCH = """
-from library import compute, make_cache
-
-def test_documents():
-    with make_cache() as cache:
-        assert cache.embed_batch(["one", "two", "three"]).tolist() == compute(["one", "two", "three"])
-
-def test_query():
-    with make_cache() as cache:
-        assert cache.fetch(["two", "four"], store=False).sources
-"""
 
 
 def test_a_recorded_session_replays_without_the_provider_and_gives_the_same_vectors(project: Project) -> None:
@@ -438,18 +355,6 @@ def test_a_folder_with_other_files_is_refused_before_anything_is_paid_for(projec
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert "the vectors of the tests cannot be recorded in tests/embeddings" in done.stderr.str()
     assert project.take_calls() == []
-
-
-def test_a_damaged_bundle_cannot_be_replayed_and_is_recorded_anew(project: Project) -> None:
-    project.write("tests/test_search.py", SEARCH)
-    project.record()
-    (part,) = project.bundle.glob("*.arrow")
-    part.unlink()
-    done = project.replay()
-    assert done.ret == pytest.ExitCode.USAGE_ERROR
-    assert "the vectors of the tests cannot be replayed" in done.stderr.str()
-    assert "recorded 4 texts in tests/embeddings (4 new, 0 removed)" in project.record()
-    project.replay().assert_outcomes(passed=2)
 
 
 def test_a_damaged_row_fails_in_replay_and_is_recorded_anew(project: Project) -> None:

@@ -298,6 +298,8 @@ def errors(cache: Cache) -> None:
         assert_type(error.unable, frozenset[str])
     except PartialAnswer as error:
         print(error.failed)
+    except StoreBusy as error:
+        wide = error
     except (TransferRefused, TransferStopped, StoreExists) as error:
         wide = error
     except (ImportRefused, SourceError) as error:

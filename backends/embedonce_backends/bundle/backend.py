@@ -82,6 +82,7 @@ class BundleBackend:
 
         Raises:
             StoreExists: the folder has a bundle and ``replace`` is False, or it has other files.
+            StoreBusy: another writer writes to the folder.
             OSError: the folder cannot be made.
         """
         return BundleWriter(path, replace=replace)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from embedonce.errors import ConfigError, StoreExists
+from embedonce.errors import ConfigError, StoreBusy, StoreExists
 from embedonce.keys import CARD_PREFIX
 from embedonce.store_writers import WrittenStore
 from embedonce.vectors import Dtype, Entry, is_valid_metadata
@@ -46,8 +46,8 @@ class BundleWriter:
         """Make the folder if it does not exist, and lock it.
 
         Raises:
-            StoreExists: the folder has a bundle and ``replace`` is False, or it has other files, or another writer
-                writes to it.
+            StoreExists: the folder has a bundle and ``replace`` is False, or it has other files.
+            StoreBusy: another writer writes to the folder.
             OSError: the folder cannot be made.
         """
         self.path = Path(path).expanduser().absolute()
@@ -224,7 +224,7 @@ def _lock_folder(path: Path) -> int | None:
     The system releases the lock if the process is killed. Readers need no lock.
 
     Raises:
-        StoreExists: another writer holds the lock.
+        StoreBusy: another writer holds the lock.
     """
     if fcntl is None:
         return None
@@ -233,7 +233,7 @@ def _lock_folder(path: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise StoreExists(f"another export writes to {path} at this moment; wait until it has finished") from None
+        raise StoreBusy(f"another export writes to {path} at this moment; wait until it has finished") from None
     except OSError:  # a network file system without locks
         os.close(descriptor)
         return None
