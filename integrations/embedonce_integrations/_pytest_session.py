@@ -137,7 +137,8 @@ class EmbeddingSession:
                 f"the vectors of the tests cannot be recorded: {error}. Recording would replace all vectors in "
                 f"{self.show(path)}. To compute all of them again, remove this folder"
             )
-        # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller writes.
+        # The check locks the folder, so two workers of pytest-xdist would refuse each other. Only their controller
+        # writes.
         obstacle = None if self.replays or self._is_worker else find_obstacle(path)
         return obstacle and (
             f"the vectors of the tests cannot be recorded in {self.show(path)}: {obstacle}. Another folder: bundle in "
