@@ -48,6 +48,7 @@ from embedonce import (
     SourceError,
     SpaceError,
     Stats,
+    StoreBusy,
     StoreExists,
     TextError,
     TextRefused,
