@@ -103,16 +103,16 @@ class Recording:
         says why the process did not run all tests that it could run.
         """
         with self._lock:
-            unwritten, self._unwritten = self._unwritten, []
-            conflicts, self._unwritten_conflicts = self._unwritten_conflicts, Counter()
-        lines = [
-            *({"left_out": reason} for reason in left_out),
-            *({"conflicts": count, "test": test} for test, count in conflicts.items()),
-            *(_describe(*one) for one in unwritten),
-        ]
-        if lines:
-            with file.open("a", encoding="ascii") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in lines)
+            lines = [
+                *({"left_out": reason} for reason in left_out),
+                *({"conflicts": count, "test": test} for test, count in self._unwritten_conflicts.items()),
+                *(_describe(*one) for one in self._unwritten),
+            ]
+            self._unwritten = []
+            self._unwritten_conflicts = Counter()
+            if lines:
+                with file.open("a", encoding="ascii") as stream:
+                    stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def read_file(self, file: Path) -> set[str]:
         """Add what another process has handed over, and return why it did not run all tests."""

@@ -84,7 +84,10 @@ class EmbeddingSession:
         self._finished: set[str] = set()
         """The tests that were collected, and those that have ended."""
         self._folder: Path | None = None
+        """Where other processes of this session hand over what they have recorded."""
         self._is_worker = False
+        self._is_forked = False
+        self._pid = os.getpid()
         self._written: list[tuple[Path, WrittenBundle | str, str | None]] = []
         """Per bundle, what was written, or why it could not be written; and why texts that are not needed were kept."""
 
@@ -96,10 +99,14 @@ class EmbeddingSession:
 
     def take_answer(self, answered: Answered, /) -> None:
         """Record what a call was answered, for the bundle of the test that runs now."""
+        if os.getpid() != self._pid:  # a process that a test has forked, such as one of multiprocessing
+            self._pid, self._is_forked, self._recording = os.getpid(), True, Recording()
         path = self._targets[-1] if self._targets else self.default
         if path is not None:
             test = "a fixture or an import" if self._item is None else self._item.nodeid
             self._recording.take(path, test, answered, self.store.open(path))
+            if self._is_forked:  # it ends without a call of pytest's hooks
+                self._hand_over()
 
     def explain_misses(self, answered: Answered, /) -> ReplayMiss:
         """Return an error that names the test, the positions of the missing texts, and what to do."""
@@ -295,25 +302,28 @@ class EmbeddingSession:
         problem = self.find_problem(self.default)
         if problem is not None:
             raise pytest.UsageError(problem)
+        if not self.replays:
+            self._make_folder()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput[WORKER_FOLDER] = str(self._make_folder())
+
+    def _make_folder(self) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="embedonce-"))
-        node.workerinput[WORKER_FOLDER] = str(self._folder)
+            self._config.add_cleanup(functools.partial(shutil.rmtree, self._folder, ignore_errors=True))
+        return self._folder
 
     def _hand_over(self) -> None:
         if self._folder is not None:
             self._recording.hand_over(self._folder / f"{os.getpid()}.jsonl", self._left_out)
 
     def _take_over(self) -> None:
-        """Read what the workers have recorded, and remove their folder."""
-        if self._folder is None:
-            return
-        for file in sorted(self._folder.iterdir()):
-            self._left_out |= self._recording.read_file(file)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = None
+        """Read what the workers and forked processes have recorded."""
+        if self._folder is not None:
+            for file in sorted(self._folder.iterdir()):
+                self._left_out |= self._recording.read_file(file)
 
     # --- the end ------------------------------------------------------------------------------
 

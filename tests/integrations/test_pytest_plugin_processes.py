@@ -81,6 +81,29 @@ def test_workers_record_into_one_bundle_and_replay_it(folder: Path) -> None:
     assert "embedonce: recorded 8 texts in tests/embeddings (1 new, 1 removed)" in shown
 
 
+FORK = """
+import multiprocessing
+
+def count_values(text):
+    return cache.embed(text).size
+
+def test_fork():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(count_values, ["in", "forked", "processes"]) == [2, 2, 2]
+"""
+
+
+@needs("pyarrow")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_forked_processes_are_recorded(folder: Path, workers: str) -> None:
+    (folder / "tests/test_numbers.py").write_text(TESTS[: TESTS.index("@pytest")] + FORK)
+    assert "recorded 3 texts in tests/embeddings (3 new, 0 removed)" in run(
+        folder, *OPTIONS, workers, "--embedonce=record"
+    )
+    assert "1 passed" in run(folder, *OPTIONS, workers, "--embedonce=replay", PAID="no")
+
+
 @needs("pyarrow")
 def test_what_a_worker_has_recorded_outlives_its_crash(folder: Path) -> None:
     (folder / "tests/test_numbers.py").write_text(TESTS + CRASH)
