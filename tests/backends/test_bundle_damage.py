@@ -300,10 +300,10 @@ def test_a_missing_field_of_a_part_is_refused(tmp_path: Path) -> None:
         (b'{"format": "embedonce bundle", "version": 0, "spaces": {}, "parts": []}', "damaged at version"),
         (b'{"format": "embedonce bundle", "version": true, "spaces": {}, "parts": []}', "damaged at version"),
         (b'{"format": "embedonce bundle", "version": 1.0, "spaces": {}, "parts": []}', "damaged at version"),
-        (b'{"format": "embedonce bundle", "version": 1}', "damaged at spaces"),
+        (b'{"format": "embedonce bundle", "version": 1}', "parts is missing"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": {}}', "damaged at parts"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [null]}', r"damaged at parts\.0"),
-        (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [], "x": 1}', "damaged at x"),
+        (b'{"format": "embedonce bundle", "version": 1, "spaces": {}, "parts": [], "x": 1}', "other fields than"),
         (b'{"format": "embedonce bundle", "version": 1, "spaces": {"x": {"card": {}}}, "parts": []}', "damaged"),
     ],
 )  # fmt: skip
@@ -330,7 +330,7 @@ def test_an_invalid_space_card_is_refused(tmp_path: Path, space: Any) -> None:
 def test_a_part_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", "float32")
     change_manifest(tmp_path / "b", lambda found: found["parts"].append(found["parts"][0]))
-    with pytest.raises(ConfigError, match="must not contain a file twice"):
+    with pytest.raises(ConfigError, match="contains a file twice"):
         open_bundle(tmp_path / "b")
 
 
