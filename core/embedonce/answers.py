@@ -357,7 +357,7 @@ class Copied:
 
     @property
     def found(self) -> int:
-        """Number of entries that the source has of those that were wanted."""
+        """Number of selected entries that the source has."""
         return self.copied + self.already_there + self.expired + self.corrupt + self.too_large
 
     def __repr__(self) -> str:
@@ -394,7 +394,7 @@ class Exported:
 
     @property
     def found(self) -> int:
-        """Number of entries that the tiers have of those that were wanted."""
+        """Number of selected entries that the tiers have."""
         return self.entries + self.expired + self.corrupt
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ import pytest
 from bundle_entries import CARD, CARD_KEY, SCOPE, are_same, make_entries, write_bundle
 
 from embedonce import ConfigError
+from embedonce.testing.contracts.support import run_in_fork
 from embedonce.vectors import Dtype, Entry
 
 pytestmark = optional.needs("pyarrow")
@@ -183,8 +184,9 @@ def test_a_process_that_was_forked_reads_the_same_bundle(tmp_path: Path) -> None
     items = make_entries(30)
     write_bundle(tmp_path / "b", items)
     backend = open_bundle(tmp_path / "b")
-    child = os.fork()
-    if not child:
-        os._exit(0 if are_same(backend.get_many(list(items)), items) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def read() -> None:
+        assert are_same(backend.get_many(list(items)), items)
+
+    run_in_fork(read, "reading an open bundle")
     assert backend.count(f"eo1.{SCOPE}.") == 30

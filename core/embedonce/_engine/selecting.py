@@ -16,6 +16,13 @@ MOST_NAMED = 5
 """Maximum number of scopes that an error message names."""
 
 
+def matches_card(card: SpaceCard | None, parts: Mapping[str, str], where: Callable[[SpaceCard], bool] | None) -> bool:
+    """Return whether a space card has these parts and satisfies ``where``. A missing card satisfies no condition."""
+    if card is None:
+        return not parts and where is None
+    return all(card.get(part) == value for part, value in parts.items()) and (where is None or where(card))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """The entries that are wanted: those of some scopes, or of some texts in these scopes."""
@@ -39,11 +46,7 @@ class Selection:
         """Return whether entries of this scope may be selected. ``card`` is None if the scope has no space card."""
         if scope in self.except_scopes or self.scope not in (None, scope):
             return False
-        if card is None:
-            return not self.parts and self.where is None
-        return all(card.get(name) == value for name, value in self.parts.items()) and (
-            self.where is None or self.where(card)
-        )
+        return matches_card(card, self.parts, self.where)
 
     async def apply(
         self, port: Port, listed: Mapping[str, KeyTable | None], cards: Mapping[str, SpaceCard]

@@ -30,6 +30,7 @@ from .ports import Port
 from .probing import probe_writes
 from .read_only import EntriesKept, count_entries, describe_unused, refuse_to_forget, refuse_to_purge
 from .routes import Route
+from .selecting import matches_card
 from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier, TierUnable
 
@@ -179,7 +180,7 @@ class Upkeep:
                 failed[tier.name] = error
             else:
                 matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
-                scopes |= {name: card for name, card in matching.items() if _matches(card, wanted, where)}
+                scopes |= {name: card for name, card in matching.items() if matches_card(card, wanted, where)}
         removed: dict[str, int] = {}
         if dry_run:
             left: dict[str, dict[str, int]] = {}
@@ -461,12 +462,6 @@ class Upkeep:
             if name != scope and 0 < len(differences) <= 2 and not is_other_task:
                 reasons.append(f"tier {tier.name!r} holds entries with {', '.join(differences)}")
         return reasons
-
-
-def _matches(card: SpaceCard | None, wanted: Mapping[str, str], where: Callable[[SpaceCard], bool] | None) -> bool:
-    if card is None:
-        return not wanted and where is None
-    return all(card.get(part) == value for part, value in wanted.items()) and (where is None or where(card))
 
 
 def _describe(error: TierError) -> str:

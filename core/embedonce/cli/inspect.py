@@ -21,6 +21,7 @@ from .output import FAILED, Refused, emit, format_bytes, format_date, format_val
 if TYPE_CHECKING:
     from embedonce.answers import Held, ImporterCheck, ProviderCheck, TierCheck
     from embedonce.config import Config
+    from embedonce.keys import SpaceCard
     from embedonce.plugins import InstalledPlugin
     from embedonce.savings import SavingsRecord
 
@@ -98,6 +99,11 @@ comment: #:schema ./embedonce.schema.json
 
 CARD = ("provider", "model", "task", "version", "namespace")
 """Fields of a scope's space card, in the order in which the commands show them."""
+
+
+def describe_card(card: SpaceCard | None) -> str:
+    """Return what a space card says, as one phrase; "" if there is no card."""
+    return ", ".join(f"{name} {format_value(card[name])}" for name in (*CARD, "dimensions") if card and card.get(name))
 
 
 def check(

@@ -15,9 +15,9 @@ from embedonce._engine.read_only import exclude_scopes
 from embedonce._messages import format_count
 from embedonce.errors import EraseIncomplete
 
-from .inspect import CARD
+from .inspect import describe_card
 from .options import ConfigOption, JsonOption, decode_argument
-from .output import FAILED, Refused, emit, format_value, say, write
+from .output import FAILED, Refused, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.answers import Purged
@@ -35,7 +35,7 @@ If you give several options, only scopes that match all of them are removed. `em
 With --unused, the scopes of other namespaces, versions and models are removed, even if another program uses them.
 This command cannot reach the memory tier of another process. The entries in that memory remain until they expire or
 until that process ends. The exit code is 1 if a tier was not reached, or if a read-only tier has some of the entries.
-Then a message has the command that makes the store of this tier again without them.
+Then a message has the command that rebuilds the store of this tier without them.
 """
 
 
@@ -133,8 +133,7 @@ def _confirm_purge(preview: Purged) -> bool:
 def describe_purge(purged: Purged, verb: str) -> Iterator[str]:
     """Yield the scopes and counts of a purge, one line each. ``verb`` is "removed" or "would be removed"."""
     for scope, card in purged.scopes.items():
-        parts = [f"{name} {format_value(card[name])}" for name in (*CARD, "dimensions") if card and card.get(name)]
-        yield f"{scope}: {', '.join(parts) or 'unknown (its space card is missing)'}"
+        yield f"{scope}: {describe_card(card) or 'unknown (its space card is missing)'}"
     for tier, entries in purged.removed.items():
         yield f"{format_count(entries, 'entry', 'entries')} {verb} from {tier}"
     for tier, scopes in purged.kept.items():

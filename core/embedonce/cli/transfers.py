@@ -16,9 +16,9 @@ from embedonce.errors import StoreExists, TransferRefused, TransferStopped
 
 from .embedding.reading_options import check_inputs, find_conflict, find_stream
 from .file_texts import TextFiles
-from .inspect import CARD
+from .inspect import describe_card
 from .options import decode_argument
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, describe_os_error, emit, format_value, say
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Failed, Refused, describe_os_error, emit, say
 from .signals import Terminated
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ def describe_scopes(scopes: Mapping[str, SpaceCard | None]) -> list[str]:
     """Return a phrase for each scope, as `embedonce purge` describes it; at most :data:`MOST_NAMED`."""
     phrases = []
     for scope, card in list(scopes.items())[:MOST_NAMED]:
-        parts = [f"{name} {format_value(card[name])}" for name in (*CARD, "dimensions") if card and card.get(name)]
-        phrases.append(f"{scope} ({', '.join(parts) or 'its space card is missing'})")
+        phrases.append(f"{scope} ({describe_card(card) or 'its space card is missing'})")
     if len(scopes) > MOST_NAMED:
         phrases.append(format_count(len(scopes) - MOST_NAMED, "more scope"))
     return phrases
